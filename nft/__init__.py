@@ -1,0 +1,1 @@
+"""DiffusionNFT training for diffusers pipelines. Start with ``nft train --config shapes``."""
