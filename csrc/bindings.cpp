@@ -1,0 +1,98 @@
+// nft_kernels._C: pointers, sizes and strides in; nothing of torch. The op layer validates before it calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace nft {
+namespace {
+
+// (pointer, dtype code, batch stride, sizes, strides); sizes and strides without the batch, already collapsed.
+using Tensor = std::tuple<uintptr_t, int, int64_t, std::vector<int64_t>, std::vector<int64_t>>;
+
+View view(const Tensor& tensor) {
+  const auto& [pointer, dtype, batch_stride, size, stride] = tensor;
+  if (size.size() > kMaxDims) throw std::invalid_argument("more than 12 dimensions that cannot be collapsed");
+  View out{reinterpret_cast<void*>(pointer), dtype, batch_stride, static_cast<int>(size.size()), {}, {}};
+  for (size_t d = 0; d < size.size(); ++d) {
+    out.size[d] = size[d];
+    out.stride[d] = stride[d];
+  }
+  return out;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> found{"baseline"};
+#if defined(NFT_HAS_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
+#endif
+#if defined(NFT_HAS_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back("avx512");
+#endif
+  return found;
+}
+
+template <typename Args>
+void dispatch(const std::string& isa, const Args& args, void (*baseline)(const Args&), void (*avx2)(const Args&),
+              void (*avx512)(const Args&)) {
+  py::gil_scoped_release release;
+  if (isa == "avx512" && avx512) return avx512(args);
+  if (isa == "avx2" && avx2) return avx2(args);
+  baseline(args);
+}
+
+#if defined(NFT_HAS_AVX2)
+#define NFT_AVX2(f) avx2::f
+#else
+#define NFT_AVX2(f) nullptr
+#endif
+#if defined(NFT_HAS_AVX512)
+#define NFT_AVX512(f) avx512::f
+#else
+#define NFT_AVX512(f) nullptr
+#endif
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+}  // namespace nft
+
+PYBIND11_MODULE(_C, m) {
+  using namespace nft;
+  m.attr("isas") = isas();
+#if defined(NFT_HAS_CUDA)
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  m.def("nft_loss", [](const std::string& isa, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
+                       const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
+                       bool adaptive, bool double_math, int64_t batch, int64_t elements, uintptr_t t, uintptr_t r,
+                       uintptr_t beta, uintptr_t multiplier, double adv_clip_max, double kl_weight, uintptr_t out) {
+    LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), v_ref ? view(*v_ref) : View{},
+               grad ? view(*grad) : View{}, v_ref.has_value(), grad.has_value(), adaptive, double_math, batch,
+               elements, pointer<double>(t), pointer<double>(r), pointer<double>(beta),
+               pointer<double>(multiplier), adv_clip_max, kl_weight, pointer<double>(out)};
+    dispatch(isa, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss));
+  });
+  m.def("add_noise", [](const std::string& isa, const Tensor& x0, const std::optional<Tensor>& noise,
+                        const Tensor& out, bool double_math, int64_t batch, int64_t elements, uintptr_t t,
+                        uintptr_t seed, uintptr_t sample) {
+    NoiseArgs a{view(x0), noise ? view(*noise) : View{}, view(out), noise.has_value(), double_math, batch,
+                elements, pointer<double>(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
+    dispatch(isa, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise));
+  });
+}

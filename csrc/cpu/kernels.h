@@ -1,0 +1,47 @@
+// Interface of the CPU kernels. Every instruction set implements it in a namespace of its own.
+#pragma once
+#include <cstdint>
+
+namespace nft {
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+constexpr int kMaxDims = 12;
+
+// A (B, N) view of a tensor: sample b starts b * batch_stride elements in; within a sample, dims and strides.
+struct View {
+  void* data;
+  int dtype;
+  int64_t batch_stride;
+  int dims;
+  int64_t size[kMaxDims];
+  int64_t stride[kMaxDims];
+};
+
+struct LossArgs {
+  View v_theta, v_old, x_t, x0, v_ref, grad;
+  bool has_ref, want_grad, adaptive, double_math;
+  int64_t batch, elements;
+  const double *t, *r, *beta, *multiplier;  // per sample; multiplier is the time weighting of the errors
+  double adv_clip_max, kl_weight;
+  double* out;  // (8, batch): policy, l+, l-, w+, w-, kl, mean |d|, max |d|
+};
+
+struct NoiseArgs {
+  View x0, noise, out;
+  bool has_noise, double_math;
+  int64_t batch, elements;
+  const double* t;
+  const int64_t *seed, *sample;
+};
+
+#define NFT_DECLARE(isa)            \
+  namespace isa {                   \
+  void nft_loss(const LossArgs&);   \
+  void add_noise(const NoiseArgs&); \
+  }
+NFT_DECLARE(baseline)
+NFT_DECLARE(avx2)
+NFT_DECLARE(avx512)
+
+}  // namespace nft

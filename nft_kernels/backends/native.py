@@ -1,0 +1,125 @@
+"""The C++ backend: describes tensors to nft_kernels._C by pointer, dtype, sizes and strides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.nft_loss import time_weighting
+
+# After torch, so that the module shares the OpenMP runtime torch has loaded.
+try:
+    from .. import _C  # type: ignore[attr-defined]
+except ImportError as error:
+    _C = None
+    _IMPORT_ERROR = str(error)
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def isa() -> str:
+    """Instruction set in use: the best this processor has, or NFT_KERNELS_ISA."""
+    wanted = os.environ.get("NFT_KERNELS_ISA") or _C.isas[-1]
+    if wanted not in _C.isas:
+        raise ValueError(f"NFT_KERNELS_ISA: got {wanted!r}, accepted are {', '.join(_C.isas)}")
+    return wanted
+
+
+def why_not(tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot take the tensors, or None when it can."""
+    if _C is None:
+        return f"the compiled module is not installed ({_IMPORT_ERROR})"
+    device = tensors[0].device
+    return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors"
+
+
+def _collapse(x: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of one sample with neighbouring dimensions joined wherever memory allows."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides
+
+
+def _describe(x: Tensor | None) -> tuple[Any, ...] | None:
+    return None if x is None else (x.data_ptr(), _CODES[x.dtype], x.stride(0), *_collapse(x))
+
+
+def nft_loss(
+    v_theta: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    v_ref: Tensor | None,
+    beta: Tensor,
+    adv_clip_max: float,
+    kl_weight: float,
+    weighting: str,
+    want_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scalar loss, the (8, B) per-sample values, and d loss / d v_theta if wanted."""
+    tensors = [x for x in (v_theta, v_old, x_t, x0, v_ref) if x is not None]
+    double_math = any(x.dtype == torch.float64 for x in tensors)
+    t, r, beta = (x.double().contiguous() for x in (t, r, beta))
+    multiplier = time_weighting(t, weighting)
+    batch = x0.shape[0]
+    out = torch.empty(8, batch, dtype=torch.float64)
+    grad = torch.empty_like(v_theta) if want_grad else None
+    _C.nft_loss(
+        isa(),
+        _describe(v_theta),
+        _describe(v_old),
+        _describe(x_t),
+        _describe(x0),
+        _describe(v_ref),
+        _describe(grad),
+        weighting == "adaptive",
+        double_math,
+        batch,
+        x0[0].numel(),
+        t.data_ptr(),
+        r.data_ptr(),
+        beta.data_ptr(),
+        multiplier.data_ptr(),
+        adv_clip_max,
+        kl_weight,
+        out.data_ptr(),
+    )
+    loss = out[0].mean() + kl_weight * out[5].mean()
+    dtype = torch.float64 if double_math else torch.float32
+    return loss.to(dtype), out.to(dtype), grad
+
+
+def add_noise(
+    x0: Tensor, t: Tensor, seed: Tensor | None, sample: Tensor | None, noise: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
+    out = torch.empty_like(x0, dtype=out_dtype)
+    t = t.double().contiguous()
+    double_math = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
+    _C.add_noise(
+        isa(),
+        _describe(x0),
+        _describe(noise),
+        _describe(out),
+        double_math,
+        x0.shape[0],
+        x0[0].numel(),
+        t.data_ptr(),
+        0 if seed is None else seed.data_ptr(),
+        0 if sample is None else sample.data_ptr(),
+    )
+    return out

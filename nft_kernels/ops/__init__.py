@@ -1,0 +1,1 @@
+"""One file per op: public function, validation, autograd and compile registration."""

@@ -1,0 +1,53 @@
+"""Checks shared by the ops. Values are only looked at on the CPU, where that costs no synchronisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor_like(name: str, x: Tensor, x0: Tensor) -> None:
+    """``x`` must be a floating tensor of x0's shape and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+    if x.shape != x0.shape:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of x0, {tuple(x0.shape)}")
+    if x.device != x0.device:
+        raise ValueError(f"{name}: got device {x.device}, accepted is the device of x0, {x0.device}")
+
+
+def latents(name: str, x0: Tensor) -> None:
+    """``x0`` must be (B, ...) with at least one element."""
+    if not isinstance(x0, Tensor):
+        raise TypeError(f"{name}: got {type(x0).__name__}, accepted is a tensor")
+    tensor_like(name, x0, x0)
+    if x0.ndim == 0 or x0.numel() == 0:
+        raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is (B, ...) with at least one element")
+
+
+def per_sample(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> None:
+    """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape ({x0.shape[0]},)")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+    if x.shape != x0.shape[:1]:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
+    if x.device != x0.device:
+        raise ValueError(f"{name}: got device {x.device}, accepted is the device of x0, {x0.device}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not ((x >= low) & (x <= high)).all():
+        raise ValueError(f"{name}: got values outside [{low:g}, {high:g}] or NaN, accepted is [{low:g}, {high:g}]")
+
+
+def number(name: str, value: float, *, positive: bool) -> None:
+    """``value`` must be a finite number, above zero or at least zero."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {type(value).__name__}, accepted is a number")
+    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+        raise ValueError(f"{name}: got {value}, accepted is a finite number {'above' if positive else 'of at least'} 0")

@@ -1,0 +1,115 @@
+"""``add_noise``: the forward process x_t = (1-t) x0 + t eps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backends import choose, native
+from ..reference import add_noise as reference
+from . import _validate
+
+
+@torch.library.custom_op("nft_kernels::add_noise", mutates_args=())
+def _op(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return _run(x0, t, seed, sample, noise, out_dtype, backend)
+
+
+@_op.register_fake
+def _fake(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(x0, dtype=out_dtype)
+
+
+def _run(
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    out_dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    if choose(backend, x0) == "native":
+        return native.add_noise(x0, t, seed, sample, noise, out_dtype)
+    if noise is None:
+        assert seed is not None and sample is not None
+        noise = reference.normals(seed, sample, x0[0].numel()).view(x0.shape)
+    out = torch.empty_like(x0, dtype=out_dtype)
+    return out.copy_(reference.add_noise(x0, t, noise, out_dtype))
+
+
+def add_noise(
+    x0: Tensor,
+    t: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    noise: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Noise clean latents: x_t = (1-t) x0 + t eps (rectified flow, t = 1 is noise).
+
+    The result carries no gradient: clean latents are data.
+
+    Args:
+        x0: clean latents (B, ...), float32, bfloat16, float16 or float64, any strides.
+        t: (B,) times in [0, 1].
+        seed: draws eps in the kernel (Philox4x32-10 and Box-Muller). An int seeds the whole batch, with a sample's
+            row as its index; an int64 tensor (B,) seeds every sample on its own, independent of the batch it is
+            in and of the number of processes.
+        noise: eps itself, of x0's shape. Exactly one of ``seed`` and ``noise`` must be given.
+        out_dtype: dtype of x_t; that of x0 by default.
+        backend: ``auto``, ``native``, ``triton`` or ``reference``.
+
+    Returns:
+        x_t of x0's shape.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named, with what is accepted.
+        RuntimeError: an explicit backend that cannot run.
+    """
+    _validate.latents("x0", x0)
+    _validate.per_sample("t", t, x0, 0, 1)
+    if (seed is None) == (noise is None):
+        raise ValueError("seed, noise: got both or neither, accepted is exactly one of them")
+    out_dtype = x0.dtype if out_dtype is None else out_dtype
+    if out_dtype not in _validate.DTYPES:
+        raise TypeError(f"out_dtype: got {out_dtype}, accepted are {', '.join(map(str, _validate.DTYPES))}")
+    sample = None
+    if noise is not None:
+        _validate.tensor_like("noise", noise, x0)
+        noise = noise.detach()
+        seeds = None
+    elif isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.shape != x0.shape[:1] or seed.device != x0.device:
+            raise ValueError(
+                f"seed: got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
+                f"accepted is an int or an int64 tensor of shape ({x0.shape[0]},) on {x0.device}"
+            )
+        seeds, sample = seed.contiguous(), torch.zeros_like(seed)
+    else:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed: got {type(seed).__name__}, accepted is an int or an int64 tensor")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: got {seed}, accepted are signed 64-bit integers")
+        sample = torch.arange(x0.shape[0], device=x0.device)
+        seeds = torch.full_like(sample, seed)
+    choose(backend, x0)
+    run = _op if torch.compiler.is_compiling() else _run
+    return run(x0.detach(), t.detach(), seeds, sample, noise, out_dtype, backend)

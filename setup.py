@@ -1,0 +1,116 @@
+"""Compile csrc/ into nft_kernels._C with ninja. No torch is needed: the module takes raw pointers.
+
+Environment: NFT_KERNELS_CPU=0 (pure Python), NFT_KERNELS_CUDA unset/1/0 (when nvcc is there / required / skip),
+NFT_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST (such as "8.0;9.0a"), MAX_JOBS, CXX, NVCC.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+X86_ISAS = {
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+}
+
+
+def switch(name: str) -> "bool | None":
+    value = os.environ.get(name)
+    if value not in (None, "", "0", "1"):
+        sys.exit(f"{name}: got {value!r}, accepted are unset, 0 and 1")
+    return None if not value else value == "1"
+
+
+def cuda_compiler() -> "str | None":
+    wanted = switch("NFT_KERNELS_CUDA")
+    if wanted is False:
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
+    if nvcc is None and wanted:
+        sys.exit("NFT_KERNELS_CUDA=1 but no nvcc was found: install the CUDA toolkit or set NVCC or CUDA_HOME")
+    if nvcc is None:
+        print("nft_kernels: no nvcc found, building without the CUDA kernels", file=sys.stderr)
+    return nvcc
+
+
+def cuda_flags() -> str:
+    listed = os.environ.get("NFT_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0"
+    archs = [a.replace("+PTX", "").replace(".", "") for a in listed.replace(",", ";").replace(" ", ";").split(";") if a]
+    if not all(a.rstrip("af").isdigit() for a in archs):
+        sys.exit(f"NFT_CUDA_ARCHS: got {listed!r}, accepted is a list such as '8.0;9.0a;10.0'")
+    newest = max((a.rstrip("af") for a in archs), key=int)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return " ".join([*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        cxx = shutil.which(os.environ.get("CXX", "g++"))
+        if cxx is None:
+            sys.exit("nft_kernels: no C++ compiler found; set CXX, or NFT_KERNELS_CPU=0 for a pure-Python install")
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        from sysconfig import get_paths
+
+        includes = f"-I{pybind11.get_include()} -I{get_paths()['include']} -I{ROOT / 'csrc'}"
+        isas = {"baseline": ""} | (X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {})
+        names = [n for n in isas if n != "baseline"]
+        rules = [
+            f"cxx = {cxx}",
+            f"flags = -std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall {includes}",
+            "rule cxx",
+            "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        objects = []
+
+        def compile_to(name: str, rule: str, source: str, extra: str = "") -> None:
+            rules.extend([f"build {name}: {rule} {ROOT / 'csrc' / source}", f"  extra = {extra}"])
+            objects.append(name)
+
+        has = "".join(f" -DNFT_HAS_{n.upper()}" for n in names)
+        libraries = ""
+        nvcc = cuda_compiler()
+        if nvcc:
+            has += " -DNFT_HAS_CUDA"
+            rules += [
+                f"nvcc = {nvcc}",
+                f"cuflags = -std=c++17 -O3 -Xcompiler -fPIC -cudart static {cuda_flags()} -I{ROOT / 'csrc'}",
+                "rule nvcc",
+                "  command = $nvcc $cuflags -ccbin $cxx -c $in -o $out",
+            ]
+            compile_to("add_noise_cuda.o", "nvcc", "cuda/add_noise.cu")
+            toolkit = Path(nvcc).resolve().parent.parent
+            folders = [p.parent for p in toolkit.glob("**/libcudart_static.a")] or [
+                p.parent for p in Path("/usr/local/cuda").glob("**/libcudart_static.a")
+            ]
+            libraries = " ".join([*(f"-L{folder}" for folder in folders[:1]), "-lcudart_static -ldl -lrt -lpthread"])
+        compile_to("bindings.o", "cxx", "bindings.cpp", has)
+        for isa, flags in isas.items():
+            compile_to(f"kernels_{isa}.o", "cxx", "cpu/kernels.cpp", f"-DNFT_ISA={isa} {flags}")
+        rules += [
+            "rule link",
+            "  command = $cxx -shared -fopenmp $in -o $out $libraries",
+            f"build {target}: link {' '.join(objects)}",
+            f"  libraries = {libraries}",
+        ]
+        (build / "build.ninja").write_text("\n".join(rules) + "\n")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
+
+
+native = [] if switch("NFT_KERNELS_CPU") is False else [Extension("nft_kernels._C", sources=[])]
+setup(ext_modules=native, cmdclass={"build_ext": NinjaBuild})
