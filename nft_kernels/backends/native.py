@@ -104,7 +104,12 @@ def nft_loss(
 
 
 def add_noise(
-    x0: Tensor, t: Tensor, seed: Tensor | None, sample: Tensor | None, noise: Tensor | None, out_dtype: torch.dtype
+    x0: Tensor,
+    t: Tensor,
+    seed: Tensor | None,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
     out = torch.empty_like(x0, dtype=out_dtype)

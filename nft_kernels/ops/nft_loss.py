@@ -44,7 +44,7 @@ class _Native(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, details, ctx.grad = native.nft_loss(*args, want_grad)
+        loss, details, ctx.grad = native.nft_loss(*args, want_grad=want_grad)
         ctx.save_for_backward(*args[:8])
         ctx.options = args[8:]
         ctx.mark_non_differentiable(details)
@@ -54,8 +54,9 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grad = ctx.grad if ctx.grad is not None else native.nft_loss(*saved, *ctx.options, True)[2]
+        grad = ctx.grad if ctx.grad is not None else native.nft_loss(*saved, *ctx.options, want_grad=True)[2]
         ctx.grad = None
+        assert grad is not None
         if grad_loss.item() != 1:
             grad.mul_(grad_loss)
         return (None, grad, *[None] * 10)

@@ -66,5 +66,14 @@ def nft_loss(
         loss = loss + kl_weight * kl.mean()
     deviation = (v_theta - v_old).detach().abs()
     largest = deviation.flatten(1).amax(1) if deviation.ndim > 1 else deviation
-    details = (policy_loss, positive_loss, negative_loss, positive_weight, negative_weight, kl, mean(deviation), largest)
+    details = (
+        policy_loss,
+        positive_loss,
+        negative_loss,
+        positive_weight,
+        negative_weight,
+        kl,
+        mean(deviation),
+        largest,
+    )
     return (loss, *(x.detach() for x in details))

@@ -45,9 +45,7 @@ def _group(tag: str) -> list[dict[str, Any]]:
             for o in objects
         ]  # fmt: skip
     plain = [(_object(a), _object(b)) for a, b in permutations(SHAPES, 2)]
-    colored = [
-        (_object(a, c), _object(b, d)) for a, b in permutations(SHAPES, 2) for c, d in permutations(COLORS, 2)
-    ]
+    colored = [(_object(a, c), _object(b, d)) for a, b in permutations(SHAPES, 2) for c, d in permutations(COLORS, 2)]
     if tag == "two_object":
         return [_entry(tag, t.format(_name(a), _name(b)), a, b) for a, b in plain for t in _PAIR]
     if tag == "color_attr":
@@ -77,7 +75,5 @@ def sample(held_out: bool, per_group: int, seed: int = 0) -> list[dict[str, Any]
     """At most ``per_group`` different prompts of each task group, drawn with ``seed``, group by group."""
     rng = random.Random(seed)
     return [
-        entry
-        for entries in split(held_out).values()
-        for entry in rng.sample(entries, min(per_group, len(entries)))
+        entry for entries in split(held_out).values() for entry in rng.sample(entries, min(per_group, len(entries)))
     ]

@@ -38,8 +38,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], fi
 
 def _fits(box: tuple[int, ...], others: list[tuple[int, ...]]) -> bool:
     return all(
-        box[0] >= o[2] + _GAP or o[0] >= box[2] + _GAP or box[1] >= o[3] + _GAP or o[1] >= box[3] + _GAP
-        for o in others
+        box[0] >= o[2] + _GAP or o[0] >= box[2] + _GAP or box[1] >= o[3] + _GAP or o[1] >= box[3] + _GAP for o in others
     )
 
 

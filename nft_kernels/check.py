@@ -1,0 +1,136 @@
+"""Compare the backends with the float64 reference: ``python -m nft_kernels.check``, or on live tensors."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import native
+from .ops.add_noise import add_noise
+from .ops.nft_loss import nft_loss
+from .reference import add_noise as noise_reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class KernelMismatchError(RuntimeError):
+    """A kernel disagrees with the reference by more than the bound."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Worst elementwise error of one quantity and the bound it has to keep."""
+
+    quantity: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound
+
+
+def _compare(quantity: str, got: Tensor, plain: Tensor, exact: Tensor) -> Comparison:
+    """The design's bound: twice the error of the plain formula in the output's dtype, or 4 ulp of the result."""
+    error = (got.double() - exact).abs().max().item() if got.isfinite().all() else float("inf")
+    ulp = torch.finfo(got.dtype).eps * exact.abs().max().item() + torch.finfo(got.dtype).smallest_normal
+    return Comparison(quantity, error, max(2 * (plain.double() - exact).abs().max().item(), 4 * ulp))
+
+
+def compare_nft_loss(
+    v_theta: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> list[Comparison]:
+    """Run ``nft_loss`` and its gradient on copies of these tensors in ``backend`` and in the float64 reference.
+
+    Args:
+        v_theta, v_old, x_t, x0, t, r, options: as for ``nft_loss``.
+        backend: the backend to judge.
+
+    Returns:
+        one comparison for the loss, each per-sample value and the gradient.
+
+    Raises:
+        KernelMismatchError: naming the quantity, its worst error and the bound.
+    """
+
+    def run(chosen: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        def cast(x: Any) -> Any:
+            return x.detach().to(dtype) if dtype and isinstance(x, Tensor) else x
+
+        leaf = v_theta.detach().to(dtype or v_theta.dtype).clone().requires_grad_()
+        with torch.enable_grad():
+            out = nft_loss(
+                leaf,
+                *map(cast, (v_old, x_t, x0, t, r)),
+                **{name: cast(value) for name, value in options.items()},
+                backend=chosen,
+            )
+            out.loss.backward()
+        assert leaf.grad is not None
+        return {name: value.detach() for name, value in out._asdict().items()} | {"gradient": leaf.grad}
+
+    got, plain, exact = run(backend, None), run("reference", None), run("reference", torch.float64)
+    results = [_compare(name, got[name], plain[name], exact[name]) for name in got]
+    for result in results:
+        if not result.passed:
+            raise KernelMismatchError(
+                f"nft_loss, backend {backend!r}: {result.quantity} is off by {result.error:.3g}, "
+                f"allowed are {result.bound:.3g}. Run `python -m nft_kernels.check`; "
+                "set NFT_KERNELS_BACKEND=reference to go on without the kernels."
+            )
+    return results
+
+
+def _check_loss(backend: str, dtype: torch.dtype) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    x = [torch.randn(5, 16, 33, 31, generator=generator).to(dtype) for _ in range(5)]
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
+    r = torch.tensor([0.0, 1.0, 0.5, 0.3, 0.7])
+    v_theta, v_old, x_t, x0, v_ref = x
+    results = compare_nft_loss(v_theta, v_old, x_t, x0, t, r, v_ref=v_ref, kl_weight=0.01, beta=0.7, backend=backend)
+    return max(results, key=lambda c: c.error / c.bound)
+
+
+def _check_noise(backend: str, dtype: torch.dtype) -> Comparison:
+    x0 = torch.randn(3, 4, 33, 31, generator=torch.Generator().manual_seed(0)).to(dtype)
+    t = torch.tensor([0.0, 0.4, 1.0])
+    noise = noise_reference.normals(torch.full((3,), 7), torch.arange(3), x0[0].numel()).view(x0.shape)
+    exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
+    plain = noise_reference.add_noise(x0, t, noise, dtype)
+    return _compare("x_t", add_noise(x0, t, noise=noise, backend=backend), plain, exact)
+
+
+def main() -> int:
+    rows = []
+    reason = native.why_not([torch.empty(0)])
+    for backend in ["reference", *([] if reason else ["native"])]:
+        for op, check in (("add_noise", _check_noise), ("nft_loss", _check_loss)):
+            for dtype in _DTYPES:
+                try:
+                    worst = check(backend, dtype)
+                    rows.append((op, backend, str(dtype)[6:], f"{worst.error:.2e}", f"{worst.bound:.2e}", worst.passed))
+                except KernelMismatchError as error:
+                    rows.append((op, backend, str(dtype)[6:], str(error), "", False))
+    line = "{:10} {:10} {:9} {:>12} {:>10}  {}"
+    print(line.format("op", "backend", "dtype", "worst error", "bound", "pass"))
+    for row in rows:
+        print(line.format(*row[:5], "yes" if row[5] else "NO"))
+    if reason:
+        print(f"native was not checked: {reason}")
+    return 0 if all(row[5] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

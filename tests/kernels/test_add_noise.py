@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+
+from nft_kernels import add_noise
+from nft_kernels.backends import native
+from nft_kernels.reference.add_noise import philox
+
+HAS_NATIVE = native.why_not([torch.empty(0)]) is None
+BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="not built"))]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # Random123's published known-answer vectors for philox4x32-10
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    words = philox([torch.tensor([c]) for c in counter], [torch.tensor([k]) for k in key])
+    assert [w.item() for w in words] == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_formula(backend, dtype):
+    x0, noise = torch.randn(3, 4, 17, 9).to(dtype), torch.randn(3, 9, 17, 4).transpose(1, 3)
+    t = torch.tensor([0.0, 0.3, 1.0])
+    x_t = add_noise(x0, t, noise=noise, backend=backend)
+    exact = torch.stack([(1 - s) * a + s * n for s, a, n in zip(t.double(), x0.double(), noise.double(), strict=True)])
+    assert x_t.dtype == dtype and x_t.shape == x0.shape
+    assert (x_t.double() - exact).abs().max() <= 4 * max(torch.finfo(dtype).eps, 1e-15) * exact.abs().max()
+    assert torch.equal(x_t[0], x0[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seeded_noise_is_standard_normal_and_uncorrelated(backend):
+    n = 200_000
+    eps = add_noise(torch.zeros(4, n), torch.ones(4), seed=11, backend=backend).double()
+    assert eps.mean(1).abs().max() < 5 / math.sqrt(n)
+    assert (eps.var(1) - 1).abs().max() < 5 * math.sqrt(2 / n)
+    assert ((eps**4).mean(1) - 3).abs().max() < 5 * math.sqrt(96 / n)
+    off = torch.corrcoef(eps) - torch.eye(4)
+    assert off.abs().max() < 5 / math.sqrt(n)
+    assert (eps[:, 1:] * eps[:, :-1]).mean(1).abs().max() < 5 / math.sqrt(n)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
+def test_backends_draw_the_same_noise():
+    x0, t = torch.zeros(3, 5, 1003), torch.ones(3)
+    a, b = (add_noise(x0, t, seed=-5, backend=name) for name in ("reference", "native"))
+    # One ulp of log, cos and sin, and the rounding of their product.
+    assert ((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * a.abs().clamp_min(1)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_per_sample_seeds_do_not_depend_on_the_batch(backend):
+    seeds = torch.tensor([3, -(2**62), 2**40 + 1])
+    x0, t = torch.randn(3, 4, 7), torch.tensor([0.2, 0.5, 0.9])
+    whole = add_noise(x0, t, seed=seeds, backend=backend)
+    parts = [add_noise(x0[i : i + 1], t[i : i + 1], seed=seeds[i : i + 1], backend=backend) for i in range(3)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, add_noise(x0, t, seed=seeds + 1, backend=backend))
+
+
+def test_compiles_and_passes_opcheck():
+    x0, t, noise = torch.randn(2, 9), torch.rand(2), torch.randn(2, 9)
+    compiled = torch.compile(lambda x: add_noise(x, t, noise=noise), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x0), add_noise(x0, t, noise=noise))
+    args = (x0, t, None, None, noise, torch.float32, "auto")
+    torch.library.opcheck(torch.ops.nft_kernels.add_noise.default, args)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "seed, noise: got both or neither"),
+        ({"seed": 1, "noise": torch.zeros(2, 3)}, ValueError, "seed, noise"),
+        ({"seed": 1.5}, TypeError, "seed: got float"),
+        ({"seed": 2**63}, ValueError, "seed: got"),
+        ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed: got torch.int64 of shape"),
+        ({"noise": torch.zeros(2, 4)}, ValueError, "noise: got shape"),
+        ({"seed": 1, "out_dtype": torch.int8}, TypeError, "out_dtype: got torch.int8"),
+    ],
+)
+def test_bad_input_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        add_noise(torch.zeros(2, 3), torch.tensor([0.1, 0.2]), **options)

@@ -1,0 +1,62 @@
+import numpy as np
+import pytest
+import torch
+
+from nft_kernels import group_advantages, optimality_probability
+
+
+@pytest.mark.parametrize("std", ["global", "group"])
+def test_advantages_against_numpy(std):
+    rng = np.random.default_rng(0)
+    rewards, ids = rng.normal(size=24), rng.integers(0, 5, 24) * 7
+    expected = np.empty(24)
+    for i in range(24):
+        group = rewards[ids == ids[i]]
+        expected[i] = (rewards[i] - group.mean()) / ((rewards if std == "global" else group).std() + 1e-4)
+    got = group_advantages(torch.tensor(rewards), torch.tensor(ids), std=std)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_equal_rewards_give_no_advantage():
+    got = group_advantages(torch.full((6,), 0.25), torch.tensor([0, 0, 0, 1, 1, 1]), std="group")
+    assert got.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("continuous", [0.0, 0.0, 0.4, 0.5, 0.6, 1.0]),
+        ("positive_only", [0.5, 0.5, 0.5, 0.5, 0.6, 1.0]),
+        ("negative_only", [0.0, 0.0, 0.4, 0.5, 0.5, 0.5]),
+        ("one_only", [0.5, 0.5, 0.5, 0.5, 0.6, 0.6]),
+        ("binary", [0.4, 0.4, 0.4, 0.5, 0.6, 0.6]),
+    ],
+)
+def test_optimality_probability_worked_by_hand(mode, expected):
+    A = torch.tensor([-9.0, -5.0, -1.0, 0.0, 1.0, 7.0], dtype=torch.float64)
+    assert torch.allclose(optimality_probability(A, mode=mode), torch.tensor(expected).double(), atol=1e-15, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: group_advantages(torch.zeros(3), torch.zeros(2).long()), ValueError, "group_ids: got shape"),
+        (lambda: group_advantages(torch.zeros(3), torch.zeros(3)), TypeError, "group_ids: got torch.float32"),
+        (
+            lambda: group_advantages(torch.full((2,), float("inf")), torch.zeros(2).long()),
+            ValueError,
+            "rewards: got NaN",
+        ),
+        (
+            lambda: group_advantages(torch.zeros(2), torch.zeros(2).long(), std="local"),
+            ValueError,
+            "std: got 'local'",
+        ),
+        (lambda: optimality_probability(torch.zeros(2), mode="soft"), ValueError, "mode: got 'soft'"),
+        (lambda: optimality_probability(torch.zeros(2), adv_clip_max=0), ValueError, "adv_clip_max: got 0"),
+        (lambda: optimality_probability(torch.tensor([float("nan")])), ValueError, "A: got NaN"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

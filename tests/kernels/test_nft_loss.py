@@ -1,0 +1,271 @@
+"""The loss against the design's closed form, written independently here in float64."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nft_kernels import nft_loss
+from nft_kernels.backends import native
+from nft_kernels.check import KernelMismatchError, compare_nft_loss
+
+HAS_NATIVE = native.why_not([torch.empty(0)]) is None
+BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="not built"))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+M = 5.0
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def inputs(shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(5)]
+    t, r = (torch.rand(shape[0], generator=g, dtype=torch.float64).float() for _ in range(2))
+    return x, t, r
+
+
+def closed_form(v_theta, v_old, x_t, x0, t, r, v_ref=None, beta=1.0, kl_weight=0.0, weighting="adaptive"):
+    """Loss and gradient sample by sample from the design's formulas; the gradient by hand, not by autograd."""
+    v_theta, v_old, x_t, x0, t, r = (x.double() for x in (v_theta, v_old, x_t, x0, t, r))
+    batch, losses, grad = len(t), [], torch.zeros_like(v_theta)
+    betas = torch.as_tensor(beta, dtype=torch.float64).expand(batch)
+    rows = {k: [] for k in ("policy", "l+", "l-", "w+", "w-", "kl", "dev", "max")}
+    for i in range(batch):
+        b, n = betas[i], x0[i].numel()
+        branches = []
+        for sign in (1, -1):
+            velocity = (1 - sign * b) * v_old[i] + sign * b * v_theta[i]
+            e = x_t[i] - t[i] * velocity - x0[i]
+            w = e.abs().mean().clamp_min(1e-5) if weighting == "adaptive" else torch.ones(()).double()
+            scale = {"t": t[i], "t2": t[i] ** 2}.get(weighting, 1.0)
+            branches.append((scale * (e * e).mean() / w, w, -2 * scale * sign * b * t[i] * e / (n * w)))
+        (lp, wp, gp), (ln, wn, gn) = branches
+        policy = M * (r[i] * lp + (1 - r[i]) * ln) / b
+        grad[i] = M * (r[i] * gp + (1 - r[i]) * gn) / b / batch
+        kl = torch.zeros(()).double()
+        if v_ref is not None:
+            delta = v_theta[i] - v_ref[i].double()
+            kl = (delta * delta).mean()
+            grad[i] += 2 * kl_weight * delta / n / batch
+        d = (v_theta[i] - v_old[i]).abs()
+        for key, value in zip(rows, (policy, lp, ln, wp, wn, kl, d.mean(), d.max()), strict=True):
+            rows[key].append(value)
+        losses.append(policy + kl_weight * kl)
+    return torch.stack(losses).mean(), {k: torch.stack(v) for k, v in rows.items()}, grad
+
+
+def bound(exact, dtype):
+    """4 units in the last place at the top of the binade of the largest value, so 8 eps of it at the bottom."""
+    return 8 * torch.finfo(dtype).eps * exact.abs().max().item() + 1e-12
+
+
+def assert_matches(x, t, r, backend, **options):
+    leaf = x[0].clone().requires_grad_()
+    v_ref = x[4] if options.get("kl_weight") else None
+    out = nft_loss(leaf, *x[1:4], t, r, v_ref=v_ref, backend=backend, **options)
+    loss, rows, grad = closed_form(*x[:4], t, r, v_ref=v_ref, **options)
+    used = x[:4] if v_ref is None else x
+    math = torch.float64 if any(a.dtype == torch.float64 for a in used) else torch.float32
+    assert out.loss.dtype == math and out.loss.shape == ()
+    for got, exact in zip(out, (loss, *rows.values()), strict=True):
+        assert (got.detach().double() - exact).abs().max().item() <= bound(exact, math)
+    (scaled,) = torch.autograd.grad(out.loss, leaf)
+    assert scaled.dtype == leaf.dtype
+    assert (scaled.double() - grad).abs().max().item() <= bound(grad, leaf.dtype)
+
+
+@pytest.mark.parametrize("weighting", ["adaptive", "none", "t", "t2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_weighting(backend, dtype, weighting):
+    x, t, r = inputs((3, 4, 17, 13), dtype)
+    assert_matches(x, t, r, backend, weighting=weighting, beta=0.7, kl_weight=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 19), min_size=1, max_size=5),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
+    edges=st.lists(st.sampled_from([0.0, 1.0, 0.37]), min_size=2, max_size=2),
+    beta=st.floats(0.05, 10),
+    seed=st.integers(0, 99),
+    transpose=st.booleans(),
+)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_any_shape_dtype_mix_and_stride(name, shape, dtypes, edges, beta, seed, transpose):
+    x, t, r = inputs(tuple(shape), seed=seed)
+    x = [a.to(d) for a, d in zip(x, dtypes, strict=True)]
+    if transpose and len(shape) > 2:
+        x = [a.transpose(1, -1).contiguous().transpose(1, -1) if i % 2 else a for i, a in enumerate(x)]
+    t[0], r[0] = edges
+    assert_matches(x, t, r, name, beta=beta, kl_weight=0.1)
+
+
+def test_samples_larger_than_a_chunk(backend):
+    x, t, r = inputs((2, 16, 65, 63))
+    assert_matches(x, t, r, backend, kl_weight=0.5)
+
+
+def test_first_step_of_an_epoch_has_no_deviation(backend):
+    """With v_theta == v_old both branches coincide, and the gradient is that of (2r-1) times the SFT loss."""
+    x, t, r = inputs((4, 3, 8, 8))
+    x[1] = x[0].clone()
+    assert_matches(x, t, r, backend)
+    out = nft_loss(*x[:4], t, r, backend=backend)
+    assert out.old_deviation_max.eq(0).all() and torch.equal(out.positive_loss, out.negative_loss)
+
+
+def test_expanded_and_sliced_inputs(backend):
+    x, t, r = inputs((3, 4, 8, 6))
+    x[1] = torch.randn(1, 4, 1, 6).expand(3, 4, 8, 6)
+    x[2] = torch.randn(3, 4, 16, 12)[:, :, ::2, ::2]
+    x[0] = x[0].to(memory_format=torch.channels_last)
+    assert_matches(x, t, r, backend)
+
+
+def test_per_sample_beta(backend):
+    x, t, r = inputs((3, 4, 5))
+    assert_matches(x, t, r, backend, beta=torch.tensor([0.1, 1.0, 4.0]))
+
+
+def test_gradcheck(backend):
+    # Without adaptive weights: those are detached, so numerical differences see another function.
+    x, t, r = inputs((2, 3, 4), torch.float64)
+
+    def loss(v):
+        return nft_loss(v, *x[1:4], t, r, v_ref=x[4], kl_weight=0.3, beta=0.5, weighting="none", backend=backend).loss
+
+    assert torch.autograd.gradcheck(loss, x[0].requires_grad_())
+
+
+def test_gradient_scale_and_second_backward(backend):
+    x, t, r = inputs((3, 16, 40, 40))
+    leaf = x[0].clone().requires_grad_()
+    loss = nft_loss(leaf, *x[1:4], t, r, backend=backend).loss
+    once, twice, third = (
+        torch.autograd.grad(loss, leaf, torch.tensor(s), retain_graph=True)[0] for s in (1.0, 2.0, 0.5)
+    )
+    assert torch.equal(twice, 2 * once) and torch.equal(third, once / 2)
+
+
+def test_only_v_theta_has_a_gradient(backend):
+    x, t, r = inputs((2, 8))
+    for a in x:
+        a.requires_grad_()
+    out = nft_loss(*x[:4], t, r, v_ref=x[4], kl_weight=1.0, backend=backend)
+    out.loss.backward()
+    assert x[0].grad is not None and all(a.grad is None for a in x[1:])
+    assert not any(value.requires_grad for value in out[1:])
+
+
+def test_overwritten_input_is_noticed(backend):
+    x, t, r = inputs((2, 8))
+    leaf = x[0].requires_grad_()
+    loss = nft_loss(leaf * 1, *x[1:4], t, r, backend=backend).loss
+    x[1].add_(1)
+    if backend == "native":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_inputs_stay_and_reruns_are_bitwise_equal_for_any_thread_count(backend):
+    x, t, r = inputs((3, 16, 50, 50), torch.bfloat16)
+    before = [a.clone() for a in x]
+
+    def run():
+        leaf = x[0].clone().requires_grad_()
+        out = nft_loss(leaf, *x[1:4], t, r, v_ref=x[4], kl_weight=0.1, backend=backend)
+        out.loss.backward()
+        return [*out, leaf.grad]
+
+    threads, first = torch.get_num_threads(), run()
+    try:
+        if backend == "native":
+            torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(before, x, strict=True))
+
+
+def test_nan_is_not_hidden(backend):
+    x, t, r = inputs((2, 40))
+    x[0][0, 3] = float("nan")
+    out = nft_loss(*x[:4], t, r, backend=backend)
+    assert out.policy_loss[0].isnan() and out.old_deviation_max[0].isnan() and out.policy_loss[1].isfinite()
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
+@pytest.mark.parametrize("isa", native._C.isas if HAS_NATIVE else [])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype, monkeypatch):
+    monkeypatch.setitem(os.environ, "NFT_KERNELS_ISA", isa)
+    x, t, r = inputs((3, 5, 31, 29), dtype)
+    assert_matches(x, t, r, "native", kl_weight=0.01)
+
+
+@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
+def test_compiles_whole_and_passes_opcheck():
+    x, t, r = inputs((2, 4, 9))
+
+    def step(v):
+        return nft_loss(v, *x[1:4], t, r, v_ref=x[4], kl_weight=0.1, backend="native")
+
+    eager, compiled = x[0].clone().requires_grad_(), x[0].clone().requires_grad_()
+    step(eager).loss.backward()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(compiled).loss.backward()
+    assert torch.equal(eager.grad, compiled.grad)
+    args = (
+        eager.detach(),
+        *x[1:4],
+        t,
+        r,
+        x[4],
+        torch.ones(2, dtype=torch.float64),
+        5.0,
+        0.1,
+        "adaptive",
+        False,
+    )
+    torch.library.opcheck(torch.ops.nft_kernels.nft_loss.default, args)
+
+
+def test_the_live_check_notices_a_wrong_kernel(monkeypatch):
+    x, t, r = inputs((2, 4, 9))
+    compare_nft_loss(*x[:4], t, r)
+    if HAS_NATIVE:
+        right = native.nft_loss
+        monkeypatch.setattr(native, "nft_loss", lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
+        with pytest.raises(KernelMismatchError, match="loss is off by"):
+            compare_nft_loss(*x[:4], t, r, backend="native")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"v_old": torch.zeros(2, 7)}, ValueError, "v_old: got shape"),
+        ({"x_t": torch.zeros(2, 8, dtype=torch.int32)}, TypeError, "x_t: got torch.int32"),
+        ({"x0": torch.zeros(0, 8)}, ValueError, "x0: got shape"),
+        ({"t": torch.zeros(3)}, ValueError, "t: got shape"),
+        ({"t": torch.tensor([0.5, 1.5])}, ValueError, "t: got values outside"),
+        ({"r": torch.tensor([0.5, float("nan")])}, ValueError, "r: got values outside"),
+        ({"v_theta": torch.zeros(2, 8, device="meta")}, ValueError, "v_theta: got device meta"),
+        ({"beta": 0.0}, ValueError, "beta: got 0.0"),
+        ({"beta": torch.tensor([1.0, -1.0])}, ValueError, "beta: got values"),
+        ({"adv_clip_max": float("nan")}, ValueError, "adv_clip_max: got nan"),
+        ({"kl_weight": -1.0}, ValueError, "kl_weight: got -1.0"),
+        ({"kl_weight": 1.0}, ValueError, "v_ref: got None"),
+        ({"weighting": "t3"}, ValueError, "weighting: got 't3'"),
+        ({"backend": "cuda"}, ValueError, "backend: got 'cuda'"),
+        ({"backend": "triton"}, RuntimeError, "backend: 'triton'"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    x, t, r = inputs((2, 8))
+    good = dict(zip(("v_theta", "v_old", "x_t", "x0"), x, strict=False)) | {"t": t, "r": r}
+    with pytest.raises(error, match=message):
+        nft_loss(**(good | change))
