@@ -81,11 +81,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("nft_loss", [](const std::string& isa, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
                        const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
                        bool adaptive, bool double_math, int64_t batch, int64_t elements, uintptr_t t, uintptr_t r,
-                       uintptr_t beta, uintptr_t multiplier, double adv_clip_max, double kl_weight, uintptr_t out) {
+                       uintptr_t beta, uintptr_t multiplier, double adv_clip_max, double kl_weight, double grad_scale, uintptr_t out) {
     LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), v_ref ? view(*v_ref) : View{},
                grad ? view(*grad) : View{}, v_ref.has_value(), grad.has_value(), adaptive, double_math, batch,
                elements, pointer<double>(t), pointer<double>(r), pointer<double>(beta),
-               pointer<double>(multiplier), adv_clip_max, kl_weight, pointer<double>(out)};
+               pointer<double>(multiplier), adv_clip_max, kl_weight, grad_scale, pointer<double>(out)};
     dispatch(isa, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss));
   });
   m.def("add_noise", [](const std::string& isa, const Tensor& x0, const std::optional<Tensor>& noise,

@@ -254,9 +254,10 @@ Coefficients finish(const LossArgs& a, int64_t b, const Sums& s) {
   const double values[8] = {a.adv_clip_max * (r * l_positive + (1 - r) * l_negative) / beta,
                             l_positive, l_negative, w_positive, w_negative, s.kl / n, s.d_abs / n, s.d_max};
   for (int i = 0; i < 8; ++i) a.out[i * a.batch + b] = values[i];
-  const double common = 2 * a.adv_clip_max * scale * t / n / static_cast<double>(a.batch);
+  const double outer = a.grad_scale / n / static_cast<double>(a.batch);
+  const double common = 2 * a.adv_clip_max * scale * t * outer;
   return {-common * r / w_positive, common * (1 - r) / w_negative,
-          2 * a.kl_weight / n / static_cast<double>(a.batch)};
+          2 * a.kl_weight * outer};
 }
 
 template <typename T>

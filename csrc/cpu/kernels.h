@@ -23,7 +23,7 @@ struct LossArgs {
   bool has_ref, want_grad, adaptive, double_math;
   int64_t batch, elements;
   const double *t, *r, *beta, *multiplier;  // per sample; multiplier is the time weighting of the errors
-  double adv_clip_max, kl_weight;
+  double adv_clip_max, kl_weight, grad_scale;
   double* out;  // (8, batch): policy, l+, l-, w+, w-, kl, mean |d|, max |d|
 };
 

@@ -68,16 +68,18 @@ def nft_loss(
     adv_clip_max: float,
     kl_weight: float,
     weighting: str,
-    want_grad: bool,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The scalar loss, the (8, B) per-sample values, and d loss / d v_theta if wanted."""
+    """Scalar loss, (8, B) per-sample values, and grad_scale * d loss / d v_theta in ``grad_dtype`` if given."""
     tensors = [x for x in (v_theta, v_old, x_t, x0, v_ref) if x is not None]
     double_math = any(x.dtype == torch.float64 for x in tensors)
     t, r, beta = (x.double().contiguous() for x in (t, r, beta))
     multiplier = time_weighting(t, weighting)
     batch = x0.shape[0]
     out = torch.empty(8, batch, dtype=torch.float64)
-    grad = torch.empty_like(v_theta) if want_grad else None
+    grad = torch.empty_like(v_theta, dtype=grad_dtype) if grad_dtype else None
     _C.nft_loss(
         isa(),
         _describe(v_theta),
@@ -96,6 +98,7 @@ def nft_loss(
         multiplier.data_ptr(),
         adv_clip_max,
         kl_weight,
+        grad_scale,
         out.data_ptr(),
     )
     loss = out[0].mean() + kl_weight * out[5].mean()

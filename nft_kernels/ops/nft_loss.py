@@ -40,11 +40,13 @@ class NFTLossOutput(NamedTuple):
 
 class _Native(torch.autograd.Function):
     """The inputs are saved beside the gradient: autograd then notices if one is overwritten, and a second backward
-    can compute the gradient anew after the first has given its buffer away."""
+    can compute the gradient anew after the first has given its buffer away. A float16 gradient is only computed in
+    the backward, where the loss scale is known: without it, it would underflow."""
 
     @staticmethod
     def forward(ctx: Any, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        loss, details, ctx.grad = native.nft_loss(*args, want_grad=want_grad)
+        ahead = want_grad and args[0].dtype != torch.float16
+        loss, details, ctx.grad = native.nft_loss(*args, grad_dtype=args[0].dtype if ahead else None)
         ctx.save_for_backward(*args[:8])
         ctx.options = args[8:]
         ctx.mark_non_differentiable(details)
@@ -54,12 +56,16 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grad = ctx.grad if ctx.grad is not None else native.nft_loss(*saved, *ctx.options, want_grad=True)[2]
-        ctx.grad = None
-        assert grad is not None
-        if grad_loss.item() != 1:
-            grad.mul_(grad_loss)
+        scale, grad, ctx.grad = grad_loss.item(), ctx.grad, None
+        if grad is None:
+            grad = native.nft_loss(*saved, *ctx.options, grad_dtype=saved[0].dtype, grad_scale=scale)[2]
+        elif scale != 1:
+            grad.mul_(scale)
         return (None, grad, *[None] * 10)
+
+
+def _unscaled_dtype(v_theta: Tensor) -> torch.dtype:
+    return torch.float32 if v_theta.dtype == torch.float16 else v_theta.dtype
 
 
 @torch.library.custom_op("nft_kernels::nft_loss", mutates_args=())
@@ -78,7 +84,18 @@ def _op(
     want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, details, grad = native.nft_loss(
-        v_theta, v_old, x_t, x0, t, r, v_ref, beta, adv_clip_max, kl_weight, weighting, want_grad
+        v_theta,
+        v_old,
+        x_t,
+        x0,
+        t,
+        r,
+        v_ref,
+        beta,
+        adv_clip_max,
+        kl_weight,
+        weighting,
+        grad_dtype=_unscaled_dtype(v_theta) if want_grad else None,
     )
     return loss, details, grad if grad is not None else v_theta.new_empty(0)
 
@@ -101,16 +118,21 @@ def _fake(
     tensors = [x for x in (v_theta, v_old, x_t, x0, v_ref) if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     out = x0.new_empty((8, x0.shape[0]), dtype=dtype)
-    return out.new_empty(()), out, torch.empty_like(v_theta) if want_grad else v_theta.new_empty(0)
+    return (
+        out.new_empty(()),
+        out,
+        torch.empty_like(v_theta, dtype=_unscaled_dtype(v_theta)) if want_grad else v_theta.new_empty(0),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[2])
+    ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return (grad * grad_loss.to(grad.dtype), *[None] * 11)
+    return ((grad * grad_loss.to(grad.dtype)).to(ctx.dtype), *[None] * 11)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

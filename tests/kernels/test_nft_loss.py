@@ -152,6 +152,22 @@ def test_gradient_scale_and_second_backward(backend):
     assert torch.equal(twice, 2 * once) and torch.equal(third, once / 2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_scale_keeps_float16_gradients_from_underflow(backend, compiled):
+    x, t, r = inputs((8, 16, 32, 32), torch.float16)
+    *_, exact = closed_form(*x[:4], t, r)
+    assert exact.abs().median() < torch.finfo(torch.float16).smallest_normal  # digits are lost without a scale
+
+    def loss(v):
+        return nft_loss(v, *x[1:4], t, r, backend=backend).loss
+
+    leaf = x[0].clone().requires_grad_()
+    run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+    (grad,) = torch.autograd.grad(run(leaf) * 65536, leaf)
+    assert (grad.double() / 65536 - exact).abs().max() <= 4 * torch.finfo(torch.float16).eps * exact.abs().max()
+    assert ((grad.double() / 65536 - exact).abs() <= 0.01 * exact.abs() + 1e-10).all()
+
+
 def test_only_v_theta_has_a_gradient(backend):
     x, t, r = inputs((2, 8))
     for a in x:
@@ -239,7 +255,7 @@ def test_the_live_check_notices_a_wrong_kernel(monkeypatch):
     compare_nft_loss(*x[:4], t, r)
     if HAS_NATIVE:
         right = native.nft_loss
-        monkeypatch.setattr(native, "nft_loss", lambda *a: (right(*a)[0] * 1.001, *right(*a)[1:]))
+        monkeypatch.setattr(native, "nft_loss", lambda *a, **k: (right(*a, **k)[0] * 1.001, *right(*a, **k)[1:]))
         with pytest.raises(KernelMismatchError, match="loss is off by"):
             compare_nft_loss(*x[:4], t, r, backend="native")
 
