@@ -119,6 +119,13 @@ def test_first_step_of_an_epoch_has_no_deviation(backend):
     assert out.old_deviation_max.eq(0).all() and torch.equal(out.positive_loss, out.negative_loss)
 
 
+def test_gradient_vanishes_exactly_where_nothing_is_to_learn(backend):
+    x, t, _ = inputs((3, 7, 9))
+    leaf = x[1].clone().requires_grad_()
+    nft_loss(leaf, *x[1:4], t, torch.full((3,), 0.5), backend=backend).loss.backward()
+    assert leaf.grad.eq(0).all()
+
+
 def test_expanded_and_sliced_inputs(backend):
     x, t, r = inputs((3, 4, 8, 6))
     x[1] = torch.randn(1, 4, 1, 6).expand(3, 4, 8, 6)

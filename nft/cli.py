@@ -1,0 +1,93 @@
+"""Command line: ``nft train``, ``nft pretrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+app = typer.Typer(help="DiffusionNFT: online reinforcement learning on the forward process.", no_args_is_help=True)
+_console = Console()
+
+
+def _fail(error: Exception) -> typer.Exit:
+    _console.print(f"[red]error:[/red] {error}", highlight=False)
+    return typer.Exit(2)
+
+
+@app.command()
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, such as epochs=20")] = None,
+    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+    output: Annotated[Path | None, typer.Option(help="folder of the run; runs/CONFIG by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
+    verify_kernels: Annotated[bool, typer.Option(help="compare the loss with the reference in the first steps")] = True,
+) -> None:
+    """Fine-tune a pipeline with DiffusionNFT."""
+    from .config import ConfigError, load_config
+
+    extra = [] if verify_kernels else ["verify_kernels_steps=0"]
+    try:
+        settings = load_config(config, [*(overrides or []), *extra])
+    except ConfigError as error:
+        raise _fail(error) from None
+    folder = output or Path("runs") / Path(config).stem
+    from nft_kernels.check import KernelMismatchError
+
+    from .report import save_grid, write_report
+    from .trainer import Trainer
+
+    try:
+        trainer = Trainer(settings, folder, resume=resume)
+    except (FileExistsError, FileNotFoundError) as error:
+        raise _fail(error) from None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    seen: dict[str, float] = {}
+    with Progress(*columns, console=_console) as progress:
+        bar = progress.add_task("evaluating", total=settings.epochs, completed=trainer.epoch)
+
+        def on_epoch(metrics: dict[str, float]) -> None:
+            seen.update(metrics)
+            text = ", ".join(f"{k} {seen[k]:.3f}" for k in ("reward", "loss", "eval_strict") if k in seen)
+            progress.update(bar, completed=trainer.epoch, description=text)
+            if "eval_strict" in metrics:
+                progress.print(f"epoch {trainer.epoch}: held-out strict score {metrics['eval_strict']:.3f}")
+
+        try:
+            trainer.train(
+                on_epoch,
+                lambda epoch, x, names: save_grid(x, names, folder / ("after.png" if epoch else "before.png")),
+            )
+        except KeyboardInterrupt:
+            progress.stop()
+            again = " ".join(["nft train", f"--config {config}", f"--output {folder} --resume", *(overrides or [])])
+            kept = f"epoch {trainer.epoch} is saved" if trainer.epoch else "no epoch was finished"
+            _console.print(f"stopped: {kept}; go on with\n  {again}" if trainer.epoch else f"stopped: {kept}")
+            raise typer.Exit(130) from None
+        except KernelMismatchError as error:
+            progress.stop()
+            raise _fail(error) from None
+    _console.print(f"report: {write_report(folder)}")
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path, typer.Argument(help="folder to write the pipeline to")],
+    seed: int = 0,
+    flow_steps: int = 5000,
+    wrong_share: Annotated[float, typer.Option(help="share of pictures with another picture's caption")] = 0.5,
+) -> None:
+    """Make the base policy of the shapes world."""
+    from .worlds.shapes.pretrain import pretrain as run
+
+    try:
+        run(output, seed=seed, flow_steps=flow_steps, wrong_share=wrong_share)
+    except ValueError as error:
+        raise _fail(error) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,128 @@
+"""The policy: a Stable Diffusion 3 pipeline with the LoRA adapters ``default`` (trained) and ``old`` (rollouts)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
+
+# The eight attention projections of the joint attention, as in the paper's appendix.
+TARGETS = [
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+]
+
+
+def old_policy_decay(schedule: str, step: int) -> float:
+    """eta of theta_old <- eta theta_old + (1-eta) theta at optimizer phase ``step``."""
+    if schedule == "copy":
+        return 0.0
+    if schedule == "linear_0.5":
+        return min(0.001 * step, 0.5)
+    if schedule == "delayed_0.999":
+        return 0.0 if step < 75 else min(0.0075 * (step - 75), 0.999)
+    raise ValueError(f"schedule: got {schedule!r}, accepted are copy, linear_0.5, delayed_0.999")
+
+
+class Policy:
+    """Velocities under a chosen adapter, prompt embeddings and decoding of one pipeline."""
+
+    def __init__(self, pipeline: str, rank: int, alpha: int, max_sequence_length: int):
+        """Load ``pipeline`` (hub name, folder, or ``shapes``) and add both adapters, equal and without effect.
+
+        Raises:
+            FileNotFoundError: weights that are neither on disk nor reachable.
+        """
+        source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
+        try:
+            self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"pipeline: got {pipeline!r}, which is neither a folder with a saved pipeline nor a "
+                "reachable hub name: download it with `huggingface-cli download` (after accepting its licence) or give a folder"
+            ) from error
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.transformer = self.pipeline.transformer
+        for module in (self.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            module.requires_grad_(False).eval()
+        if self.pipeline.text_encoder_3 is not None:
+            self.pipeline.text_encoder_3.requires_grad_(False).eval()
+        self.lora = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=TARGETS)
+        for name in ("default", "old"):
+            self.transformer.add_adapter(self.lora, adapter_name=name)
+        self.trained = self._adapter_parameters("default")
+        self._old = self._adapter_parameters("old")
+        self.update_old(0.0)
+        for parameter in self._old:
+            parameter.requires_grad_(False)
+        self._max_sequence_length = max_sequence_length
+        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+        self.use("default")
+
+    def _adapter_parameters(self, adapter: str) -> list[torch.nn.Parameter]:
+        return [p for name, p in self.transformer.named_parameters() if f".{adapter}." in name]
+
+    def use(self, adapter: str | None) -> None:
+        """Choose the adapter of the next evaluations; None is the reference model."""
+        if adapter is None:
+            self.transformer.disable_adapters()
+            return
+        self.transformer.enable_adapters()
+        self.transformer.set_adapter(adapter)
+        for parameters, trained in ((self.trained, adapter == "default"), (self._old, False)):
+            for parameter in parameters:
+                parameter.requires_grad_(trained)
+
+    @torch.no_grad()
+    def update_old(self, decay: float) -> None:
+        """theta_old <- decay theta_old + (1-decay) theta."""
+        for old, new in zip(self._old, self.trained, strict=True):
+            old.lerp_(new, 1 - decay)
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings (B, L, D) and pooled embeddings (B, P); every distinct prompt is encoded once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
+        if missing:
+            embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                missing, None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
+            )
+            self._embeddings.update(zip(missing, zip(embeds, pooled, strict=True), strict=True))
+        rows = [self._embeddings[p] for p in prompts]
+        return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+
+    def velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+        """v(x_t, t) of the adapter in use; t (B,) in [0, 1], never rounded to an integer timestep."""
+        return self.transformer(x_t, embeds, pooled, 1000 * t, return_dict=False)[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one sample's latents."""
+        config = self.transformer.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, H, W, 3) uint8 of clean latents."""
+        vae = self.pipeline.vae
+        pictures = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+        return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def save_adapter(self, adapter: str, folder: Path) -> None:
+        """Write one adapter in PEFT's format."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lora.save_pretrained(folder)
+        state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+
+    def load_adapter(self, adapter: str, folder: Path) -> None:
+        """Read one adapter that ``save_adapter`` wrote."""
+        set_peft_model_state_dict(
+            self.transformer, load_file(folder / "adapter_model.safetensors"), adapter_name=adapter
+        )
