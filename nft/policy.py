@@ -45,7 +45,8 @@ class Policy:
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"pipeline: got {pipeline!r}, which is neither a folder with a saved pipeline nor a "
-                "reachable hub name: download it with `huggingface-cli download` (after accepting its licence) or give a folder"
+                "reachable hub name: accept its"
+                " licence and run `hf download`, or give a folder"
             ) from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer

@@ -236,14 +236,11 @@ Sums chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buff
   return sums;
 }
 
-// The gradient is deviation * d + base * (x_t - t v_old - x0) + kl * (v_theta - v_ref). Joining the branches in
-// float64 before they meet the elements keeps the digits they would lose by cancelling: it is exactly 0 where
-// v_theta = v_old and r = 1/2.
 struct Coefficients {
-  double deviation, base, kl;
+  double positive, negative, kl;
 };
 
-// Per-sample results into out, and the factors of the gradient.
+// Per-sample results into out, and the factors of e+, e- and (v_theta - v_ref) in the gradient.
 Coefficients finish(const LossArgs& a, int64_t b, const Sums& s) {
   const double n = static_cast<double>(a.elements), r = a.r[b], beta = a.beta[b], t = a.t[b];
   auto weight = [&](double abs_sum) {
@@ -259,8 +256,7 @@ Coefficients finish(const LossArgs& a, int64_t b, const Sums& s) {
   for (int i = 0; i < 8; ++i) a.out[i * a.batch + b] = values[i];
   const double outer = a.grad_scale / n / static_cast<double>(a.batch);
   const double common = 2 * a.adv_clip_max * scale * t * outer;
-  const double up = r / w_positive, down = (1 - r) / w_negative;
-  return {common * t * beta * (up + down), common * (down - up),
+  return {-common * r / w_positive, common * (1 - r) / w_negative,
           2 * a.kl_weight * outer};
 }
 
@@ -270,14 +266,15 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t start, int64_t count, cons
   const T* v_old = load(a.v_old, b, start, count, buf.v_old);
   const T* x_t = load(a.x_t, b, start, count, buf.x_t);
   const T* x0 = load(a.x0, b, start, count, buf.x0);
-  const T t = static_cast<T>(a.t[b]);
-  const T deviation_factor = static_cast<T>(c.deviation), base_factor = static_cast<T>(c.base);
+  const T t = static_cast<T>(a.t[b]), t_beta = static_cast<T>(a.t[b] * a.beta[b]);
+  const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
   const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
   T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, b)) + start : buf.grad;
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
-    const T base = (x_t[k] - x0[k]) - t * v_old[k];
-    grad[k] = deviation_factor * (v_theta[k] - v_old[k]) + base_factor * base;
+    T d, positive, negative;
+    errors(v_theta[k], v_old[k], x_t[k], x0[k], t, t_beta, d, positive, negative);
+    grad[k] = positive_factor * positive + negative_factor * negative;
   }
   if (a.has_ref && a.kl_weight > 0) {
     const T* v_ref = load(a.v_ref, b, start, count, buf.v_ref);

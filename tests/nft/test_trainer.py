@@ -1,0 +1,171 @@
+"""The trainer on an untrained tiny pipeline: every step of the real code, a few pictures at a time."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from nft.config import ConfigError, load_config
+from nft.policy import Policy, old_policy_decay
+from nft.report import write_report
+from nft.rollout import rollout, times
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
+         "eval_prompts_per_group=1", "eval_steps=2", "eval_every=2", "lora_rank=4"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    build_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def policy(pipeline):
+    return Policy(pipeline, 4, 8, 12)
+
+
+def settings(pipeline, *overrides):
+    return load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
+
+
+def parameters(trainer):
+    return [p.detach().clone() for p in trainer.policy.trained]
+
+
+def test_interrupted_and_resumed_run_equals_an_unbroken_one(pipeline, tmp_path):
+    whole = Trainer(settings(pipeline, "epochs=3"), tmp_path / "whole")
+    whole.train()
+    first = Trainer(settings(pipeline, "epochs=3"), tmp_path / "parts")
+
+    def interrupt(metrics):
+        if first.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.train(interrupt)
+    second = Trainer(settings(pipeline, "epochs=3"), tmp_path / "parts", resume=True)
+    assert second.epoch == 1
+    second.train()
+    assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(parameters(whole), whole.policy._old, strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1, 2, 2, 3, 3]
+    assert "eval_strict" in lines[0] and "reward" in lines[1]
+    assert write_report(tmp_path / "whole").read_text().count("data:image/png") == 1
+
+
+def test_base_weights_never_change(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline, "epochs=1"), tmp_path / "run")
+    base = {n: p.clone() for n, p in trainer.policy.transformer.named_parameters() if "lora" not in n}
+    trainer.train()
+    now = dict(trainer.policy.transformer.named_parameters())
+    assert base and all(torch.equal(p, now[n]) for n, p in base.items())
+
+
+def test_adapters_start_without_effect_and_old_follows(policy):
+    x, t = torch.randn(2, *policy.latent_shape), torch.tensor([0.2, 0.8])
+    embeds, pooled = policy.embed(["a red circle", "two blue squares"])
+
+    def velocity(adapter):
+        policy.use(adapter)
+        with torch.no_grad():
+            return policy.velocity(x, t, embeds, pooled)
+
+    assert torch.equal(velocity("default"), velocity(None)) and torch.equal(velocity("old"), velocity(None))
+    before = [p.detach().clone() for p in policy.trained]
+    with torch.no_grad():
+        for p in policy.trained:
+            p.add_(0.1)
+    assert not torch.equal(velocity("default"), velocity("old"))
+    policy.update_old(0.75)
+    for old, start, new in zip(policy._old, before, policy.trained, strict=True):
+        torch.testing.assert_close(old.detach(), 0.75 * start + 0.25 * new.detach())
+    policy.update_old(0.0)
+    assert torch.equal(velocity("default"), velocity("old"))
+
+
+def test_eight_projections_are_adapted(policy):
+    names = {n.split(".attn.")[1].split(".lora")[0] for n, _ in policy.transformer.named_parameters() if "lora" in n}
+    assert names == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_a_picture_depends_on_its_seed_and_prompt_only(policy, solver):
+    policy.use(None)
+    prompts, seeds, grid = ["a red circle", "a cross", "two black squares"], [7, 8, 9], times(3, 1.0)
+    whole = rollout(policy, prompts, seeds, grid, solver, 3)
+    alone = torch.cat([rollout(policy, prompts[i : i + 1], seeds[i : i + 1], grid, solver, 1) for i in range(3)])
+    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
+    assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+def test_solvers_reach_their_order_on_a_closed_form_velocity():
+    """For x0 = N(0, s^2) the velocity is x ((1+s^2) t - s^2) / ((1-t)^2 s^2 + t^2), and x(0) = s x(1)."""
+
+    class Gaussian:
+        latent_shape = (1, 1, 1)
+
+        def embed(self, prompts):
+            return torch.zeros(len(prompts), 1), None
+
+        def velocity(self, x, t, embeds, pooled):
+            t, s2 = t.double().view(-1, 1, 1, 1), 0.25
+            return (x.double() * ((1 + s2) * t - s2) / ((1 - t) ** 2 * s2 + t**2)).float()
+
+    def error(solver, steps):
+        seeds = list(range(50))
+        start = rollout(Gaussian(), ["x"] * 50, seeds, torch.tensor([1.0]), solver, 50)
+        end = rollout(Gaussian(), ["x"] * 50, seeds, times(steps, 1.0), solver, 50)
+        return ((end - 0.5 * start).abs() / start.abs()).mean().item()
+
+    assert 1.7 < error("euler", 20) / error("euler", 40) < 2.3
+    assert 3.2 < error("heun", 20) / error("heun", 40) < 4.8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        ("copy", {0: 0, 500: 0}),
+        ("linear_0.5", {0: 0, 100: 0.1, 900: 0.5}),
+        ("delayed_0.999", {74: 0, 75: 0, 95: 0.15, 999: 0.999}),
+    ],
+)
+def test_old_policy_schedules(schedule, values):
+    for step, eta in values.items():
+        assert old_policy_decay(schedule, step) == pytest.approx(eta)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learning_rat=1", "learning_rat: unknown key, did you mean learning_rate?"),
+        ("group_size=1", "group_size: got 1, "),
+        ("learning_rate=fast", "learning_rate: got 'fast'"),
+        ("weighting=t3", "weighting: got 't3'"),
+        ("epochs", "override: got 'epochs'"),
+    ],
+)
+def test_bad_configuration_is_named(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config("shapes", [override])
+    assert message in str(caught.value)
+
+
+def test_numbers_in_exponent_notation_are_numbers():
+    assert load_config("shapes", ["learning_rate=3e-4"]).learning_rate == 3e-4
+
+
+def test_missing_pipeline_and_existing_run_are_named(pipeline, tmp_path):
+    with pytest.raises(FileNotFoundError, match="pipeline: got '/nowhere'"):
+        Policy("/nowhere", 4, 8, 12)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        Trainer(settings(pipeline), tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        Trainer(settings(pipeline), tmp_path / "none", resume=True)
