@@ -112,7 +112,7 @@ class Policy:
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, H, W, 3) uint8 of clean latents."""
         vae = self.pipeline.vae
-        pictures = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+        pictures = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
         return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def save_adapter(self, adapter: str, folder: Path) -> None:
