@@ -11,6 +11,7 @@ from nft.config import ConfigError, load_config
 from nft.policy import Policy, old_policy_decay
 from nft.report import write_report
 from nft.rollout import rollout, times
+from nft.tasks import TASKS, Shapes
 from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
 
@@ -32,6 +33,18 @@ def policy(pipeline):
 
 def settings(pipeline, *overrides):
     return load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
+
+
+class Brightness(Shapes):
+    """An untrained pipeline draws no shapes: reward what differs between its pictures, so that there is a gradient."""
+
+    def score(self, pictures, entries):
+        return (pictures.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 2)
+
+
+@pytest.fixture(autouse=True)
+def rewarded(monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
 
 
 def parameters(trainer):
