@@ -43,11 +43,13 @@ class Policy:
         try:
             self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=torch.float32)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"pipeline: got {pipeline!r}, which is neither a folder with a saved pipeline nor a "
-                "reachable hub name: accept its"
-                " licence and run `hf download`, or give a folder"
-            ) from error
+            hint = (
+                "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
+                if pipeline == "shapes"
+                else "it is neither a folder with a saved pipeline nor a reachable hub name: accept the model's "
+                "licence and run `hf download`, or give a folder"
+            )
+            raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer
         for module in (self.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
