@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from sysconfig import get_paths
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -62,8 +63,6 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        from sysconfig import get_paths
-
         includes = f"-I{pybind11.get_include()} -I{get_paths()['include']} -I{ROOT / 'csrc'}"
         isas = {"baseline": ""} | (X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {})
         names = [n for n in isas if n != "baseline"]
@@ -88,7 +87,6 @@ class NinjaBuild(build_ext):
         libraries = ""
         nvcc = cuda_compiler()
         if nvcc:
-            has += " -DNFT_HAS_CUDA"
             rules += [
                 f"nvcc = {nvcc}",
                 f"cuflags = -std=c++17 -O3 -Xcompiler -fPIC -cudart static {cuda_flags()} -I{ROOT / 'csrc'}",

@@ -73,11 +73,6 @@ T* pointer(uintptr_t address) {
 PYBIND11_MODULE(_C, m) {
   using namespace nft;
   m.attr("isas") = isas();
-#if defined(NFT_HAS_CUDA)
-  m.attr("has_cuda") = true;
-#else
-  m.attr("has_cuda") = false;
-#endif
   m.def("nft_loss", [](const std::string& isa, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
                        const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
                        bool adaptive, bool double_math, int64_t batch, int64_t elements, uintptr_t t, uintptr_t r,

@@ -64,8 +64,8 @@ def train(
         except KeyboardInterrupt:
             progress.stop()
             again = " ".join(["nft train", f"--config {config}", f"--output {folder} --resume", *(overrides or [])])
-            kept = f"epoch {trainer.epoch} is saved" if trainer.epoch else "no epoch was finished"
-            _console.print(f"stopped: {kept}; go on with\n  {again}" if trainer.epoch else f"stopped: {kept}")
+            saved = f"epoch {trainer.epoch} is saved; go on with\n  {again}"
+            _console.print(f"stopped: {saved if trainer.epoch else 'no epoch was finished'}")
             raise typer.Exit(130) from None
         except KernelMismatchError as error:
             progress.stop()

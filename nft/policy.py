@@ -62,8 +62,6 @@ class Policy:
         self.trained = self._adapter_parameters("default")
         self._old = self._adapter_parameters("old")
         self.update_old(0.0)
-        for parameter in self._old:
-            parameter.requires_grad_(False)
         self._max_sequence_length = max_sequence_length
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         self.use("default")
@@ -78,9 +76,11 @@ class Policy:
             return
         self.transformer.enable_adapters()
         self.transformer.set_adapter(adapter)
-        for parameters, trained in ((self.trained, adapter == "default"), (self._old, False)):
-            for parameter in parameters:
-                parameter.requires_grad_(trained)
+        # Choosing an adapter makes it trainable; only ``default`` ever is.
+        for parameter in self.trained:
+            parameter.requires_grad_(adapter == "default")
+        for parameter in self._old:
+            parameter.requires_grad_(False)
 
     @torch.no_grad()
     def update_old(self, decay: float) -> None:
@@ -112,9 +112,10 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, H, W, 3) uint8 of clean latents."""
+        """Pictures (B, H, W, 3) uint8 of clean latents, decoded 64 at a time."""
         vae = self.pipeline.vae
-        pictures = vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        pictures = torch.cat([vae.decode(part).sample for part in latents.split(64)])
         return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def save_adapter(self, adapter: str, folder: Path) -> None:

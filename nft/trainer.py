@@ -44,6 +44,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.policy = Policy(config.pipeline, config.lora_rank, config.lora_alpha, config.max_sequence_length)
         self.task = TASKS[config.task]()
+        self.groups = self.task.train_prompts()
         self.optimizer = torch.optim.AdamW(
             self.policy.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
@@ -62,19 +63,14 @@ class Trainer:
     def sample(self) -> dict[str, Any]:
         """One epoch's pictures from the old policy: clean latents, prompts, rewards and r."""
         c, rng = self.config, self._rng("rollout")
-        groups = self.task.train_prompts()
+        groups = self.groups
         chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
         entries = [entry for entry in chosen for _ in range(c.group_size)]
         prompts = [entry["prompt"] for entry in entries]
         seeds = [rng.getrandbits(62) for _ in entries]
         self.policy.use("old")
         x0 = rollout(self.policy, prompts, seeds, self.grid, c.rollout_solver, c.rollout_batch)
-        scores = torch.cat(
-            [
-                self.task.score(self.policy.decode(x0[i : i + 64]), entries[i : i + 64])
-                for i in range(0, len(entries), 64)
-            ]
-        )
+        scores = self.task.score(self.policy.decode(x0), entries)
         ids = torch.arange(c.prompts_per_epoch).repeat_interleave(c.group_size)
         advantages = group_advantages(scores[:, 0], ids, std=c.advantage_std)
         r = optimality_probability(advantages, adv_clip_max=c.adv_clip_max, mode=c.advantage_mode)
@@ -110,13 +106,14 @@ class Trainer:
         order = list(range(len(data["prompts"])))
         rng.shuffle(order)
         totals: dict[str, list[float]] = {}
+        grid = self.grid[:-1].tolist()
         share = -(-len(order) // c.updates_per_epoch)
         for update in range(0, len(order), share):
             # Every picture with each of its times; a micro-batch mixes times.
             pairs = [
                 (i, t, rng.getrandbits(62))
                 for i in order[update : update + share]
-                for t in rng.sample(self.grid[:-1].tolist(), min(c.timesteps_per_sample, c.rollout_steps))
+                for t in rng.sample(grid, min(c.timesteps_per_sample, c.rollout_steps))
             ]
             for start in range(0, len(pairs), c.micro_batch):
                 part = pairs[start : start + c.micro_batch]
@@ -156,7 +153,7 @@ class Trainer:
         grid = times(c.eval_steps, self.policy.pipeline.scheduler.config.shift)
         with self._averaged():
             x0 = rollout(self.policy, prompts, list(range(len(prompts))), grid, c.eval_solver, c.rollout_batch)
-        pictures = torch.cat([self.policy.decode(part) for part in x0.split(64)])
+        pictures = self.policy.decode(x0)
         strict = self.task.score(pictures, entries)[:, 1]
         tags = [entry["tag"] for entry in entries]
         metrics = {

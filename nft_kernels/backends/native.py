@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import compute_dtype
 from ..reference.nft_loss import time_weighting
 
 # After torch, so that the module shares the OpenMP runtime torch has loaded.
@@ -73,8 +74,7 @@ def nft_loss(
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scalar loss, (8, B) per-sample values, and grad_scale * d loss / d v_theta in ``grad_dtype`` if given."""
-    tensors = [x for x in (v_theta, v_old, x_t, x0, v_ref) if x is not None]
-    double_math = any(x.dtype == torch.float64 for x in tensors)
+    dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     t, r, beta = (x.double().contiguous() for x in (t, r, beta))
     multiplier = time_weighting(t, weighting)
     batch = x0.shape[0]
@@ -89,7 +89,7 @@ def nft_loss(
         _describe(v_ref),
         _describe(grad),
         weighting == "adaptive",
-        double_math,
+        dtype == torch.float64,
         batch,
         x0[0].numel(),
         t.data_ptr(),
@@ -102,7 +102,6 @@ def nft_loss(
         out.data_ptr(),
     )
     loss = out[0].mean() + kl_weight * out[5].mean()
-    dtype = torch.float64 if double_math else torch.float32
     return loss.to(dtype), out.to(dtype), grad
 
 
@@ -117,13 +116,12 @@ def add_noise(
     """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
     out = torch.empty_like(x0, dtype=out_dtype)
     t = t.double().contiguous()
-    double_math = torch.float64 in (x0.dtype, None if noise is None else noise.dtype)
     _C.add_noise(
         isa(),
         _describe(x0),
         _describe(noise),
         _describe(out),
-        double_math,
+        compute_dtype(x0, noise) == torch.float64,
         x0.shape[0],
         x0[0].numel(),
         t.data_ptr(),

@@ -10,22 +10,29 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tensor_like(name: str, x: Tensor, x0: Tensor) -> None:
-    """``x`` must be a floating tensor of x0's shape and device."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
-    if x.shape != x0.shape:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of x0, {tuple(x0.shape)}")
+def floating(name: str, dtype: torch.dtype) -> None:
+    """``dtype`` must be one that the kernels take."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
+
+
+def _same_device(name: str, x: Tensor, x0: Tensor) -> None:
     if x.device != x0.device:
         raise ValueError(f"{name}: got device {x.device}, accepted is the device of x0, {x0.device}")
 
 
+def tensor_like(name: str, x: Tensor, x0: Tensor) -> None:
+    """``x`` must be a floating tensor of x0's shape and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
+    floating(name, x.dtype)
+    if x.shape != x0.shape:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of x0, {tuple(x0.shape)}")
+    _same_device(name, x, x0)
+
+
 def latents(name: str, x0: Tensor) -> None:
     """``x0`` must be (B, ...) with at least one element."""
-    if not isinstance(x0, Tensor):
-        raise TypeError(f"{name}: got {type(x0).__name__}, accepted is a tensor")
     tensor_like(name, x0, x0)
     if x0.ndim == 0 or x0.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is (B, ...) with at least one element")
@@ -35,12 +42,10 @@ def per_sample(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> Non
     """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape ({x0.shape[0]},)")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: got {x.dtype}, accepted are {', '.join(map(str, DTYPES))}")
+    floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
-    if x.device != x0.device:
-        raise ValueError(f"{name}: got device {x.device}, accepted is the device of x0, {x0.device}")
+    _same_device(name, x, x0)
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and not ((x >= low) & (x <= high)).all():
         raise ValueError(f"{name}: got values outside [{low:g}, {high:g}] or NaN, accepted is [{low:g}, {high:g}]")
 

@@ -10,32 +10,6 @@ from ..reference import add_noise as reference
 from . import _validate
 
 
-@torch.library.custom_op("nft_kernels::add_noise", mutates_args=())
-def _op(
-    x0: Tensor,
-    t: Tensor,
-    seed: Tensor | None,
-    sample: Tensor | None,
-    noise: Tensor | None,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return _run(x0, t, seed, sample, noise, out_dtype, backend)
-
-
-@_op.register_fake
-def _fake(
-    x0: Tensor,
-    t: Tensor,
-    seed: Tensor | None,
-    sample: Tensor | None,
-    noise: Tensor | None,
-    out_dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    return torch.empty_like(x0, dtype=out_dtype)
-
-
 def _run(
     x0: Tensor,
     t: Tensor,
@@ -45,13 +19,21 @@ def _run(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    if choose(backend, x0) == "native":
+    if backend == "native":
         return native.add_noise(x0, t, seed, sample, noise, out_dtype)
     if noise is None:
         assert seed is not None and sample is not None
         noise = reference.normals(seed, sample, x0[0].numel()).view(x0.shape)
     out = torch.empty_like(x0, dtype=out_dtype)
     return out.copy_(reference.add_noise(x0, t, noise, out_dtype))
+
+
+_op = torch.library.custom_op("nft_kernels::add_noise", _run, mutates_args=())
+
+
+@_op.register_fake
+def _fake(x0, t, seed, sample, noise, out_dtype, backend):
+    return torch.empty_like(x0, dtype=out_dtype)
 
 
 def add_noise(
@@ -89,8 +71,7 @@ def add_noise(
     if (seed is None) == (noise is None):
         raise ValueError("seed, noise: got both or neither, accepted is exactly one of them")
     out_dtype = x0.dtype if out_dtype is None else out_dtype
-    if out_dtype not in _validate.DTYPES:
-        raise TypeError(f"out_dtype: got {out_dtype}, accepted are {', '.join(map(str, _validate.DTYPES))}")
+    _validate.floating("out_dtype", out_dtype)
     sample = None
     if noise is not None:
         _validate.tensor_like("noise", noise, x0)
@@ -110,6 +91,6 @@ def add_noise(
             raise ValueError(f"seed: got {seed}, accepted are signed 64-bit integers")
         sample = torch.arange(x0.shape[0], device=x0.device)
         seeds = torch.full_like(sample, seed)
-    choose(backend, x0)
+    backend = choose(backend, x0)
     run = _op if torch.compiler.is_compiling() else _run
     return run(x0.detach(), t.detach(), seeds, sample, noise, out_dtype, backend)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose, native
+from ..reference import compute_dtype
 from ..reference import nft_loss as reference
 from . import _validate
 
@@ -101,23 +102,8 @@ def _op(
 
 
 @_op.register_fake
-def _fake(
-    v_theta: Tensor,
-    v_old: Tensor,
-    x_t: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    v_ref: Tensor | None,
-    beta: Tensor,
-    adv_clip_max: float,
-    kl_weight: float,
-    weighting: str,
-    want_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = [x for x in (v_theta, v_old, x_t, x0, v_ref) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    out = x0.new_empty((8, x0.shape[0]), dtype=dtype)
+def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, adv_clip_max, kl_weight, weighting, want_grad):
+    out = x0.new_empty((8, x0.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
     return (
         out.new_empty(()),
         out,

@@ -1,1 +1,11 @@
 """The executable specification: every op in plain PyTorch, exact enough to judge the others in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Dtype every backend computes in: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32

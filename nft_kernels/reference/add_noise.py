@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import compute_dtype
+
 _MASK = 0xFFFFFFFF
 
 
@@ -50,6 +52,6 @@ def normals(seed: Tensor, sample: Tensor, elements: int) -> Tensor:
 
 def add_noise(x0: Tensor, t: Tensor, noise: Tensor, out_dtype: torch.dtype) -> Tensor:
     """(1-t) x0 + t noise for t of shape (B,), in float64 if ``x0`` or ``noise`` is, else in float32."""
-    dtype = torch.float64 if torch.float64 in (x0.dtype, noise.dtype) else torch.float32
+    dtype = compute_dtype(x0, noise)
     t = t.to(dtype).view(-1, *[1] * (x0.ndim - 1))
     return ((1 - t) * x0.to(dtype) + t * noise.to(dtype)).to(out_dtype)

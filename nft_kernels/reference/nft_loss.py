@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import compute_dtype
+
 MIN_WEIGHT = 1e-5
 
 
@@ -34,8 +36,7 @@ def nft_loss(
 
     Computes in float64 if any tensor is float64, else in float32. ``t``, ``r``, ``beta`` have shape (B,).
     """
-    tensors = [x for x in (v_theta, v_old, x_t, x0, v_ref) if x is not None]
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     v_theta, v_old, x_t, x0 = (x.to(dtype) for x in (v_theta, v_old, x_t, x0))
     v_old, x_t, x0 = v_old.detach(), x_t.detach(), x0.detach()
     t, r, beta = (x.detach().to(dtype) for x in (t, r, beta))

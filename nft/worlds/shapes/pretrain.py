@@ -8,6 +8,7 @@ but follows its prompt only sometimes, as SD3.5-Medium without guidance does on 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .tiny import TEXT_LENGTH, build_pipeline
 
 
 def _pictures(count: int, wrong_share: float, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
-    """Rendered pictures in [-1, 1], shape (count, 3, 64, 64), and their partly wrong captions."""
+    """Rendered uint8 pictures of shape (count, 3, 64, 64), and their partly wrong captions."""
     groups = split(held_out=False)
     pictures, captions = [], []
     for _ in range(count):
@@ -38,30 +39,43 @@ def _scaled(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.float() / 127.5 - 1
 
 
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+def _fit(
+    parameters: list[torch.nn.Parameter],
+    batch_loss: Callable[[], torch.Tensor],
+    *,
+    name: str,
+    steps: int,
+    weight_decay: float,
+    progress: Progress,
+) -> None:
+    """Minimise ``batch_loss``, which draws a new batch at every call, by AdamW with warm-up and a cosine to 1%."""
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=weight_decay)
     warmup = max(1, steps // 20)
-    return torch.optim.lr_scheduler.LambdaLR(
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda s: min((s + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(s / steps, 1.0))) + 0.01),
     )
+    task = progress.add_task(name, total=steps)
+    for _ in range(steps):
+        loss = batch_loss()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        progress.update(task, advance=1, description=f"{name}, loss {loss.item():.4f}")
 
 
 def _train_vae(pipeline: Any, pictures: torch.Tensor, steps: int, batch: int, progress: Progress) -> None:
     vae = pipeline.vae.train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0)
-    scheduler = _schedule(optimizer, steps)
-    task = progress.add_task("autoencoder", total=steps)
-    for _ in range(steps):
+
+    def batch_loss() -> torch.Tensor:
         x = _scaled(pictures[torch.randint(len(pictures), (batch,))])
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample()).sample - x
-        loss = error.square().mean() + 0.2 * error.abs().mean() + 1e-4 * posterior.kl().mean() / x[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        progress.update(task, advance=1, description=f"autoencoder, loss {loss.item():.4f}")
+        return error.square().mean() + 0.2 * error.abs().mean() + 1e-4 * posterior.kl().mean() / x[0].numel()
+
+    _fit(list(vae.parameters()), batch_loss, name="autoencoder", steps=steps, weight_decay=0.0, progress=progress)
     vae.eval().requires_grad_(False)
 
 
@@ -79,10 +93,8 @@ def _train_flow(
 ) -> None:
     encoders = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
     parameters = [p for m in (pipeline.transformer, *encoders) for p in m.train().parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
-    scheduler = _schedule(optimizer, steps)
-    task = progress.add_task("flow matching", total=steps)
-    for _ in range(steps):
+
+    def batch_loss() -> torch.Tensor:
         index = torch.randint(len(latents), (batch,))
         x0 = latents[index]
         embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -96,13 +108,9 @@ def _train_flow(
         noise = torch.randn_like(x0)
         x_t = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
         velocity = pipeline.transformer(x_t, embeds, pooled, 1000 * t, return_dict=False)[0]
-        loss = (velocity - (noise - x0)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        scheduler.step()
-        progress.update(task, advance=1, description=f"flow matching, loss {loss.item():.3f}")
+        return (velocity - (noise - x0)).square().mean()
+
+    _fit(parameters, batch_loss, name="flow matching", steps=steps, weight_decay=0.01, progress=progress)
 
 
 def pretrain(
