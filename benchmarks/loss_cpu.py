@@ -5,6 +5,7 @@ Providers: the plain eager formula with its float64 weights, torch.compile of it
 
 import argparse
 import datetime
+import itertools
 import json
 import platform
 import statistics
@@ -28,6 +29,16 @@ def plain(v_theta, v_old, x_t, x0, t, r, beta=1.0, M=5.0):
     return (M * total / beta).mean()
 
 
+def peak_extra_bytes(step):
+    """Most memory held at once by what ``step`` allocates, its result included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    del result
+    return max(held)
+
+
 def measure(dtype, batch, seconds):
     x = [torch.randn(batch, 16, 64, 64).to(dtype) for _ in range(4)]
     leaf, t, r = x[0].requires_grad_(), torch.rand(batch), torch.rand(batch)
@@ -37,10 +48,10 @@ def measure(dtype, batch, seconds):
         "compile": lambda: compiled(leaf, *x[1:], t, r),
         "native": lambda: nft_loss(leaf, *x[1:], t, r, backend="native").loss,
     }
-    grads = {}
+    grads, peaks = {}, {}
     for name, loss in run.items():
         (grads[name],) = torch.autograd.grad(loss(), leaf)
-        torch.autograd.grad(loss(), leaf)
+        peaks[name] = peak_extra_bytes(lambda loss=loss: torch.autograd.grad(loss(), leaf)) / leaf.nbytes
     error = (grads["native"].double() - grads["eager"].double()).abs().max() / grads["eager"].abs().max()
     if error > 8 * torch.finfo(dtype).eps:
         sys.exit(f"native disagrees with the plain formula by {error:.2g}: no speed-up is reported")
@@ -48,9 +59,13 @@ def measure(dtype, batch, seconds):
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for name, loss in run.items():
+            # Graph and gradient die after the clock has stopped: giving eager's large temporaries back to the
+            # system would otherwise fall to whoever frees the next tensor.
             begin = time.perf_counter()
-            torch.autograd.grad(loss(), leaf)
+            out = loss()
+            grad = torch.autograd.grad(out, leaf)
             times[name].append(time.perf_counter() - begin)
+            del out, grad
     source, target = torch.randn(2**26), torch.empty(2**26)
     copies = []
     for _ in range(7):
@@ -65,6 +80,7 @@ def measure(dtype, batch, seconds):
         "batch": batch,
         "rounds": len(times["native"]),
         "median_us": {name: round(value * 1e6, 1) for name, value in medians.items()},
+        "peak_extra_memory_in_inputs": {name: round(value, 3) for name, value in peaks.items()},
         "speedup_over_eager": round(medians["eager"] / medians["native"], 2),
         "speedup_over_compile": round(medians["compile"] / medians["native"], 2),
         "native_GB_per_s": round(moved / medians["native"], 1),

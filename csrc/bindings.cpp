@@ -29,6 +29,14 @@ View view(const Tensor& tensor) {
   return out;
 }
 
+// (pointer, dtype code, stride) of a (B,) tensor.
+using PerSample = std::tuple<uintptr_t, int, int64_t>;
+
+Vector vector(const PerSample& x) {
+  const auto& [pointer, dtype, stride] = x;
+  return Vector{reinterpret_cast<const void*>(pointer), dtype, stride};
+}
+
 std::vector<std::string> isas() {
   std::vector<std::string> found{"baseline"};
 #if defined(NFT_HAS_AVX2)
@@ -75,19 +83,20 @@ PYBIND11_MODULE(_C, m) {
   m.attr("isas") = isas();
   m.def("nft_loss", [](const std::string& isa, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
                        const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
-                       bool adaptive, bool double_math, int64_t batch, int64_t elements, uintptr_t t, uintptr_t r,
-                       uintptr_t beta, uintptr_t multiplier, double adv_clip_max, double kl_weight, double grad_scale, uintptr_t out) {
+                       const PerSample& t, const PerSample& r, const PerSample& beta, int weighting, bool double_math,
+                       int64_t batch, int64_t elements, double adv_clip_max, double kl_weight, double grad_scale,
+                       uintptr_t loss, uintptr_t details) {
     LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), v_ref ? view(*v_ref) : View{},
-               grad ? view(*grad) : View{}, v_ref.has_value(), grad.has_value(), adaptive, double_math, batch,
-               elements, pointer<double>(t), pointer<double>(r), pointer<double>(beta),
-               pointer<double>(multiplier), adv_clip_max, kl_weight, grad_scale, pointer<double>(out)};
+               grad ? view(*grad) : View{}, v_ref.has_value(), grad.has_value(), double_math, weighting, batch,
+               elements, vector(t), vector(r), vector(beta), adv_clip_max, kl_weight, grad_scale,
+               pointer<void>(loss), pointer<void>(details)};
     dispatch(isa, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss));
   });
   m.def("add_noise", [](const std::string& isa, const Tensor& x0, const std::optional<Tensor>& noise,
-                        const Tensor& out, bool double_math, int64_t batch, int64_t elements, uintptr_t t,
-                        uintptr_t seed, uintptr_t sample) {
+                        const Tensor& out, bool double_math, int64_t batch, int64_t elements,
+                        const PerSample& t, uintptr_t seed, uintptr_t sample) {
     NoiseArgs a{view(x0), noise ? view(*noise) : View{}, view(out), noise.has_value(), double_math, batch,
-                elements, pointer<double>(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
+                elements, vector(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
     dispatch(isa, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise));
   });
 }

@@ -77,7 +77,7 @@ def train(
 def pretrain(
     output: Annotated[Path, typer.Argument(help="folder to write the pipeline to")],
     seed: int = 0,
-    flow_steps: int = 5000,
+    flow_steps: int = 6000,
     wrong_share: Annotated[float, typer.Option(help="share of pictures with another picture's caption")] = 0.5,
 ) -> None:
     """Make the base policy of the shapes world."""

@@ -82,6 +82,8 @@ inline T load_one(const void* data, int dtype, int64_t i) {
   }
 }
 
+inline double value(const Vector& x, int64_t b) { return load_one<double>(x.data, x.dtype, b * x.stride); }
+
 template <typename T>
 inline void store_one(void* data, int dtype, int64_t i, T value) {
   switch (dtype) {
@@ -193,7 +195,7 @@ Sums chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buff
   const T* v_old = load(a.v_old, b, start, count, buf.v_old);
   const T* x_t = load(a.x_t, b, start, count, buf.x_t);
   const T* x0 = load(a.x0, b, start, count, buf.x0);
-  const T t = static_cast<T>(a.t[b]), t_beta = static_cast<T>(a.t[b] * a.beta[b]);
+  const T t = static_cast<T>(value(a.t, b)), t_beta = static_cast<T>(value(a.t, b) * value(a.beta, b));
   T pa[kLanes] = {0}, na[kLanes] = {0}, ps[kLanes] = {0}, ns[kLanes] = {0}, da[kLanes] = {0}, dm[kLanes] = {0};
   auto one = [&](int64_t k, int l) {
     T d, positive, negative;
@@ -240,20 +242,25 @@ struct Coefficients {
   double positive, negative, kl;
 };
 
-// Per-sample results into out, and the factors of e+, e- and (v_theta - v_ref) in the gradient.
+double time_weighting(int weighting, double t) {
+  return weighting == kTime ? t : weighting == kTimeSquared ? t * t : 1.0;
+}
+
+// Per-sample results into details, and the factors of e+, e- and (v_theta - v_ref) in the gradient.
+template <typename T>
 Coefficients finish(const LossArgs& a, int64_t b, const Sums& s) {
-  const double n = static_cast<double>(a.elements), r = a.r[b], beta = a.beta[b], t = a.t[b];
+  const double n = static_cast<double>(a.elements), r = value(a.r, b), beta = value(a.beta, b), t = value(a.t, b);
   auto weight = [&](double abs_sum) {
     const double mean = abs_sum / n;
-    return a.adaptive ? (mean < 1e-5 ? 1e-5 : mean) : 1.0;
+    return a.weighting == kAdaptive ? (mean < 1e-5 ? 1e-5 : mean) : 1.0;
   };
   const double w_positive = weight(s.positive_abs), w_negative = weight(s.negative_abs);
-  const double scale = a.multiplier[b];
+  const double scale = time_weighting(a.weighting, t);
   const double l_positive = scale * s.positive_sq / n / w_positive;
   const double l_negative = scale * s.negative_sq / n / w_negative;
   const double values[8] = {a.adv_clip_max * (r * l_positive + (1 - r) * l_negative) / beta,
                             l_positive, l_negative, w_positive, w_negative, s.kl / n, s.d_abs / n, s.d_max};
-  for (int i = 0; i < 8; ++i) a.out[i * a.batch + b] = values[i];
+  for (int i = 0; i < 8; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(values[i]);
   const double outer = a.grad_scale / n / static_cast<double>(a.batch);
   const double common = 2 * a.adv_clip_max * scale * t * outer;
   return {-common * r / w_positive, common * (1 - r) / w_negative,
@@ -266,7 +273,7 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t start, int64_t count, cons
   const T* v_old = load(a.v_old, b, start, count, buf.v_old);
   const T* x_t = load(a.x_t, b, start, count, buf.x_t);
   const T* x0 = load(a.x0, b, start, count, buf.x0);
-  const T t = static_cast<T>(a.t[b]), t_beta = static_cast<T>(a.t[b] * a.beta[b]);
+  const T t = static_cast<T>(value(a.t, b)), t_beta = static_cast<T>(value(a.t, b) * value(a.beta, b));
   const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
   const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
   T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, b)) + start : buf.grad;
@@ -284,6 +291,14 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t start, int64_t count, cons
   if (!direct) store(a.grad, b, start, count, grad);
 }
 
+template <typename T>
+void reduce(const LossArgs& a) {
+  const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
+  double sum = 0;
+  for (int64_t b = 0; b < a.batch; ++b) sum += static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b]);
+  *static_cast<T*>(a.loss) = static_cast<T>(sum / static_cast<double>(a.batch));
+}
+
 // All threads share one sample, so that it is still in cache when its gradient is written in the same visit.
 template <typename T>
 void loss(const LossArgs& a) {
@@ -295,11 +310,11 @@ void loss(const LossArgs& a) {
       Buffers<T> buf;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.batch; ++b) {
-        const Coefficients c = finish(a, b, chunk_sums<T>(a, b, 0, a.elements, buf));
+        const Coefficients c = finish<T>(a, b, chunk_sums<T>(a, b, 0, a.elements, buf));
         if (a.want_grad) chunk_grad<T>(a, b, 0, a.elements, c, buf);
       }
     }
-    return;
+    return reduce<T>(a);
   }
   // Two sets, so that a thread may start the next sample while another still adds up this one.
   std::vector<Sums> partial(2 * chunks);
@@ -315,7 +330,7 @@ void loss(const LossArgs& a) {
       {
         Sums sums;
         for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
-        coefficients = finish(a, b, sums);
+        coefficients = finish<T>(a, b, sums);
       }
       if (a.want_grad) {
 #pragma omp for schedule(static) nowait
@@ -324,6 +339,7 @@ void loss(const LossArgs& a) {
       }
     }
   }
+  reduce<T>(a);
 }
 
 template <typename T>
@@ -347,7 +363,7 @@ void noise(const NoiseArgs& a) {
           for (int64_t j = 0; j < std::min<int64_t>(4, count - k); ++j) buf.v_ref[k + j] = static_cast<T>(four[j]);
         }
       }
-      const T t = static_cast<T>(a.t[b]), keep = static_cast<T>(1 - a.t[b]);
+      const T t = static_cast<T>(value(a.t, b)), keep = static_cast<T>(1 - value(a.t, b));
       for (int64_t k = 0; k < count; ++k) buf.grad[k] = keep * x0[k] + t * eps[k];
       store(a.out, b, start, count, buf.grad);
     }

@@ -18,20 +18,31 @@ struct View {
   int64_t stride[kMaxDims];
 };
 
+// A (B,) tensor.
+struct Vector {
+  const void* data;
+  int dtype;
+  int64_t stride;
+};
+
+enum Weighting : int { kAdaptive = 0, kNone = 1, kTime = 2, kTimeSquared = 3 };
+
 struct LossArgs {
   View v_theta, v_old, x_t, x0, v_ref, grad;
-  bool has_ref, want_grad, adaptive, double_math;
+  bool has_ref, want_grad, double_math;
+  int weighting;
   int64_t batch, elements;
-  const double *t, *r, *beta, *multiplier;  // per sample; multiplier is the time weighting of the errors
+  Vector t, r, beta;
   double adv_clip_max, kl_weight, grad_scale;
-  double* out;  // (8, batch): policy, l+, l-, w+, w-, kl, mean |d|, max |d|
+  void* loss;     // scalar of the compute type
+  void* details;  // (8, batch) of the compute type: policy, l+, l-, w+, w-, kl, mean |d|, max |d|
 };
 
 struct NoiseArgs {
   View x0, noise, out;
   bool has_noise, double_math;
   int64_t batch, elements;
-  const double* t;
+  Vector t;
   const int64_t *seed, *sample;
 };
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype
-from ..reference.nft_loss import time_weighting
 
 # After torch, so that the module shares the OpenMP runtime torch has loaded.
 try:
@@ -20,6 +19,7 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_WEIGHTINGS = {"adaptive": 0, "none": 1, "t": 2, "t2": 3}
 
 
 def isa() -> str:
@@ -54,7 +54,15 @@ def _collapse(x: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _describe(x: Tensor | None) -> tuple[Any, ...] | None:
-    return None if x is None else (x.data_ptr(), _CODES[x.dtype], x.stride(0), *_collapse(x))
+    if x is None:
+        return None
+    # The common layout needs no search, and the small costs before a kernel are a good part of its time.
+    sizes, strides = ([x.numel() // len(x)], [1]) if x.is_contiguous() else _collapse(x)
+    return x.data_ptr(), _CODES[x.dtype], x.stride(0), sizes, strides
+
+
+def _per_sample(x: Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), _CODES[x.dtype], x.stride(0)
 
 
 def nft_loss(
@@ -75,10 +83,8 @@ def nft_loss(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scalar loss, (8, B) per-sample values, and grad_scale * d loss / d v_theta in ``grad_dtype`` if given."""
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
-    t, r, beta = (x.double().contiguous() for x in (t, r, beta))
-    multiplier = time_weighting(t, weighting)
-    batch = x0.shape[0]
-    out = torch.empty(8, batch, dtype=torch.float64)
+    batch = len(x0)
+    loss, details = torch.empty((), dtype=dtype), torch.empty(8, batch, dtype=dtype)
     grad = torch.empty_like(v_theta, dtype=grad_dtype) if grad_dtype else None
     _C.nft_loss(
         isa(),
@@ -88,21 +94,20 @@ def nft_loss(
         _describe(x0),
         _describe(v_ref),
         _describe(grad),
-        weighting == "adaptive",
+        _per_sample(t),
+        _per_sample(r),
+        _per_sample(beta),
+        _WEIGHTINGS[weighting],
         dtype == torch.float64,
         batch,
-        x0[0].numel(),
-        t.data_ptr(),
-        r.data_ptr(),
-        beta.data_ptr(),
-        multiplier.data_ptr(),
+        x0.numel() // batch,
         adv_clip_max,
         kl_weight,
         grad_scale,
-        out.data_ptr(),
+        loss.data_ptr(),
+        details.data_ptr(),
     )
-    loss = out[0].mean() + kl_weight * out[5].mean()
-    return loss.to(dtype), out.to(dtype), grad
+    return loss, details, grad
 
 
 def add_noise(
@@ -115,16 +120,15 @@ def add_noise(
 ) -> Tensor:
     """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
     out = torch.empty_like(x0, dtype=out_dtype)
-    t = t.double().contiguous()
     _C.add_noise(
         isa(),
         _describe(x0),
         _describe(noise),
         _describe(out),
         compute_dtype(x0, noise) == torch.float64,
-        x0.shape[0],
-        x0[0].numel(),
-        t.data_ptr(),
+        len(x0),
+        x0.numel() // len(x0),
+        _per_sample(t),
         0 if seed is None else seed.data_ptr(),
         0 if sample is None else sample.data_ptr(),
     )

@@ -186,24 +186,14 @@ def nft_loss(
     else:
         _validate.number("beta", beta, positive=True)
         beta = torch.full(x0.shape[:1], beta, dtype=torch.float64, device=x0.device)
-    args = (
-        v_theta,
-        v_old.detach(),
-        x_t.detach(),
-        x0.detach(),
-        t.detach(),
-        r.detach(),
-        None if v_ref is None else v_ref.detach(),
-        beta.detach(),
-        float(adv_clip_max),
-        float(kl_weight),
-        weighting,
-    )
+    others = (x if x is None or not x.requires_grad else x.detach() for x in (v_old, x_t, x0, t, r, v_ref, beta))
+    args = (v_theta, *others, float(adv_clip_max), float(kl_weight), weighting)
     if choose(backend, x0) == "reference":
         return NFTLossOutput(*reference.nft_loss(*args))
     want_grad = torch.is_grad_enabled() and v_theta.requires_grad
     if torch.compiler.is_compiling():
         loss, details, _ = _op(*args, want_grad)
+        details = details.detach()
     else:
         loss, details = _Native.apply(want_grad, *args)
-    return NFTLossOutput(loss, *details.detach().unbind())
+    return NFTLossOutput(loss, *details.unbind())

@@ -11,9 +11,10 @@ from PIL import Image, ImageDraw
 from . import COLORS, SHAPES, SIZE
 
 _OVERSAMPLE = 4
-_GAP = 4
+_CELL = SIZE // 2
 _MARGIN = 2
-_DIAMETERS = {1: (18, 30), 2: (16, 24), 3: (14, 19), 4: (14, 18)}
+_DIAMETERS = (18, 24)
+_STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 def outline(shape: str, left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
@@ -36,42 +37,22 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], fi
         draw.polygon(outline(shape, *box), fill=fill)
 
 
-def _fits(box: tuple[int, ...], others: list[tuple[int, ...]]) -> bool:
-    return all(
-        box[0] >= o[2] + _GAP or o[0] >= box[2] + _GAP or box[1] >= o[3] + _GAP or o[1] >= box[3] + _GAP for o in others
-    )
-
-
-def _in_place(box: tuple[int, ...], target: tuple[int, ...], where: str) -> bool:
-    """Whether ``box`` lies clearly in direction ``where`` of ``target`` and in no other."""
-    dx = (box[0] + box[2] - target[0] - target[2]) / 2
-    dy = (box[1] + box[3] - target[1] - target[3]) / 2
-    along, across = (dx, dy) if where in ("left of", "right of") else (dy, dx)
-    sign = 1 if where in ("right of", "below") else -1
-    return sign * along > 2 * abs(across)
-
-
-def _layout(items: list[dict[str, Any]], rng: random.Random) -> list[tuple[int, ...]]:
-    low, high = _DIAMETERS[len(items)]
+def _cells(items: list[dict[str, Any]], rng: random.Random) -> list[tuple[int, int]]:
+    """A cell (column, row) of the two-by-two grid for every object, such that all positions hold."""
+    free = [(column, row) for row in range(2) for column in range(2)]
     while True:
-        boxes: list[tuple[int, ...]] = []
-        for item in items:
-            for _ in range(20):
-                diameter = rng.randint(low, high)
-                left, top = (rng.randint(_MARGIN, SIZE - _MARGIN - diameter) for _ in range(2))
-                box = (left, top, left + diameter, top + diameter)
-                where, target = item.get("position", (None, 0))
-                if _fits(box, boxes) and (where is None or _in_place(box, boxes[target], where)):
-                    boxes.append(box)
-                    break
-            else:
-                break
-        if len(boxes) == len(items):
-            return boxes
+        cells = rng.sample(free, len(items))
+        placed = (
+            _STEPS[item["position"][0]] == (x - cells[item["position"][1]][0], y - cells[item["position"][1]][1])
+            for item, (x, y) in zip(items, cells, strict=True)
+            if "position" in item
+        )
+        if all(placed):
+            return cells
 
 
 def render(metadata: dict[str, Any], rng: random.Random) -> np.ndarray:
-    """Draw a picture for which the prompt is true.
+    """Draw a picture for which the prompt is true: every object in a quarter of its own, of random size and place.
 
     Args:
         metadata: a prompt of ``prompts``; only ``include`` is read. A missing colour is drawn at random.
@@ -83,8 +64,11 @@ def render(metadata: dict[str, Any], rng: random.Random) -> np.ndarray:
     items = [item | {"count": 1} for item in metadata["include"] for _ in range(item["count"])]
     image = Image.new("RGB", (SIZE * _OVERSAMPLE,) * 2, "white")
     draw = ImageDraw.Draw(image)
-    for item, box in zip(items, _layout(items, rng), strict=True):
+    for item, cell in zip(items, _cells(items, rng), strict=True):
         color = COLORS[item.get("color") or rng.choice(list(COLORS))]
+        diameter = rng.randint(*_DIAMETERS)
+        left, top = (rng.randint(_MARGIN, _CELL - _MARGIN - diameter) + _CELL * index for index in cell)
+        box = (left, top, left + diameter, top + diameter)
         draw_shape(draw, item["class"], tuple(edge * _OVERSAMPLE for edge in box), color)
     return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
