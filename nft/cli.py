@@ -42,7 +42,7 @@ def train(
 
     try:
         trainer = Trainer(settings, folder, resume=resume)
-    except (FileExistsError, FileNotFoundError) as error:
+    except (FileExistsError, FileNotFoundError, ValueError) as error:
         raise _fail(error) from None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     seen: dict[str, float] = {}

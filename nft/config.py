@@ -23,8 +23,15 @@ class Config(BaseModel):
 
     pipeline: str = "shapes"
     """Hub name or folder of a Stable Diffusion 3 pipeline; ``shapes`` is the bundled one."""
-    task: Literal["shapes"] = "shapes"
+    task: Literal["shapes", "geneval"] = "shapes"
     seed: int = 0
+    device: str = "cpu"
+    """Device of the pipeline and of GPU rewards, such as ``cpu`` or ``cuda``."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; adapters and latents are float32 always."""
+    resolution: int | None = Field(None, gt=0)
+    """Width and height of a picture in pixels; the pipeline's own by default."""
+    gradient_checkpointing: bool = False
 
     lora_rank: int = Field(32, gt=0)
     lora_alpha: int = Field(64, gt=0)

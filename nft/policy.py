@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .config import Config
+
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
 # The eight attention projections of the joint attention, as in the paper's appendix.
@@ -33,15 +35,18 @@ def old_policy_decay(schedule: str, step: int) -> float:
 class Policy:
     """Velocities under a chosen adapter, prompt embeddings and decoding of one pipeline."""
 
-    def __init__(self, pipeline: str, rank: int, alpha: int, max_sequence_length: int):
-        """Load ``pipeline`` (hub name, folder, or ``shapes``) and add both adapters, equal and without effect.
+    def __init__(self, config: Config):
+        """Load the pipeline (hub name, folder, or ``shapes``) and add both adapters, equal and without effect.
 
         Raises:
             FileNotFoundError: weights that are neither on disk nor reachable.
+            ValueError: a device that this machine lacks.
         """
+        pipeline = config.pipeline
         source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
+        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         try:
-            self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=torch.float32)
+            self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=self.dtype)
         except (OSError, ValueError) as error:
             hint = (
                 "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
@@ -56,13 +61,26 @@ class Policy:
             module.requires_grad_(False).eval()
         if self.pipeline.text_encoder_3 is not None:
             self.pipeline.text_encoder_3.requires_grad_(False).eval()
-        self.lora = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=TARGETS)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: got {config.device!r}, but this machine has no usable GPU; accepted is cpu")
+        self.pipeline.to(self.device)
+        # Half precision shows in decoded pictures.
+        self.pipeline.vae.to(torch.float32)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS
+        )
         for name in ("default", "old"):
             self.transformer.add_adapter(self.lora, adapter_name=name)
         self.trained = self._adapter_parameters("default")
         self._old = self._adapter_parameters("old")
+        # Small updates would vanish in half-precision weights.
+        for parameter in (*self.trained, *self._old):
+            parameter.data = parameter.data.float()
         self.update_old(0.0)
-        self._max_sequence_length = max_sequence_length
+        self._resolution = config.resolution
+        self._max_sequence_length = config.max_sequence_length
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         self.use("default")
 
@@ -101,14 +119,15 @@ class Policy:
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        """v(x_t, t) of the adapter in use; t (B,) in [0, 1], never rounded to an integer timestep."""
-        return self.transformer(x_t, embeds, pooled, 1000 * t, return_dict=False)[0]
+        """v(x_t, t) of the adapter in use in the pipeline's dtype; t (B,) in [0, 1], never rounded to an integer."""
+        return self.transformer(x_t.to(self.dtype), embeds, pooled, 1000 * t, return_dict=False)[0]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one sample's latents."""
         config = self.transformer.config
-        return config.in_channels, config.sample_size, config.sample_size
+        size = self._resolution // self.pipeline.vae_scale_factor if self._resolution else config.sample_size
+        return config.in_channels, size, size
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -29,12 +29,14 @@ def rollout(policy: Policy, prompts: list[str], seeds: list[int], grid: Tensor, 
         solver: ``euler``, or ``heun`` (second order, two evaluations a step, the last one Euler).
         batch: pictures per evaluation.
     """
+    grid = grid.to(policy.device)
     finished = []
     for start in range(0, len(prompts), batch):
         part = slice(start, start + batch)
         embeds, pooled = policy.embed(prompts[part])
         count = len(embeds)
-        x = add_noise(torch.zeros(count, *policy.latent_shape), torch.ones(count), seed=torch.tensor(seeds[part]))
+        zeros = torch.zeros(count, *policy.latent_shape, device=policy.device)
+        x = add_noise(zeros, torch.ones_like(zeros[:, 0, 0, 0]), seed=torch.tensor(seeds[part], device=policy.device))
         for now, after in pairwise(grid):
             v = policy.velocity(x, now.expand(count), embeds, pooled)
             ahead = x + (after - now) * v

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from .data import geneval
+from .rewards.detector import GenEvalReward
+from .rewards.geneval import Verdict
 from .worlds.shapes.prompts import sample, split
 from .worlds.shapes.verify import verify
 
 
 class Task(Protocol):
-    """``score`` returns (B, 2): the reward that is trained and the strict score that is reported, both in [0, 1]."""
+    """Made with the policy's device.
 
+    ``score`` returns (B, 2): the reward that is trained and the strict score that is reported, both in [0, 1].
+    """
+
+    def __init__(self, device: torch.device) -> None: ...
     def train_prompts(self) -> list[list[dict[str, Any]]]: ...
     def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]: ...
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor: ...
@@ -21,6 +29,9 @@ class Task(Protocol):
 
 class Shapes:
     """The bundled shapes world: trains on GenEval's partial credit, reports the strict score."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
 
     def train_prompts(self) -> list[list[dict[str, Any]]]:
         """Training prompts by task group."""
@@ -32,8 +43,43 @@ class Shapes:
 
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
         """Partial and strict score of uint8 pictures (B, H, W, 3)."""
-        verdicts = [verify(picture.numpy(), entry) for picture, entry in zip(pictures.cpu(), entries, strict=True)]
-        return torch.tensor([(verdict.partial, verdict.strict) for verdict in verdicts])
+        return _table(verify(picture.numpy(), entry) for picture, entry in zip(pictures.cpu(), entries, strict=True))
 
 
-TASKS: dict[str, type[Task]] = {"shapes": Shapes}
+class GenEval:
+    """GenEval with COCO objects: trains on the partial credit, reports the strict score.
+
+    The held-out prompts are generated with another seed, and training prompts that are among them are left out.
+    """
+
+    _PER_GROUP = 5000
+    _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
+
+    def __init__(self, device: torch.device) -> None:
+        self.reward = GenEvalReward(device)
+
+    def train_prompts(self) -> list[list[dict[str, Any]]]:
+        """Training prompts by task group; the 80 single objects are trained on and never held out."""
+        held_out = {entry["prompt"] for entry in self.held_out_prompts(100)}
+        groups = geneval.generate(self._PER_GROUP, self._TRAIN_SEED).values()
+        return [[entry for entry in group if entry["prompt"] not in held_out] for group in groups]
+
+    def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
+        """A fixed set of prompts that are never trained on."""
+        groups = geneval.generate(100, self._HELD_OUT_SEED)
+        return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
+
+    def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
+        """Partial and strict score of uint8 pictures (B, H, W, 3), scored ``_BATCH`` at a time."""
+        parts = range(0, len(entries), _BATCH)
+        return _table(v for i in parts for v in self.reward(pictures[i : i + _BATCH], entries[i : i + _BATCH]))
+
+
+_BATCH = 16
+
+
+def _table(verdicts: Iterable[Verdict]) -> Tensor:
+    return torch.tensor([(verdict.partial, verdict.strict) for verdict in verdicts])
+
+
+TASKS: dict[str, type[Task]] = {"shapes": Shapes, "geneval": GenEval}

@@ -42,8 +42,8 @@ class Trainer:
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
         self.config, self.folder = config, folder
         torch.manual_seed(config.seed)
-        self.policy = Policy(config.pipeline, config.lora_rank, config.lora_alpha, config.max_sequence_length)
-        self.task = TASKS[config.task]()
+        self.policy = Policy(config)
+        self.task = TASKS[config.task](self.policy.device)
         self.groups = self.task.train_prompts()
         self.optimizer = torch.optim.AdamW(
             self.policy.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -74,7 +74,7 @@ class Trainer:
         ids = torch.arange(c.prompts_per_epoch).repeat_interleave(c.group_size)
         advantages = group_advantages(scores[:, 0], ids, std=c.advantage_std)
         r = optimality_probability(advantages, adv_clip_max=c.adv_clip_max, mode=c.advantage_mode)
-        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r}
+        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r.to(x0.device)}
 
     def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> Any:
         c, policy = self.config, self.policy
@@ -118,8 +118,8 @@ class Trainer:
             for start in range(0, len(pairs), c.micro_batch):
                 part = pairs[start : start + c.micro_batch]
                 index = [i for i, _, _ in part]
-                t = torch.tensor([t for _, t, _ in part])
-                seeds = torch.tensor([seed for _, _, seed in part])
+                t = torch.tensor([t for _, t, _ in part], device=self.policy.device)
+                seeds = torch.tensor([seed for _, _, seed in part], device=self.policy.device)
                 out = self._loss(data["x0"][index], data["r"][index], [data["prompts"][i] for i in index], t, seeds)
                 (out.loss * (len(part) / len(pairs))).backward()
                 totals.setdefault("loss", []).append(out.loss.item())

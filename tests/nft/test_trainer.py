@@ -28,7 +28,7 @@ def pipeline(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def policy(pipeline):
-    return Policy(pipeline, 4, 8, 12)
+    return Policy(settings(pipeline))
 
 
 def settings(pipeline, *overrides):
@@ -123,6 +123,7 @@ def test_solvers_reach_their_order_on_a_closed_form_velocity():
 
     class Gaussian:
         latent_shape = (1, 1, 1)
+        device = torch.device("cpu")
 
         def embed(self, prompts):
             return torch.zeros(len(prompts), 1), None
@@ -176,7 +177,7 @@ def test_numbers_in_exponent_notation_are_numbers():
 
 def test_missing_pipeline_and_existing_run_are_named(pipeline, tmp_path):
     with pytest.raises(FileNotFoundError, match="pipeline: got '/nowhere'"):
-        Policy("/nowhere", 4, 8, 12)
+        Policy(settings("/nowhere"))
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(FileExistsError, match="holds a run already"):
         Trainer(settings(pipeline), tmp_path)

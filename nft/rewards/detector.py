@@ -1,0 +1,107 @@
+"""GenEval's detector (Ghosh et al., arXiv 2310.11513) on transformers: Mask2Former for objects, CLIP for colours.
+
+The benchmark's own pipeline needs mmdet and mmcv; the same network is available as
+facebook/mask2former-swin-small-coco-instance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, Mask2FormerForUniversalSegmentation
+
+from nft.data.geneval import CLASSES, COLORS
+
+from .geneval import Detection, Verdict, judge
+
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+CLIP = "openai/clip-vit-large-patch14"
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
+MAX_OBJECTS = 16
+_COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+_GREY = 153
+
+
+class GenEvalReward:
+    """Scores pictures against GenEval metadata."""
+
+    def __init__(self, device: torch.device | str = "cpu", detector: str = DETECTOR, clip: str = CLIP):
+        """Load both networks from a hub name or a folder.
+
+        Raises:
+            FileNotFoundError: weights that are neither on disk nor reachable.
+        """
+        self.device = torch.device(device)
+        try:
+            self.detector = Mask2FormerForUniversalSegmentation.from_pretrained(detector).eval().to(self.device)
+            self.detector_processor = AutoImageProcessor.from_pretrained(detector)
+            self.clip = CLIPModel.from_pretrained(clip).eval().to(self.device)
+            self.clip_processor = AutoProcessor.from_pretrained(clip)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"geneval reward: {detector!r} or {clip!r} is neither on disk nor reachable: "
+                f"run `hf download {detector}` and `hf download {clip}`"
+            ) from error
+        self._color_texts: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def _color_directions(self, name: str) -> Tensor:
+        """Unit text embeddings (colours, D) of one class, averaged over the three templates."""
+        if name not in self._color_texts:
+            texts = [p.format(color=color, name=name) for color in COLORS for p in _COLOR_PROMPTS]
+            inputs = self.clip_processor(text=texts, return_tensors="pt", padding=True).to(self.device)
+            embedded = self.clip.get_text_features(**inputs).pooler_output
+            embedded = torch.nn.functional.normalize(embedded, dim=-1).view(len(COLORS), len(_COLOR_PROMPTS), -1)
+            self._color_texts[name] = torch.nn.functional.normalize(embedded.mean(1), dim=-1)
+        return self._color_texts[name]
+
+    @torch.no_grad()
+    def _color(self, picture: np.ndarray, mask: np.ndarray, box: tuple[float, ...], name: str) -> str:
+        masked = np.where(mask[..., None], picture, _GREY).astype(np.uint8)
+        left, top, right, bottom = (int(edge) for edge in box)
+        crop = Image.fromarray(masked[top:bottom, left:right])
+        inputs = self.clip_processor(images=crop, return_tensors="pt").to(self.device)
+        embedded = self.clip.get_image_features(**inputs).pooler_output
+        return COLORS[int((self._color_directions(name) @ embedded[0]).argmax())]
+
+    @torch.no_grad()
+    def detect(self, pictures: Tensor, entries: list[dict[str, Any]]) -> list[list[Detection]]:
+        """Detections in uint8 pictures (B, H, W, 3) of the classes that each entry speaks of."""
+        images = [Image.fromarray(picture) for picture in pictures.cpu().numpy()]
+        inputs = self.detector_processor(images=images, return_tensors="pt").to(self.device)
+        results = self.detector_processor.post_process_instance_segmentation(
+            self.detector(**inputs),
+            threshold=THRESHOLD,
+            target_sizes=[image.size[::-1] for image in images],
+            return_binary_maps=True,
+        )
+        return [
+            self._read(np.asarray(image), result, entry)
+            for image, result, entry in zip(images, results, entries, strict=True)
+        ]
+
+    def _read(self, picture: np.ndarray, result: dict[str, Any], entry: dict[str, Any]) -> list[Detection]:
+        threshold = COUNTING_THRESHOLD if entry["tag"] == "counting" else THRESHOLD
+        wanted = {item["class"]: "color" in item for item in [*entry["include"], *entry.get("exclude", ())]}
+        segments = sorted(result["segments_info"], key=lambda s: -s["score"])
+        kept: dict[str, list[Detection]] = {name: [] for name in wanted}
+        for segment in segments:
+            name = CLASSES[segment["label_id"]]
+            if name not in wanted or segment["score"] <= threshold or len(kept[name]) == MAX_OBJECTS:
+                continue
+            mask = result["segmentation"][segment["id"]].cpu().numpy() > 0
+            if not mask.any():
+                continue
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
+            color = self._color(picture, mask, box, name) if wanted[name] else None
+            kept[name].append(Detection(name, box, segment["score"], color))
+        return [detection for group in kept.values() for detection in group]
+
+    def __call__(self, pictures: Tensor, entries: list[dict[str, Any]]) -> list[Verdict]:
+        """Strict and partial score of every picture by the rule of ``nft.rewards.geneval``."""
+        return [judge(found, entry) for found, entry in zip(self.detect(pictures, entries), entries, strict=True)]
