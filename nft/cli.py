@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 app = typer.Typer(help="DiffusionNFT: online reinforcement learning on the forward process.", no_args_is_help=True)
 _console = Console()
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' loading bars and hints about parts we do not use out of the run's own output."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
 
 def _fail(error: Exception) -> typer.Exit:
@@ -35,6 +48,7 @@ def train(
     except ConfigError as error:
         raise _fail(error) from None
     folder = output or Path("runs") / Path(config).stem
+    _quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
     from .report import save_grid, write_report

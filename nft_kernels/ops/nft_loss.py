@@ -187,7 +187,7 @@ def nft_loss(
         _validate.number("beta", beta, positive=True)
         beta = torch.full(x0.shape[:1], beta, dtype=torch.float64, device=x0.device)
     others = (x if x is None or not x.requires_grad else x.detach() for x in (v_old, x_t, x0, t, r, v_ref, beta))
-    args = (v_theta, *others, float(adv_clip_max), float(kl_weight), weighting)
+    args: tuple[Any, ...] = (v_theta, *others, float(adv_clip_max), float(kl_weight), weighting)
     if choose(backend, x0) == "reference":
         return NFTLossOutput(*reference.nft_loss(*args))
     want_grad = torch.is_grad_enabled() and v_theta.requires_grad

@@ -103,6 +103,33 @@ def test_adapters_start_without_effect_and_old_follows(policy):
     assert torch.equal(velocity("default"), velocity("old"))
 
 
+def test_half_precision_base_keeps_float32_adapters_and_trains(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline, "dtype=bfloat16", "resolution=96", "gradient_checkpointing=true"), tmp_path)
+    weights = dict(trainer.policy.transformer.named_parameters())
+    assert {p.dtype for n, p in weights.items() if "lora" not in n} == {torch.bfloat16}
+    assert {p.dtype for n, p in weights.items() if "lora" in n} == {torch.float32}
+    before = parameters(trainer)
+    data = trainer.sample()
+    assert data["x0"].dtype == torch.float32 and data["x0"].shape[1:] == trainer.policy.latent_shape == (4, 24, 24)
+    assert trainer.policy.decode(data["x0"]).shape[1:] == (96, 96, 3)
+    trainer.optimize(data)
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+
+
+def test_sd35_run_has_the_papers_settings_and_needs_weights(tmp_path):
+    c = load_config("sd35_geneval")
+    assert (c.lora_rank, c.lora_alpha, c.prompts_per_epoch, c.group_size) == (32, 64, 48, 24)
+    assert (c.rollout_steps, c.timesteps_per_sample, c.learning_rate, c.dtype) == (10, 9, 3e-4, "bfloat16")
+    with pytest.raises(FileNotFoundError, match="accept the model's licence and run `hf download`, or give a folder"):
+        Trainer(load_config("sd35_geneval", ["pipeline=/nowhere"]), tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_named(pipeline):
+    with pytest.raises(ValueError, match="device: got 'cuda', but this machine has no usable GPU"):
+        Policy(settings(pipeline, "device=cuda"))
+
+
 def test_eight_projections_are_adapted(policy):
     names = {n.split(".attn.")[1].split(".lora")[0] for n, _ in policy.transformer.named_parameters() if "lora" in n}
     assert names == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}

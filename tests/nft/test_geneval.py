@@ -1,0 +1,140 @@
+"""GenEval on COCO: prompts, and the detector on tiny networks of the real classes."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SwinConfig,
+)
+
+from nft.data.geneval import CLASSES, COLORS, COUNTS, GROUPS, generate
+from nft.rewards.detector import GenEvalReward
+
+
+def test_prompts_fit_their_metadata_and_seed():
+    groups = generate(60, seed=3)
+    assert tuple(groups) == GROUPS and generate(60, seed=3) == groups and generate(60, seed=4) != groups
+    for tag, entries in groups.items():
+        assert len({entry["prompt"] for entry in entries}) == 60
+        for entry in entries:
+            assert entry["tag"] == tag
+            for item in entry["include"]:
+                assert item["class"] in CLASSES and item.get("color", "red") in COLORS
+                singular = item["class"] in entry["prompt"]
+                assert singular or (item["count"] > 1 and COUNTS[item["count"]] in entry["prompt"])
+                assert item.get("color", "") in entry["prompt"] and item.get("position", [""])[0] in entry["prompt"]
+    assert {item["count"] for entry in groups["counting"] for item in entry["include"]} == {2, 3, 4}
+    assert all(e["exclude"][0]["count"] == e["include"][0]["count"] + 1 for e in groups["counting"])
+    # "a dog left of a cat": the cat is the anchor and comes first, the dog refers to it.
+    for entry in groups["position"]:
+        anchor, placed = entry["include"]
+        where, index = placed["position"]
+        assert index == 0 and "position" not in anchor
+        assert entry["prompt"].index(placed["class"]) < entry["prompt"].index(where)
+
+
+def test_the_80_classes_are_coco():
+    assert len(CLASSES) == len(set(CLASSES)) == 80
+    assert [CLASSES[i] for i in (0, 16, 24, 49, 79)] == ["person", "dog", "backpack", "orange", "toothbrush"]
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    torch.manual_seed(0)
+    detector, clip = (str(tmp_path_factory.mktemp(name)) for name in ("detector", "clip"))
+    backbone = SwinConfig(
+        image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        dim_feedforward=16, num_attention_heads=2, encoder_layers=1, decoder_layers=2, num_queries=6, num_labels=80,
+    )  # fmt: skip
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(detector)
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(detector)
+    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz-" for end in ("", "</w>")]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters]
+    text = {"vocab_size": len(words), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1}  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "intermediate_size": 16,
+              "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(clip)
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    size = {"height": 32, "width": 32}
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(clip)
+    return GenEvalReward("cpu", detector, clip)
+
+
+def entry(tag, *include, **more):
+    return {"tag": tag, "include": [{"count": 1, **item} for item in include], **more}
+
+
+def test_saved_networks_load_and_score(reward):
+    pictures = torch.randint(0, 256, (3, 48, 64, 3), dtype=torch.uint8)
+    asked = [entry("single_object", {"class": name}) for name in ("dog", "cat", "bus")]
+    verdicts = reward(pictures, asked)
+    assert len(verdicts) == 3 and all(v.strict in (0, 1) and 0 <= v.partial <= 1 for v in verdicts)
+
+
+def segments(*found):
+    """What the processor returns for (class, score, left, top, right, bottom) on 40 x 40 pixels."""
+    masks = torch.zeros(len(found), 40, 40)
+    info = []
+    for i, (name, score, left, top, right, bottom) in enumerate(found):
+        masks[i, top:bottom, left:right] = 1
+        info.append({"id": i, "label_id": CLASSES.index(name), "score": score})
+    return {"segmentation": masks, "segments_info": info}
+
+
+def test_boxes_thresholds_and_classes(reward):
+    picture = np.zeros((40, 40, 3), np.uint8)
+    result = segments(
+        ("dog", 0.29, 0, 0, 9, 9), ("dog", 0.5, 5, 6, 20, 30), ("cat", 0.95, 1, 1, 4, 4), ("bus", 0.9, 0, 0, 5, 5)
+    )
+    found = reward._read(picture, result, entry("two_object", {"class": "dog"}, {"class": "cat"}))
+    assert [(d.name, d.box, d.confidence) for d in found] == [
+        ("dog", (5, 6, 20, 30), 0.5),
+        ("cat", (1, 1, 4, 4), 0.95),
+    ]
+    counting = entry("counting", {"class": "dog", "count": 2})
+    assert reward._read(picture, result, counting) == []
+    many = segments(*[("dog", 0.91 + i / 1000, 0, 0, 9, 9) for i in range(20)])
+    kept = reward._read(picture, many, counting)
+    assert len(kept) == 16 and min(d.confidence for d in kept) == pytest.approx(0.914)
+
+
+def test_colour_is_the_nearest_text_to_the_crop_on_grey(reward):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    result = segments(("dog", 0.9, 4, 8, 24, 30))
+    result["segmentation"][0, 10, 10] = 0
+    (found,) = reward._read(picture, result, entry("colors", {"class": "dog", "color": "red"}))
+    masked = picture.copy()
+    masked[~(result["segmentation"][0].numpy() > 0)] = 153
+    inputs = reward.clip_processor(images=masked[8:30, 4:24], return_tensors="pt", input_data_format="channels_last")
+    with torch.no_grad():
+        vision = reward.clip.vision_model(**inputs).pooler_output @ reward.clip.visual_projection.weight.T
+        scores = []
+        for color in COLORS:
+            texts = [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"]
+            tokens = reward.clip_processor(text=texts, return_tensors="pt", padding=True)
+            text = reward.clip.text_model(**tokens).pooler_output @ reward.clip.text_projection.weight.T
+            mean = (text / text.norm(dim=-1, keepdim=True)).mean(0)
+            scores.append((vision[0] @ (mean / mean.norm())).item())
+    assert found.color == COLORS[int(np.argmax(scores))]
+
+
+def test_missing_weights_are_named():
+    with pytest.raises(FileNotFoundError, match="hf download /nowhere"):
+        GenEvalReward("cpu", "/nowhere")
