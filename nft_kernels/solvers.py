@@ -270,7 +270,7 @@ def _dpmpp(name: str, sigmas: Sigmas, order: int, reached: int) -> SolverTable:
                 change = slope - np.array([0.0, 1.0, -1.0]) / r1
                 linear = (1 - s) - weight / h
                 b += linear * (slope + r0 / (r0 + r1) * change) + ((1 - s) / 2 - linear / h) * change / (r0 + r1)
-        rows.append(_row(t, s / t, b))
+        rows.append(_row(t, s / t, b.tolist()))
     return SolverTable(name, reached, "x0", tuple(rows))
 
 
@@ -304,8 +304,8 @@ def deis(sigmas: Sigmas, order: int = 2) -> SolverTable:
         t, s = sigmas[i : i + 2]
         nodes = [u - log_rho[i] for u in log_rho[i - o + 1 : i + 1][::-1] if u < math.inf]
         if len(nodes) < 2:
-            b, a = (s - t, 1.0) if t == 1 else ((s - t) / (1 - t), (1 - s) / (1 - t))
-            rows.append(Row(t, a, (b,)))
+            # From t = 1 this is Euler, as h_0 is v there.
+            rows.append(Row(t, 1.0, (s - t,)) if t == 1 else Row(t, (1 - s) / (1 - t), ((s - t) / (1 - t),)))
             continue
         end, scale = log_rho[i + 1] - log_rho[i], (1 - s) * t / (1 - t)
         b = []
@@ -357,5 +357,5 @@ def unipc(sigmas: Sigmas, order: int = 2) -> SolverTable:
         h = lam[i + 1] - lam[i]
         predicted = _unipc_weights(1 - s / t, h, [(lam[i - k] - lam[i]) / h for k in range(1, o)])
         b[: len(predicted)] += predicted
-        rows.append(_row(t, s / t, b))
+        rows.append(_row(t, s / t, b.tolist()))
     return SolverTable("unipc", order + 1, "x0", tuple(rows))
