@@ -97,7 +97,7 @@ def table(name: str, sigmas: Sequence[float], **options: Any) -> SolverTable:
 
     Args:
         name: one of ``SOLVERS``.
-        sigmas: at least two strictly falling times in [0, 1]; the model is evaluated at all but the last.
+        sigmas: strictly falling times in [0, 1]; the model is evaluated at all but the last.
         options: the solver's own, such as ``eta`` or ``order``.
 
     Raises:
@@ -107,8 +107,8 @@ def table(name: str, sigmas: Sequence[float], **options: Any) -> SolverTable:
     if name not in SOLVERS:
         raise ValueError(f"name: got {name!r}, accepted are {', '.join(SOLVERS)}")
     times = tuple(float(s) for s in sigmas)
-    if len(times) < 2 or not all(1 >= t > s >= 0 for t, s in pairwise(times)):
-        raise ValueError(f"sigmas: got {list(times)}, accepted are at least two strictly falling times in [0, 1]")
+    if not times or not all(0 <= t <= 1 for t in times) or not all(t > s for t, s in pairwise(times)):
+        raise ValueError(f"sigmas: got {list(times)}, accepted are strictly falling times in [0, 1]")
     return SOLVERS[name](times, **options)
 
 

@@ -97,10 +97,10 @@ def test_parity_with_diffusers(name, options, scheduler, settings, sigmas, toler
         theirs.sigmas = torch.tensor([*times, 0.0], dtype=torch.float64)
         theirs.timesteps = theirs.sigmas[:-1] * 1000
     theirs.set_begin_index(0)
-    expected = POINTS
+    expected = POINTS[:, None]
     for t, timestep in zip(times, theirs.timesteps, strict=True):
         expected = theirs.step(velocity(expected, t), timestep, expected, return_dict=False)[0]
-    got = solve(table(name, sigmas, **options), POINTS)
+    got = solve(table(name, sigmas, **options), POINTS[:, None])
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -160,35 +160,37 @@ def test_variance_of_one_step(name, options):
 
 @pytest.mark.parametrize(("name", "options"), SDES, ids=str)
 def test_sde_marginals_of_a_gaussian(name, options):
-    """Mean and variance follow a linear recursion, so no sampling is needed; they approach the data's at rate 1/n."""
+    """Mean and variance follow a linear recursion, so no sampling is needed; they approach the data's at rate 1/n.
+
+    From 0.9 on: Flow-GRPO's step from t = 1 errs by an amount that later steps only forget at rate n^-eta^2.
+    """
     mean0, variance0 = 0.7, 0.25
 
-    def final(n):
-        mean, variance = 0.0, 1.0
-        solver = table(name, schedule(n)[:-1], **options)
-        for row in solver.rows:
-            t = row.t
-            total = (1 - t) ** 2 * variance0 + t * t
-            slope = (t - (1 - t) * variance0) / total
-            offset = -mean0 - slope * (1 - t) * mean0
+    def marginal(t):
+        return (1 - t) * mean0, (1 - t) ** 2 * variance0 + t * t
+
+    def error(n):
+        mean, variance = marginal(0.9)
+        for row in table(name, [0.9 - 0.8 * k / n for k in range(n + 1)], **options).rows:
+            centre, total = marginal(row.t)
+            slope = (row.t - (1 - row.t) * variance0) / total
             factor = row.a + row.b[0] * slope
-            mean, variance = factor * mean + row.b[0] * offset, factor**2 * variance + row.c**2
-        s = 1 / n
-        exact = ((1 - s) * mean0, (1 - s) ** 2 * variance0 + s * s)
-        return abs(mean - exact[0]) + abs(variance - exact[1])
+            mean = factor * mean + row.b[0] * (-mean0 - slope * centre)
+            variance = factor**2 * variance + row.c**2
+        return sum(abs(a - b) for a, b in zip((mean, variance), marginal(0.1), strict=True))
 
-    assert final(3200) < 1e-3
-    assert final(800) / final(3200) == pytest.approx(4, rel=0.2)
+    assert error(1600) < 1e-3
+    assert error(400) / error(1600) == pytest.approx(4, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "options"), [*SDES, ("mixed", {"window": (20, 80)})], ids=str)
+@pytest.mark.parametrize(("name", "options"), [*SDES, ("mixed", {"window": (10, 40)})], ids=str)
 def test_sde_samples_have_the_moments_of_the_ode(name, options):
-    x = add_noise(torch.zeros(50, 400), torch.ones(50), seed=1).double()
-    got = solve(table(name, schedule(150), **options), x, seed=2).flatten()
+    x = add_noise(torch.zeros(10, 600), torch.ones(10), seed=1).double()
+    got = solve(table(name, schedule(80), **options), x, seed=2).flatten()
     exact = transport(x.flatten(), 0.0)
-    assert abs(got.mean() - exact.mean()) < 0.04
-    assert abs(got.std() - exact.std()) < 0.04
-    assert abs(((got - got.mean()) ** 3).mean() - ((exact - exact.mean()) ** 3).mean()) < 0.1
+    assert abs(got.mean() - exact.mean()) < 0.06
+    assert abs(got.std() - exact.std()) < 0.06
+    assert abs(((got - got.mean()) ** 3).mean() - ((exact - exact.mean()) ** 3).mean()) < 0.15
 
 
 @pytest.mark.parametrize("name", ["flow-sde", "dance-sde"])
@@ -272,7 +274,9 @@ def test_native_against_reference(name, guided, dtype):
             guidance = {"v_uncond": v_uncond, "guidance": 4.5} if guided else {}
             log_prob = row.c > 0
             past = [cast(h) for h in past]
-            out = solver_step(solver, i, x, v, past, **guidance, noise=noise, x0=True, log_prob=log_prob, backend=backend)
+            out = solver_step(
+                solver, i, x, v, past, **guidance, noise=noise, x0=True, log_prob=log_prob, backend=backend
+            )
             return [out.x, out.x0, *out.history, *([out.log_prob] if log_prob else [])]
 
         got, again = run("native", lambda y: y), run("native", lambda y: y)
@@ -343,9 +347,7 @@ def test_history_is_as_short_as_the_rows_to_come_allow():
         assert solver.depth(0) == solver.depth(len(solver.rows)) == 0
     solver = SolverTable("gap", 1, "velocity", (Row(1.0, 1.0, (1.0,)), Row(0.9, 1.0, (1.0,)), Row(0.8, 1.0, (0, 0, 1))))
     assert [solver.depth(i) for i in range(4)] == [0, 1, 2, 0]
-    assert solve(solver, x, lambda x, t: torch.full_like(x, t)).tolist() == [[2.9, 2.9]] or torch.allclose(
-        solve(solver, x, lambda x, t: torch.full_like(x, t)), torch.tensor(2.9)
-    )
+    torch.testing.assert_close(solve(solver, x, torch.full_like), torch.full_like(x, 1.0 + 0.9 + 1.0))
 
 
 def test_compiles_and_passes_opcheck():
@@ -367,7 +369,7 @@ MULTI = (table("dpm++2M", schedule(4)), 2, torch.zeros(2, 3), torch.zeros(2, 3))
     ("call", "error", "message"),
     [
         (lambda: table("rk4", (1.0, 0.0)), ValueError, "name: got 'rk4', accepted are euler, heun"),
-        (lambda: table("euler", (1.0,)), ValueError, "sigmas: got"),
+        (lambda: table("euler", ()), ValueError, "sigmas: got"),
         (lambda: table("euler", (0.5, 0.5)), ValueError, "sigmas: got"),
         (lambda: table("euler", (1.1, 0.5)), ValueError, "sigmas: got"),
         (lambda: table("euler", (1.0, float("nan"))), ValueError, "sigmas: got"),

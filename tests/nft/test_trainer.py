@@ -108,7 +108,7 @@ def test_eight_projections_are_adapted(policy):
     assert names == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "unipc", "flow-sde"])
 def test_a_picture_depends_on_its_seed_and_prompt_only(policy, solver):
     policy.use(None)
     prompts, seeds, grid = ["a red circle", "a cross", "two black squares"], [7, 8, 9], times(3, 1.0)
