@@ -24,7 +24,7 @@ SDES = [("flow-sde", {}), ("dance-sde", {}), ("dance-sde", {"eta": 1.0}), ("ddim
 SHARE = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEAN = torch.tensor([-1.5, 0.8], dtype=torch.float64)
 DEVIATION = torch.tensor([0.4, 0.6], dtype=torch.float64)
-POINTS = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64)
+POINTS = torch.linspace(-2.5, 2.5, 21, dtype=torch.float64)
 
 
 def velocity(x, t):
