@@ -101,7 +101,8 @@ class NinjaBuild(build_ext):
             libraries = " ".join([*(f"-L{folder}" for folder in folders[:1]), "-lcudart_static -ldl -lrt -lpthread"])
         compile_to("bindings.o", "cxx", "bindings.cpp", has)
         for isa, flags in isas.items():
-            compile_to(f"kernels_{isa}.o", "cxx", "cpu/kernels.cpp", f"-DNFT_ISA={isa} {flags}")
+            for source in ("kernels", "solver"):
+                compile_to(f"{source}_{isa}.o", "cxx", f"cpu/{source}.cpp", f"-DNFT_ISA={isa} {flags}")
         rules += [
             "rule link",
             "  command = $cxx -shared -fopenmp $in -o $out $libraries",

@@ -99,4 +99,23 @@ PYBIND11_MODULE(_C, m) {
                 elements, vector(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
     dispatch(isa, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise));
   });
+  m.def("solver_step", [](const std::string& isa, const Tensor& x, const Tensor& v,
+                          const std::optional<Tensor>& v_uncond, const std::optional<Tensor>& noise,
+                          const std::vector<Tensor>& history, const Tensor& out, const std::optional<Tensor>& h,
+                          const std::optional<Tensor>& x0, bool double_math, int64_t batch, int64_t elements, double a,
+                          const std::vector<double>& b, double c, double p, double q, double t, double guidance,
+                          uintptr_t seed, uintptr_t sample, uintptr_t z_square) {
+    if (b.size() > kMaxHistory || b.size() > history.size() + 1)
+      throw std::invalid_argument("more coefficients than history, or more than 8");
+    auto optional_view = [](const std::optional<Tensor>& tensor) { return tensor ? view(*tensor) : View{}; };
+    StepArgs args{view(x), view(v), optional_view(v_uncond), optional_view(noise), {}, view(out), optional_view(h),
+                  optional_view(x0), v_uncond.has_value(), noise.has_value(), h.has_value(), x0.has_value(),
+                  double_math, batch, elements, static_cast<int>(b.size()), a, {}, c, p, q, t, guidance,
+                  pointer<int64_t>(seed), pointer<int64_t>(sample), pointer<double>(z_square)};
+    for (size_t j = 0; j < b.size(); ++j) {
+      args.b[j] = b[j];
+      if (j > 0) args.history[j] = view(history[j - 1]);
+    }
+    dispatch(isa, args, baseline::solver_step, NFT_AVX2(solver_step), NFT_AVX512(solver_step));
+  });
 }

@@ -1,4 +1,4 @@
-"""Command line: ``nft train``, ``nft pretrain``."""
+"""Command line: ``nft train``, ``nft pretrain``, ``nft solvers``."""
 
 from __future__ import annotations
 
@@ -101,6 +101,21 @@ def pretrain(
         run(output, seed=seed, flow_steps=flow_steps, wrong_share=wrong_share)
     except ValueError as error:
         raise _fail(error) from None
+
+
+@app.command()
+def solvers() -> None:
+    """List the solvers that rollouts can use."""
+    from rich.table import Table
+
+    from nft_kernels.solvers import SOLVERS, schedule, table
+
+    listing = Table("name", "order", "evaluations per step", "stochastic", "source")
+    for name, build in SOLVERS.items():
+        solver = table(name, schedule(4))
+        source = (build.__doc__ or "").partition("\n")[0]
+        listing.add_row(name, str(solver.order), str(solver.evaluations), "yes" if solver.stochastic else "no", source)
+    _console.print(listing)
 
 
 if __name__ == "__main__":

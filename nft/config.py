@@ -9,6 +9,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from nft_kernels.solvers import SOLVERS
+
+Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
 
 
@@ -41,7 +44,7 @@ class Config(BaseModel):
     group_size: int = Field(12, gt=1)
     """Pictures per prompt, among which rewards are compared."""
     rollout_steps: int = Field(10, gt=0)
-    rollout_solver: Literal["euler", "heun"] = "euler"
+    rollout_solver: Solver = "euler"
     rollout_batch: int = Field(96, gt=0)
     max_sequence_length: int = Field(12, gt=0)
 
@@ -64,7 +67,7 @@ class Config(BaseModel):
     eval_every: int = Field(10, gt=0)
     eval_prompts_per_group: int = Field(20, gt=0)
     eval_steps: int = Field(10, gt=0)
-    eval_solver: Literal["euler", "heun"] = "heun"
+    eval_solver: Solver = "heun"
     verify_kernels_steps: int = Field(2, ge=0)
     """For how many optimizer steps the loss is compared with the float64 reference; 0 turns it off."""
 

@@ -1,8 +1,19 @@
 """Fused kernels for DiffusionNFT (Zheng et al., arXiv 2509.16117). This is the whole public surface."""
 
+from . import solvers
 from .ops.add_noise import add_noise
 from .ops.nft_loss import NFTLossOutput, nft_loss
+from .ops.solver_step import SolverStep, solver_step
 from .reference.advantages import group_advantages, optimality_probability
 
-__all__ = ["NFTLossOutput", "add_noise", "group_advantages", "nft_loss", "optimality_probability"]
+__all__ = [
+    "NFTLossOutput",
+    "SolverStep",
+    "add_noise",
+    "group_advantages",
+    "nft_loss",
+    "optimality_probability",
+    "solver_step",
+    "solvers",
+]
 __version__ = "0.1.0"

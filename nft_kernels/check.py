@@ -12,7 +12,9 @@ from torch import Tensor
 from .backends import native
 from .ops.add_noise import add_noise
 from .ops.nft_loss import nft_loss
+from .ops.solver_step import solver_step
 from .reference import add_noise as noise_reference
+from .solvers import schedule, table
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -115,18 +117,39 @@ def _check_noise(backend: str, dtype: torch.dtype) -> Comparison:
     return _compare("x_t", add_noise(x0, t, noise=noise, backend=backend), plain, exact)
 
 
+def _check_step(backend: str, dtype: torch.dtype) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for name in ("euler", "flow-sde", "dpm++3M", "deis", "unipc"):
+        solver = table(name, schedule(6, shift=3.0))
+        for i in range(len(solver.rows)):
+            x, v, v_uncond, noise, *history = (
+                torch.randn(3, 4, 33, 31, generator=generator).to(dtype) for _ in range(4 + solver.depth(i))
+            )
+
+            def run(backend: str, wide: bool, i=i, solver=solver, tensors=(x, v, v_uncond, noise), past=history):
+                x, v, v_uncond, noise, *kept = (y.double() if wide else y for y in (*tensors, *past))
+                options = {"v_uncond": v_uncond, "guidance": 4.5, "noise": noise, "x0": True}
+                out = solver_step(solver, i, x, v, kept, **options, backend=backend)
+                return {"x": out.x, "x0": out.x0}
+
+            got, plain, exact = run(backend, False), run("reference", False), run("reference", True)
+            results += [_compare(key, got[key], plain[key], exact[key]) for key in got]
+    return max(results, key=lambda c: c.error / c.bound)
+
+
 def main() -> int:
     rows = []
     reason = native.why_not([torch.empty(0)])
     for backend in ["reference", *([] if reason else ["native"])]:
-        for op, check in (("add_noise", _check_noise), ("nft_loss", _check_loss)):
+        for op, check in (("add_noise", _check_noise), ("nft_loss", _check_loss), ("solver_step", _check_step)):
             for dtype in _DTYPES:
                 try:
                     worst = check(backend, dtype)
                     rows.append((op, backend, str(dtype)[6:], f"{worst.error:.2e}", f"{worst.bound:.2e}", worst.passed))
                 except KernelMismatchError as error:
                     rows.append((op, backend, str(dtype)[6:], str(error), "", False))
-    line = "{:10} {:10} {:9} {:>12} {:>10}  {}"
+    line = "{:11} {:10} {:9} {:>12} {:>10}  {}"
     print(line.format("op", "backend", "dtype", "worst error", "bound", "pass"))
     for row in rows:
         print(line.format(*row[:5], "yes" if row[5] else "NO"))

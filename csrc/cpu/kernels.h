@@ -46,10 +46,25 @@ struct NoiseArgs {
   const int64_t *seed, *sample;
 };
 
-#define NFT_DECLARE(isa)            \
-  namespace isa {                   \
-  void nft_loss(const LossArgs&);   \
-  void add_noise(const NoiseArgs&); \
+constexpr int kMaxHistory = 8;
+
+// x' = a x + sum_j b[j] h_j + c z with h_0 = p x + q v, the other h_j in history.
+struct StepArgs {
+  View x, v, v_uncond, noise, history[kMaxHistory];
+  View out, h, x0;
+  bool guided, has_noise, want_h, want_x0, double_math;
+  int64_t batch, elements;
+  int terms;  // entries of b
+  double a, b[kMaxHistory], c, p, q, t, guidance;
+  const int64_t *seed, *sample;
+  double* z_square;  // (batch): mean over elements of z^2, or null
+};
+
+#define NFT_DECLARE(isa)             \
+  namespace isa {                    \
+  void nft_loss(const LossArgs&);    \
+  void add_noise(const NoiseArgs&);  \
+  void solver_step(const StepArgs&); \
   }
 NFT_DECLARE(baseline)
 NFT_DECLARE(avx2)

@@ -133,3 +133,50 @@ def add_noise(
         0 if sample is None else sample.data_ptr(),
     )
     return out
+
+
+def solver_step(
+    x: Tensor,
+    v: Tensor,
+    v_uncond: Tensor | None,
+    noise: Tensor | None,
+    history: Sequence[Tensor],
+    seed: Tensor | None,
+    sample: Tensor | None,
+    a: float,
+    b: Sequence[float],
+    c: float,
+    p: float,
+    q: float,
+    t: float,
+    guidance: float,
+    out: Tensor,
+    h: Tensor,
+    x0: Tensor,
+    square: Tensor,
+) -> None:
+    """Write x', and h_0, x - t v and the mean of z^2 per sample into those of ``h``, ``x0``, ``square`` not empty."""
+    _C.solver_step(
+        isa(),
+        _describe(x),
+        _describe(v),
+        _describe(v_uncond),
+        _describe(noise),
+        [_describe(older) for older in history],
+        _describe(out),
+        _describe(h if h.numel() else None),
+        _describe(x0 if x0.numel() else None),
+        compute_dtype(x, v, v_uncond, noise, *history) == torch.float64,
+        x.shape[0],
+        x[0].numel(),
+        a,
+        b,
+        c,
+        p,
+        q,
+        t,
+        guidance,
+        0 if seed is None else seed.data_ptr(),
+        0 if sample is None else sample.data_ptr(),
+        square.data_ptr() if square.numel() else 0,
+    )

@@ -16,19 +16,19 @@ def floating(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
 
 
-def _same_device(name: str, x: Tensor, x0: Tensor) -> None:
+def _same_device(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
     if x.device != x0.device:
-        raise ValueError(f"{name}: got device {x.device}, accepted is the device of x0, {x0.device}")
+        raise ValueError(f"{name}: got device {x.device}, accepted is the device of {model}, {x0.device}")
 
 
-def tensor_like(name: str, x: Tensor, x0: Tensor) -> None:
-    """``x`` must be a floating tensor of x0's shape and device."""
+def tensor_like(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
+    """``x`` must be a floating tensor of the shape and device of x0, the argument called ``model``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
     floating(name, x.dtype)
     if x.shape != x0.shape:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of x0, {tuple(x0.shape)}")
-    _same_device(name, x, x0)
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of {model}, {tuple(x0.shape)}")
+    _same_device(name, x, x0, model)
 
 
 def latents(name: str, x0: Tensor) -> None:
@@ -59,3 +59,20 @@ def number(name: str, value: float, *, positive: bool) -> None:
         raise TypeError(f"{name}: got {type(value).__name__}, accepted is a number")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}: got {value}, accepted is a finite number {'above' if positive else 'of at least'} 0")
+
+
+def seeds(seed: int | Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox key and sample word of every sample: an int seeds the whole batch, a tensor every sample on its own."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.shape != x0.shape[:1] or seed.device != x0.device:
+            raise ValueError(
+                f"seed: got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
+                f"accepted is an int or an int64 tensor of shape ({x0.shape[0]},) on {x0.device}"
+            )
+        return seed.contiguous(), torch.zeros_like(seed)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {type(seed).__name__}, accepted is an int or an int64 tensor")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, accepted are signed 64-bit integers")
+    sample = torch.arange(x0.shape[0], device=x0.device)
+    return torch.full_like(sample, seed), sample

@@ -72,25 +72,10 @@ def add_noise(
         raise ValueError("seed, noise: got both or neither, accepted is exactly one of them")
     out_dtype = x0.dtype if out_dtype is None else out_dtype
     _validate.floating("out_dtype", out_dtype)
-    sample = None
+    seeds, sample = (None, None) if seed is None else _validate.seeds(seed, x0)
     if noise is not None:
         _validate.tensor_like("noise", noise, x0)
         noise = noise.detach()
-        seeds = None
-    elif isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.shape != x0.shape[:1] or seed.device != x0.device:
-            raise ValueError(
-                f"seed: got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
-                f"accepted is an int or an int64 tensor of shape ({x0.shape[0]},) on {x0.device}"
-            )
-        seeds, sample = seed.contiguous(), torch.zeros_like(seed)
-    else:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed: got {type(seed).__name__}, accepted is an int or an int64 tensor")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed: got {seed}, accepted are signed 64-bit integers")
-        sample = torch.arange(x0.shape[0], device=x0.device)
-        seeds = torch.full_like(sample, seed)
     backend = choose(backend, x0)
     run = _op if torch.compiler.is_compiling() else _run
     return run(x0.detach(), t.detach(), seeds, sample, noise, out_dtype, backend)

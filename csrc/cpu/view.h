@@ -1,0 +1,184 @@
+// Access to tensors in chunks, whatever their dtype and strides; included by every kernel source (NFT_ISA names the
+// namespace).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "math.h"
+
+namespace nft {
+namespace NFT_ISA {
+
+// One chunk of all inputs fits the first-level cache, and partial sums per chunk make the result independent of
+// the number of threads.
+constexpr int64_t kChunk = 2048;
+constexpr int kLanes = 16;
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float from_fp16(uint16_t bits) {
+#if defined(__F16C__)
+  return _cvtsh_ss(bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  uint32_t exponent = (bits >> 10) & 0x1f, mantissa = bits & 0x3ff, wide;
+  if (exponent == 0) {
+    const float small = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign ? -small : small;
+  }
+  wide = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+#endif
+}
+
+inline uint16_t to_fp16(float value) {
+#if defined(__F16C__)
+  return static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (bits >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (bits < 0x38800000u) {
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, 24))));
+  }
+  bits += 0xfffu + ((bits >> 13) & 1);
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000u) >> 13));
+#endif
+}
+
+template <typename T>
+inline T load_one(const void* data, int dtype, int64_t i) {
+  switch (dtype) {
+    case kFloat32: return static_cast<T>(static_cast<const float*>(data)[i]);
+    case kBFloat16: return static_cast<T>(from_bf16(static_cast<const uint16_t*>(data)[i]));
+    case kFloat16: return static_cast<T>(from_fp16(static_cast<const uint16_t*>(data)[i]));
+    default: return static_cast<T>(static_cast<const double*>(data)[i]);
+  }
+}
+
+inline double value(const Vector& x, int64_t b) { return load_one<double>(x.data, x.dtype, b * x.stride); }
+
+template <typename T>
+inline void store_one(void* data, int dtype, int64_t i, T value) {
+  switch (dtype) {
+    case kFloat32: static_cast<float*>(data)[i] = static_cast<float>(value); break;
+    case kBFloat16: static_cast<uint16_t*>(data)[i] = to_bf16(static_cast<float>(value)); break;
+    case kFloat16: static_cast<uint16_t*>(data)[i] = to_fp16(static_cast<float>(value)); break;
+    default: static_cast<double*>(data)[i] = static_cast<double>(value);
+  }
+}
+
+// Calls body(offset, index) for elements [start, start + count) of one sample, in logical order.
+template <typename F>
+inline void walk(const View& view, int64_t start, int64_t count, F body) {
+  int64_t index[kMaxDims] = {0}, rest = start, offset = 0;
+  for (int d = view.dims - 1; d >= 0; --d) {
+    index[d] = rest % view.size[d];
+    rest /= view.size[d];
+    offset += index[d] * view.stride[d];
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    body(offset, k);
+    for (int d = view.dims - 1; d >= 0; --d) {
+      offset += view.stride[d];
+      if (++index[d] < view.size[d]) break;
+      offset -= view.size[d] * view.stride[d];
+      index[d] = 0;
+    }
+  }
+}
+
+inline int item_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+inline char* sample_start(const View& view, int64_t b) {
+  return static_cast<char*>(view.data) + b * view.batch_stride * item_size(view.dtype);
+}
+
+inline bool dense(const View& view) { return view.dims == 0 || (view.dims == 1 && view.stride[0] == 1); }
+
+// The chunk as compute-type values: the tensor's own memory when it already is that, else a converted copy.
+template <typename T>
+const T* load(const View& view, int64_t b, int64_t start, int64_t count, T* buffer) {
+  const char* base = sample_start(view, b);
+  if (!dense(view)) {
+    walk(view, start, count, [&](int64_t o, int64_t k) { buffer[k] = load_one<T>(base, view.dtype, o); });
+    return buffer;
+  }
+  if (view.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64)) return reinterpret_cast<const T*>(base) + start;
+  if (view.dtype == kBFloat16) {
+    const uint16_t* source = reinterpret_cast<const uint16_t*>(base) + start;
+    for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(from_bf16(source[k]));
+    return buffer;
+  }
+  int64_t k = 0;
+#if defined(__F16C__)
+  if (view.dtype == kFloat16 && sizeof(T) == 4) {
+    const uint16_t* source = reinterpret_cast<const uint16_t*>(base) + start;
+    for (; k + 8 <= count; k += 8)
+      _mm256_storeu_ps(reinterpret_cast<float*>(buffer) + k,
+                       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k))));
+  }
+#endif
+  for (; k < count; ++k) buffer[k] = load_one<T>(base, view.dtype, start + k);
+  return buffer;
+}
+
+template <typename T>
+void store(const View& view, int64_t b, int64_t start, int64_t count, const T* values) {
+  char* base = sample_start(view, b);
+  if (!dense(view)) {
+    walk(view, start, count, [&](int64_t o, int64_t k) { store_one<T>(base, view.dtype, o, values[k]); });
+  } else if (view.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64)) {
+    std::memcpy(reinterpret_cast<T*>(base) + start, values, count * sizeof(T));
+  } else if (view.dtype == kBFloat16) {
+    uint16_t* target = reinterpret_cast<uint16_t*>(base) + start;
+    for (int64_t k = 0; k < count; ++k) target[k] = to_bf16(static_cast<float>(values[k]));
+  } else {
+    for (int64_t k = 0; k < count; ++k) store_one<T>(base, view.dtype, start + k, values[k]);
+  }
+}
+
+template <typename T>
+double total(const T* lanes) {
+  double sum = 0;
+  for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
+  return sum;
+}
+
+// Standard normals for elements [start, start + count) of one sample; start is a multiple of 4.
+template <typename T>
+void draw(int64_t seed, int64_t sample, int64_t start, int64_t count, T* out) {
+  for (int64_t k = 0; k < count; k += 4) {
+    float four[4];
+    normals(static_cast<uint64_t>(seed), static_cast<uint64_t>(sample), static_cast<uint64_t>((start + k) / 4), four);
+    for (int64_t j = 0; j < std::min<int64_t>(4, count - k); ++j) out[k + j] = static_cast<T>(four[j]);
+  }
+}
+
+}  // namespace NFT_ISA
+}  // namespace nft
