@@ -24,6 +24,16 @@ GROUPS = ("single_object", "two_object", "counting", "colors", "position", "colo
 
 # Their name already says a colour, or they come in any.
 _NO_COLOR = {"person", "orange"}
+_COLORED = tuple(name for name in CLASSES if name not in _NO_COLOR)
+_PAIRS = len(CLASSES) * (len(CLASSES) - 1)
+_SIZES = {
+    "single_object": len(CLASSES),
+    "two_object": _PAIRS,
+    "counting": len(CLASSES) * len(COUNTS),
+    "colors": len(_COLORED) * len(COLORS),
+    "position": _PAIRS * len(POSITIONS),
+    "color_attr": len(_COLORED) * (len(_COLORED) - 1) * len(COLORS) * (len(COLORS) - 1),
+}
 _PLURALS = {"person": "people", "knife": "knives", "scissors": "scissors", "skis": "skis", "sheep": "sheep"}
 
 
@@ -41,8 +51,7 @@ def _entry(tag: str, rng: random.Random) -> dict[str, Any]:
     def include(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
         return {"class": name, "count": count, **more}
 
-    colored = [name for name in CLASSES if name not in _NO_COLOR]
-    first, second = rng.sample(colored if tag in ("colors", "color_attr") else CLASSES, 2)
+    first, second = rng.sample(_COLORED if tag in ("colors", "color_attr") else CLASSES, 2)
     if tag == "single_object":
         return {"tag": tag, "include": [include(first)], "prompt": f"a photo of {_a(first)}"}
     if tag == "two_object":
@@ -83,8 +92,7 @@ def generate(per_group: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     groups = {}
     for tag in GROUPS:
         found: dict[str, dict[str, Any]] = {}
-        size = min(per_group, len(CLASSES)) if tag == "single_object" else per_group
-        while len(found) < size:
+        while len(found) < min(per_group, _SIZES[tag]):
             entry = _entry(tag, rng)
             found.setdefault(entry["prompt"], entry)
         groups[tag] = list(found.values())

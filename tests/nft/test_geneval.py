@@ -44,6 +44,12 @@ def test_prompts_fit_their_metadata_and_seed():
         assert entry["prompt"].index(placed["class"]) < entry["prompt"].index(where)
 
 
+def test_small_groups_end_when_they_are_exhausted():
+    sizes = {tag: len(entries) for tag, entries in generate(1000, seed=0).items()}
+    # 80 classes; three counts; ten colours for all but person and orange.
+    assert sizes == dict.fromkeys(GROUPS, 1000) | {"single_object": 80, "counting": 240, "colors": 780}
+
+
 def test_the_80_classes_are_coco():
     assert len(CLASSES) == len(set(CLASSES)) == 80
     assert [CLASSES[i] for i in (0, 16, 24, 49, 79)] == ["person", "dog", "backpack", "orange", "toothbrush"]
