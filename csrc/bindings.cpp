@@ -29,6 +29,8 @@ View view(const Tensor& tensor) {
   return out;
 }
 
+View view(const std::optional<Tensor>& tensor) { return tensor ? view(*tensor) : View{}; }
+
 // (pointer, dtype code, stride) of a (B,) tensor.
 using PerSample = std::tuple<uintptr_t, int, int64_t>;
 
@@ -86,8 +88,8 @@ PYBIND11_MODULE(_C, m) {
                        const PerSample& t, const PerSample& r, const PerSample& beta, int weighting, bool double_math,
                        int64_t batch, int64_t elements, double adv_clip_max, double kl_weight, double grad_scale,
                        uintptr_t loss, uintptr_t details) {
-    LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), v_ref ? view(*v_ref) : View{},
-               grad ? view(*grad) : View{}, v_ref.has_value(), grad.has_value(), double_math, weighting, batch,
+    LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), view(v_ref),
+               view(grad), v_ref.has_value(), grad.has_value(), double_math, weighting, batch,
                elements, vector(t), vector(r), vector(beta), adv_clip_max, kl_weight, grad_scale,
                pointer<void>(loss), pointer<void>(details)};
     dispatch(isa, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss));
@@ -95,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_noise", [](const std::string& isa, const Tensor& x0, const std::optional<Tensor>& noise,
                         const Tensor& out, bool double_math, int64_t batch, int64_t elements,
                         const PerSample& t, uintptr_t seed, uintptr_t sample) {
-    NoiseArgs a{view(x0), noise ? view(*noise) : View{}, view(out), noise.has_value(), double_math, batch,
+    NoiseArgs a{view(x0), view(noise), view(out), noise.has_value(), double_math, batch,
                 elements, vector(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
     dispatch(isa, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise));
   });
@@ -107,9 +109,8 @@ PYBIND11_MODULE(_C, m) {
                           uintptr_t seed, uintptr_t sample, uintptr_t z_square) {
     if (b.size() > kMaxHistory || b.size() > history.size() + 1)
       throw std::invalid_argument("more coefficients than history, or more than 8");
-    auto optional_view = [](const std::optional<Tensor>& tensor) { return tensor ? view(*tensor) : View{}; };
-    StepArgs args{view(x), view(v), optional_view(v_uncond), optional_view(noise), {}, view(out), optional_view(h),
-                  optional_view(x0), v_uncond.has_value(), noise.has_value(), h.has_value(), x0.has_value(),
+    StepArgs args{view(x), view(v), view(v_uncond), view(noise), {}, view(out), view(h),
+                  view(x0), v_uncond.has_value(), noise.has_value(), h.has_value(), x0.has_value(),
                   double_math, batch, elements, static_cast<int>(b.size()), a, {}, c, p, q, t, guidance,
                   pointer<int64_t>(seed), pointer<int64_t>(sample), pointer<double>(z_square)};
     for (size_t j = 0; j < b.size(); ++j) {

@@ -27,6 +27,10 @@ class Task(Protocol):
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor: ...
 
 
+def _table(verdicts: Iterable[Verdict]) -> Tensor:
+    return torch.tensor([(verdict.partial, verdict.strict) for verdict in verdicts])
+
+
 class Shapes:
     """The bundled shapes world: trains on GenEval's partial credit, reports the strict score."""
 
@@ -52,6 +56,7 @@ class GenEval:
     The held-out prompts are generated with another seed, and training prompts that are among them are left out.
     """
 
+    _BATCH = 16
     _PER_GROUP = 5000
     _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
 
@@ -70,16 +75,9 @@ class GenEval:
         return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
 
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
-        """Partial and strict score of uint8 pictures (B, H, W, 3), scored ``_BATCH`` at a time."""
-        parts = range(0, len(entries), _BATCH)
-        return _table(v for i in parts for v in self.reward(pictures[i : i + _BATCH], entries[i : i + _BATCH]))
-
-
-_BATCH = 16
-
-
-def _table(verdicts: Iterable[Verdict]) -> Tensor:
-    return torch.tensor([(verdict.partial, verdict.strict) for verdict in verdicts])
+        """Partial and strict score of uint8 pictures (B, H, W, 3), scored 16 at a time."""
+        parts = [slice(start, start + self._BATCH) for start in range(0, len(entries), self._BATCH)]
+        return _table(verdict for part in parts for verdict in self.reward(pictures[part], entries[part]))
 
 
 TASKS: dict[str, type[Task]] = {"shapes": Shapes, "geneval": GenEval}

@@ -25,6 +25,7 @@ struct Vector {
   int64_t stride;
 };
 
+// In the order of WEIGHTINGS in reference/nft_loss.py.
 enum Weighting : int { kAdaptive = 0, kNone = 1, kTime = 2, kTimeSquared = 3 };
 
 struct LossArgs {

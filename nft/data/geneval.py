@@ -37,7 +37,8 @@ _SIZES = {
 _PLURALS = {"person": "people", "knife": "knives", "scissors": "scissors", "skis": "skis", "sheep": "sheep"}
 
 
-def _plural(name: str) -> str:
+def plural(name: str) -> str:
+    """More than one of an object, in English."""
     if name in _PLURALS:
         return _PLURALS[name]
     return name + ("es" if name.endswith(("s", "x", "z", "ch", "sh")) else "s")
@@ -63,7 +64,7 @@ def _entry(tag: str, rng: random.Random) -> dict[str, Any]:
             "tag": tag,
             "include": [include(first, count)],
             "exclude": [include(first, count + 1)],
-            "prompt": f"a photo of {COUNTS[count]} {_plural(first)}",
+            "prompt": f"a photo of {COUNTS[count]} {plural(first)}",
         }
     if tag == "colors":
         color = rng.choice(COLORS)

@@ -60,9 +60,9 @@ class GenEvalReward:
         return self._color_texts[name]
 
     @torch.no_grad()
-    def _color(self, picture: np.ndarray, mask: np.ndarray, box: tuple[float, ...], name: str) -> str:
+    def _color(self, picture: np.ndarray, mask: np.ndarray, box: tuple[int, ...], name: str) -> str:
         masked = np.where(mask[..., None], picture, _GREY).astype(np.uint8)
-        left, top, right, bottom = (int(edge) for edge in box)
+        left, top, right, bottom = box
         crop = Image.fromarray(masked[top:bottom, left:right])
         inputs = self.clip_processor(images=crop, return_tensors="pt").to(self.device)
         embedded = self.clip.get_image_features(**inputs).pooler_output

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype
+from ..reference.nft_loss import WEIGHTINGS
+from ..reference.solver_step import Coefficients
 
 # After torch, so that the module shares the OpenMP runtime torch has loaded.
 try:
@@ -19,7 +21,6 @@ except ImportError as error:
     _IMPORT_ERROR = str(error)
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_WEIGHTINGS = {"adaptive": 0, "none": 1, "t": 2, "t2": 3}
 
 
 def isa() -> str:
@@ -97,7 +98,7 @@ def nft_loss(
         _per_sample(t),
         _per_sample(r),
         _per_sample(beta),
-        _WEIGHTINGS[weighting],
+        WEIGHTINGS.index(weighting),
         dtype == torch.float64,
         batch,
         x0.numel() // batch,
@@ -143,13 +144,7 @@ def solver_step(
     history: Sequence[Tensor],
     seed: Tensor | None,
     sample: Tensor | None,
-    a: float,
-    b: Sequence[float],
-    c: float,
-    p: float,
-    q: float,
-    t: float,
-    guidance: float,
+    coefficients: Coefficients,
     out: Tensor,
     h: Tensor,
     x0: Tensor,
@@ -167,15 +162,9 @@ def solver_step(
         _describe(h if h.numel() else None),
         _describe(x0 if x0.numel() else None),
         compute_dtype(x, v, v_uncond, noise, *history) == torch.float64,
-        x.shape[0],
-        x[0].numel(),
-        a,
-        b,
-        c,
-        p,
-        q,
-        t,
-        guidance,
+        len(x),
+        x.numel() // len(x),
+        *coefficients,
         0 if seed is None else seed.data_ptr(),
         0 if sample is None else sample.data_ptr(),
         square.data_ptr() if square.numel() else 0,

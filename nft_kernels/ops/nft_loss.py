@@ -11,9 +11,8 @@ from torch.autograd.function import once_differentiable
 from ..backends import choose, native
 from ..reference import compute_dtype
 from ..reference import nft_loss as reference
+from ..reference.nft_loss import WEIGHTINGS
 from . import _validate
-
-WEIGHTINGS = ("adaptive", "none", "t", "t2")
 
 
 class NFTLossOutput(NamedTuple):

@@ -29,6 +29,15 @@ class SolverStep(NamedTuple):
     """(B,) mean over elements of log N(x'; mean, c), if asked for."""
 
 
+def _outputs(x: Tensor, want_h: bool, want_x0: bool, want_square: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for x', h_0, x0 and mean z^2; an empty tensor stands for each that is not wanted."""
+
+    def room(wanted: bool) -> Tensor:
+        return torch.empty_like(x) if wanted else x.new_empty(0)
+
+    return room(True), room(want_h), room(want_x0), x.new_empty(len(x) if want_square else 0, dtype=torch.float64)
+
+
 def _run(
     x: Tensor,
     v: Tensor,
@@ -49,22 +58,18 @@ def _run(
     want_square: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x', h_0, x0 and mean z^2; an empty tensor stands for each that is not wanted."""
-    coefficients = (a, b, c, p, q, t, guidance)
-    out = torch.empty_like(x)
-    h = torch.empty_like(x) if want_h else x.new_empty(0)
-    x0 = torch.empty_like(x) if want_x0 else x.new_empty(0)
-    square = x.new_empty(len(x) if want_square else 0, dtype=torch.float64)
+    coefficients = reference.Coefficients(a, b, c, p, q, t, guidance)
+    outputs = _outputs(x, want_h, want_x0, want_square)
     if backend == "native":
-        native.solver_step(x, v, v_uncond, noise, history, seed, sample, *coefficients, out, h, x0, square)
-        return out, h, x0, square
+        native.solver_step(x, v, v_uncond, noise, history, seed, sample, coefficients, *outputs)
+        return outputs
     if seed is not None and sample is not None:
         noise = noise_reference.normals(seed, sample, x[0].numel()).view(x.shape)
-    results = reference.solver_step(x, v, v_uncond, noise, history, *coefficients)
-    for target, result in zip((out, h, x0, square), results, strict=True):
+    results = reference.solver_step(x, v, v_uncond, noise, history, coefficients)
+    for target, result in zip(outputs, results, strict=True):
         if target.numel() and result is not None:
             target.copy_(result)
-    return out, h, x0, square
+    return outputs
 
 
 _op = torch.library.custom_op("nft_kernels::solver_step", _run, mutates_args=())
@@ -72,14 +77,7 @@ _op = torch.library.custom_op("nft_kernels::solver_step", _run, mutates_args=())
 
 @_op.register_fake
 def _fake(x, v, v_uncond, noise, history, seed, sample, a, b, c, p, q, t, guidance, want_h, want_x0, want_square, _):
-    empty = x.new_empty(0)
-    square = x.new_empty(len(x) if want_square else 0, dtype=torch.float64)
-    return (
-        torch.empty_like(x),
-        torch.empty_like(x) if want_h else empty,
-        torch.empty_like(x) if want_x0 else x.new_empty(0),
-        square,
-    )
+    return _outputs(x, want_h, want_x0, want_square)
 
 
 def solver_step(

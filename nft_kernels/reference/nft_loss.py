@@ -12,6 +12,7 @@ from torch import Tensor
 from . import compute_dtype
 
 MIN_WEIGHT = 1e-5
+WEIGHTINGS = ("adaptive", "none", "t", "t2")
 
 
 def time_weighting(t: Tensor, weighting: str) -> Tensor:

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from . import compute_dtype
+
+
+class Coefficients(NamedTuple):
+    """The numbers of one row, in the order in which the kernels take them."""
+
+    a: float
+    b: Sequence[float]
+    c: float
+    p: float
+    q: float
+    t: float
+    guidance: float
 
 
 def solver_step(
@@ -15,19 +28,14 @@ def solver_step(
     v_uncond: Tensor | None,
     noise: Tensor | None,
     history: Sequence[Tensor],
-    a: float,
-    b: Sequence[float],
-    c: float,
-    p: float,
-    q: float,
-    t: float,
-    guidance: float,
+    coefficients: Coefficients,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x', h_0, x - t v, and the mean of z^2 over each sample's elements, (B,), where there is noise.
 
     ``history`` holds h_1, h_2, ...; ``v_uncond`` makes v = v_uncond + guidance (v - v_uncond). Computes in float64 if
     any tensor is float64, else in float32.
     """
+    a, b, c, p, q, t, guidance = coefficients
     dtype = compute_dtype(x, v, v_uncond, noise, *history)
     x, v = x.to(dtype), v.to(dtype)
     if v_uncond is not None:

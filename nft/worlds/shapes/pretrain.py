@@ -49,7 +49,7 @@ def _fit(
     progress: Progress,
 ) -> None:
     """Minimise ``batch_loss``, which draws a new batch at every call; the rate warms up over the first 5% of the steps
-    and falls to 0 over the last 30%. Muon on the matrices took a third of the steps that AdamW alone did."""
+    and falls to 0 over the last 30%. Muon takes the matrices of linear layers, AdamW everything else."""
     parameters = [p for m in modules for p in m.train().parameters()]
     matrices = [layer.weight for m in modules for layer in m.modules() if isinstance(layer, torch.nn.Linear)]
     chosen = {id(p) for p in matrices}

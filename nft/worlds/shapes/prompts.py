@@ -6,11 +6,10 @@ import random
 from itertools import permutations, product
 from typing import Any
 
+from nft.data.geneval import COUNTS, GROUPS, POSITIONS, plural
+
 from . import COLORS, SHAPES
 
-GROUPS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-POSITIONS = ("left of", "right of", "above", "below")
-COUNTS = {2: "two", 3: "three", 4: "four"}
 HELD_OUT_SHARE = 0.25
 
 _ONE = ("a {}", "one {}", "a picture of a {}", "a drawing of a {}")
@@ -23,8 +22,7 @@ def _object(shape: str, color: str | None = None, count: int = 1) -> dict[str, A
 
 
 def _name(item: dict[str, Any]) -> str:
-    plural = {"cross": "crosses"}.get(item["class"], item["class"] + "s")
-    noun = item["class"] if item["count"] == 1 else plural
+    noun = item["class"] if item["count"] == 1 else plural(item["class"])
     return f"{item['color']} {noun}" if "color" in item else noun
 
 

@@ -37,17 +37,19 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], fi
         draw.polygon(outline(shape, *box), fill=fill)
 
 
+def _holds(item: dict[str, Any], cell: tuple[int, int], cells: list[tuple[int, int]]) -> bool:
+    if "position" not in item:
+        return True
+    where, target = item["position"]
+    return _STEPS[where] == (cell[0] - cells[target][0], cell[1] - cells[target][1])
+
+
 def _cells(items: list[dict[str, Any]], rng: random.Random) -> list[tuple[int, int]]:
     """A cell (column, row) of the two-by-two grid for every object, such that all positions hold."""
     free = [(column, row) for row in range(2) for column in range(2)]
     while True:
         cells = rng.sample(free, len(items))
-        placed = (
-            _STEPS[item["position"][0]] == (x - cells[item["position"][1]][0], y - cells[item["position"][1]][1])
-            for item, (x, y) in zip(items, cells, strict=True)
-            if "position" in item
-        )
-        if all(placed):
+        if all(_holds(item, cell, cells) for item, cell in zip(items, cells, strict=True)):
             return cells
 
 
