@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 from torch import Tensor
 
 from . import native
 
 BACKENDS = ("auto", "native", "triton", "reference")
+
+
+def load(backend: str) -> ModuleType:
+    """Module with the kernels of ``native`` or ``triton`` and a ``why_not`` that says whether they can run."""
+    if backend == "native":
+        return native
+    # Only here, as triton is optional.
+    from . import triton
+
+    return triton
 
 
 def choose(backend: str, *tensors: Tensor) -> str:
@@ -25,11 +36,14 @@ def choose(backend: str, *tensors: Tensor) -> str:
         raise ValueError(f"{origin}: got {backend!r}, accepted are {', '.join(BACKENDS)}")
     if backend == "reference":
         return backend
-    if backend == "triton":
-        raise RuntimeError(f"{origin}: 'triton' has no kernels in this version; use 'auto' or 'reference'")
-    reason = native.why_not(tensors)
-    if reason is None:
-        return "native"
-    if backend == "native":
-        raise RuntimeError(f"{origin}: 'native' cannot run: {reason}")
+    if backend != "auto":
+        reason = load(backend).why_not(tensors)
+        if reason is not None:
+            raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
+        return backend
+    # On the CPU Triton only interprets, which is for tests.
+    candidates = ("native",) if tensors[0].device.type == "cpu" else ("native", "triton")
+    for candidate in candidates:
+        if load(candidate).why_not(tensors) is None:
+            return candidate
     return "reference"

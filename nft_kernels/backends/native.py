@@ -12,6 +12,7 @@ from torch import Tensor
 from ..reference import compute_dtype
 from ..reference.nft_loss import WEIGHTINGS
 from ..reference.solver_step import Coefficients
+from ._layout import collapse
 
 # After torch, so that the module shares the OpenMP runtime torch has loaded.
 try:
@@ -39,26 +40,11 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
     return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors"
 
 
-def _collapse(x: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides of one sample with neighbouring dimensions joined wherever memory allows."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    return sizes, strides
-
-
 def _describe(x: Tensor | None) -> tuple[Any, ...] | None:
     if x is None:
         return None
     # The common layout needs no search, and the small costs before a kernel are a good part of its time.
-    sizes, strides = ([x.numel() // len(x)], [1]) if x.is_contiguous() else _collapse(x)
+    sizes, strides = ([x.numel() // len(x)], [1]) if x.is_contiguous() else collapse(x)
     return x.data_ptr(), _CODES[x.dtype], x.stride(0), sizes, strides
 
 
@@ -109,6 +95,13 @@ def nft_loss(
         details.data_ptr(),
     )
     return loss, details, grad
+
+
+def nft_loss_gradient(*args: Any, details: Tensor, grad_dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """``scale`` times d loss / d v_theta. The per-sample values ``details`` are computed anew, in the same visit."""
+    grad = nft_loss(*args, grad_dtype=grad_dtype, grad_scale=1.0 if scale is None else scale.item())[2]
+    assert grad is not None
+    return grad
 
 
 def add_noise(

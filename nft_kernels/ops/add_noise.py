@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends import choose, native
+from ..backends import choose, load
 from ..reference import add_noise as reference
 from . import _validate
 
@@ -19,8 +19,8 @@ def _run(
     out_dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    if backend == "native":
-        return native.add_noise(x0, t, seed, sample, noise, out_dtype)
+    if backend != "reference":
+        return load(backend).add_noise(x0, t, seed, sample, noise, out_dtype)
     if noise is None:
         assert seed is not None and sample is not None
         noise = reference.normals(seed, sample, x0[0].numel()).view(x0.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..backends import choose, native
+from ..backends import choose, load
 from ..reference import compute_dtype
 from ..reference import nft_loss as reference
 from ..reference.nft_loss import WEIGHTINGS
@@ -38,30 +38,33 @@ class NFTLossOutput(NamedTuple):
     """Largest |v_theta - v_old|."""
 
 
-class _Native(torch.autograd.Function):
+class _Fused(torch.autograd.Function):
     """The inputs are saved beside the gradient: autograd then notices if one is overwritten, and a second backward
-    can compute the gradient anew after the first has given its buffer away. A float16 gradient is only computed in
-    the backward, where the loss scale is known: without it, it would underflow."""
+    can compute the gradient anew after the first has given its buffer away. On the CPU the gradient is computed ahead,
+    while a sample is still in cache, but not in float16: it would underflow without the loss scale, which only the
+    backward knows. Elsewhere the backward computes it, and neither reads the scale on the host nor holds a buffer."""
 
     @staticmethod
-    def forward(ctx: Any, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        ahead = want_grad and args[0].dtype != torch.float16
-        loss, details, ctx.grad = native.nft_loss(*args, grad_dtype=args[0].dtype if ahead else None)
-        ctx.save_for_backward(*args[:8])
-        ctx.options = args[8:]
+    def forward(ctx: Any, backend: str, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
+        v_theta = args[0]
+        ahead = want_grad and v_theta.device.type == "cpu" and v_theta.dtype != torch.float16
+        loss, details, ctx.grad = load(backend).nft_loss(*args, grad_dtype=v_theta.dtype if ahead else None)
+        ctx.save_for_backward(*args[:8], details)
+        ctx.backend, ctx.options = backend, args[8:]
         ctx.mark_non_differentiable(details)
         return loss, details
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        scale, grad, ctx.grad = grad_loss.item(), ctx.grad, None
+        *saved, details = ctx.saved_tensors
+        grad, ctx.grad = ctx.grad, None
         if grad is None:
-            grad = native.nft_loss(*saved, *ctx.options, grad_dtype=saved[0].dtype, grad_scale=scale)[2]
-        elif scale != 1:
+            options = {"details": details, "grad_dtype": saved[0].dtype, "scale": grad_loss}
+            grad = load(ctx.backend).nft_loss_gradient(*saved, *ctx.options, **options)
+        elif (scale := grad_loss.item()) != 1:
             grad.mul_(scale)
-        return (None, grad, *[None] * 10)
+        return (None, None, grad, *[None] * 10)
 
 
 def _unscaled_dtype(v_theta: Tensor) -> torch.dtype:
@@ -82,8 +85,9 @@ def _op(
     kl_weight: float,
     weighting: str,
     want_grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, details, grad = native.nft_loss(
+    loss, details, grad = load(backend).nft_loss(
         v_theta,
         v_old,
         x_t,
@@ -101,7 +105,7 @@ def _op(
 
 
 @_op.register_fake
-def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, adv_clip_max, kl_weight, weighting, want_grad):
+def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, adv_clip_max, kl_weight, weighting, want_grad, backend):
     out = x0.new_empty((8, x0.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
     return (
         out.new_empty(()),
@@ -117,7 +121,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return ((grad * grad_loss.to(grad.dtype)).to(ctx.dtype), *[None] * 11)
+    return ((grad * grad_loss.to(grad.dtype)).to(ctx.dtype), *[None] * 12)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -187,12 +191,13 @@ def nft_loss(
         beta = torch.full(x0.shape[:1], beta, dtype=torch.float64, device=x0.device)
     others = (x if x is None or not x.requires_grad else x.detach() for x in (v_old, x_t, x0, t, r, v_ref, beta))
     args: tuple[Any, ...] = (v_theta, *others, float(adv_clip_max), float(kl_weight), weighting)
-    if choose(backend, x0) == "reference":
+    backend = choose(backend, x0)
+    if backend == "reference":
         return NFTLossOutput(*reference.nft_loss(*args))
     want_grad = torch.is_grad_enabled() and v_theta.requires_grad
     if torch.compiler.is_compiling():
-        loss, details, _ = _op(*args, want_grad)
+        loss, details, _ = _op(*args, want_grad, backend)
         details = details.detach()
     else:
-        loss, details = _Native.apply(want_grad, *args)
+        loss, details = _Fused.apply(backend, want_grad, *args)
     return NFTLossOutput(loss, *details.unbind())

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import choose, native
+from ..backends import choose, load
 from ..reference import add_noise as noise_reference
 from ..reference import solver_step as reference
 from ..solvers import SolverTable
@@ -60,8 +60,8 @@ def _run(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     coefficients = reference.Coefficients(a, b, c, p, q, t, guidance)
     outputs = _outputs(x, want_h, want_x0, want_square)
-    if backend == "native":
-        native.solver_step(x, v, v_uncond, noise, history, seed, sample, coefficients, *outputs)
+    if backend != "reference":
+        load(backend).solver_step(x, v, v_uncond, noise, history, seed, sample, coefficients, *outputs)
         return outputs
     if seed is not None and sample is not None:
         noise = noise_reference.normals(seed, sample, x[0].numel()).view(x.shape)

@@ -1,0 +1,29 @@
+"""The Triton backend, one file per op. Needs only the ``triton`` package, which torch's GPU wheels bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+try:
+    from ._common import INTERPRETED
+    from .add_noise import add_noise
+    from .nft_loss import nft_loss, nft_loss_gradient
+    from .solver_step import solver_step
+
+    _IMPORT_ERROR = None
+except ImportError as error:
+    _IMPORT_ERROR = str(error)
+
+__all__ = ["add_noise", "nft_loss", "nft_loss_gradient", "solver_step", "why_not"]
+
+
+def why_not(tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot take the tensors, or None when it can."""
+    if _IMPORT_ERROR is not None:
+        return f"triton is not installed ({_IMPORT_ERROR})"
+    device = tensors[0].device.type
+    if device == "cpu" and not INTERPRETED:
+        return "CPU tensors need TRITON_INTERPRET=1, set before the backend is first used"
+    return None if device in ("cpu", "cuda") else f"it has no kernels for {device} tensors"

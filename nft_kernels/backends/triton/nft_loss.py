@@ -1,0 +1,298 @@
+"""The loss in two launches, sums over slices of samples and all that follows from them, and the gradient in a third.
+
+Sums are taken in a fixed order and stay on the device: reruns give the same bits, and a CUDA graph can hold it all.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...reference import compute_dtype
+from ...reference.nft_loss import MIN_WEIGHT
+from ._common import View, blocks_of, compute, exact, item_bytes, load, maybe, number, place, scalar, store, tuned, view
+
+_MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
+
+
+class _Inputs(NamedTuple):
+    v_theta: View
+    v_old: View
+    x_t: View
+    x0: View
+    v_ref: View | None
+    t: View
+    r: View
+    beta: View
+
+
+@triton.jit
+def _errors(inputs, sample, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """v_theta, d = v_theta - v_old, and what the errors e+- = base -+ push consist of."""
+    v_theta = load(inputs.v_theta, sample, start, inside, dtype, BLOCK)
+    v_old = load(inputs.v_old, sample, start, inside, dtype, BLOCK)
+    x_t = load(inputs.x_t, sample, start, inside, dtype, BLOCK)
+    x0 = load(inputs.x0, sample, start, inside, dtype, BLOCK)
+    t = scalar(inputs.t, sample, dtype)
+    d = v_theta - v_old
+    return v_theta, d, (x_t - x0) - t * v_old, (t * scalar(inputs.beta, sample, dtype)) * d
+
+
+@triton.jit
+def _time_weighting(t, WEIGHTING: tl.constexpr):
+    if WEIGHTING == "t":
+        return t
+    elif WEIGHTING == "t2":
+        return t * t
+    else:
+        return tl.full(t.shape, 1, t.dtype)
+
+
+@triton.jit
+def _of(kind: tl.constexpr, table):
+    """One row of a table of 8."""
+    return tl.sum(tl.where((tl.arange(0, 8) == kind)[:, None], table, 0), 0)
+
+
+@triton.jit
+def _at_least(bound, x):
+    return tl.where(x < bound, bound, x)
+
+
+@tuned
+@triton.jit
+def _sum_slices(
+    inputs,
+    sums,
+    slices: tl.int32,
+    length: tl.int64,
+    elements: tl.int64,
+    item_bytes: tl.constexpr,
+    dtype: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for each slice of ``length`` elements of one sample; ``sums`` is (7, B, slices)."""
+    program = tl.program_id(0)
+    sample = (program // slices).to(tl.int64)
+    first = (program % slices).to(tl.int64) * length
+    end = tl.minimum(first + length, elements)
+    positive_abs = tl.zeros((BLOCK,), dtype)
+    negative_abs = tl.zeros((BLOCK,), dtype)
+    positive_square = tl.zeros((BLOCK,), dtype)
+    negative_square = tl.zeros((BLOCK,), dtype)
+    kl = tl.zeros((BLOCK,), dtype)
+    deviation = tl.zeros((BLOCK,), dtype)
+    largest = tl.zeros((BLOCK,), dtype)
+    for start in range(first, end, BLOCK):
+        inside = tl.arange(0, BLOCK) < end - start
+        v_theta, d, base, push = _errors(inputs, sample, start, inside, dtype, BLOCK)
+        positive = base - push
+        negative = base + push
+        positive_abs += tl.abs(positive)
+        negative_abs += tl.abs(negative)
+        positive_square += positive * positive
+        negative_square += negative * negative
+        deviation += tl.abs(d)
+        largest = tl.maximum(largest, tl.abs(d))
+        if inputs.v_ref is not None:
+            delta = v_theta - load(inputs.v_ref, sample, start, inside, dtype, BLOCK)
+            kl += delta * delta
+    plane = tl.num_programs(0).to(tl.int64)
+    sums += program
+    tl.store(sums, tl.sum(positive_abs, 0))
+    tl.store(sums + plane, tl.sum(negative_abs, 0))
+    tl.store(sums + 2 * plane, tl.sum(positive_square, 0))
+    tl.store(sums + 3 * plane, tl.sum(negative_square, 0))
+    tl.store(sums + 4 * plane, tl.sum(kl, 0))
+    tl.store(sums + 5 * plane, tl.sum(deviation, 0))
+    tl.store(sums + 6 * plane, tl.max(largest, 0))
+
+
+@triton.jit
+def _finish(
+    inputs,
+    sums,
+    details,
+    loss,
+    slices: tl.int64,
+    batch: tl.int64,
+    elements: tl.int64,
+    adv_clip_max,
+    kl_weight,
+    WEIGHTING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Per-sample values and the loss, in float64 and by one program: there are only a few numbers a sample."""
+    dtype: tl.constexpr = loss.dtype.element_ty
+    kind = tl.arange(0, 8)
+    n = elements.to(tl.float64)
+    clip = number(adv_clip_max, tl.float64)
+    total = tl.zeros((ROWS,), tl.float64)
+    for first in range(0, batch, ROWS):
+        row = first + tl.arange(0, ROWS)
+        # Rows past the end repeat the last sample.
+        sample = tl.minimum(row, batch - 1)
+        table = tl.zeros((8, ROWS, COLUMNS), tl.float64)
+        for column in range(0, slices, COLUMNS):
+            slice = column + tl.arange(0, COLUMNS)
+            at = (kind[:, None, None] * batch + sample[None, :, None]) * slices + slice[None, None, :]
+            inside = (kind < 7)[:, None, None] & (slice < slices)[None, None, :]
+            value = tl.load(sums + at, inside, other=0).to(tl.float64)
+            table = tl.where(kind[:, None, None] == 6, tl.maximum(table, value), table + value)
+        largest = _of(6, tl.max(table, 2))
+        table = tl.sum(table, 2)
+        t = scalar(inputs.t, sample, tl.float64)
+        r = scalar(inputs.r, sample, tl.float64)
+        positive_weight = tl.full((ROWS,), 1, tl.float64)
+        negative_weight = positive_weight
+        if WEIGHTING == "adaptive":
+            positive_weight = _at_least(_MIN_WEIGHT, _of(0, table) / n)
+            negative_weight = _at_least(_MIN_WEIGHT, _of(1, table) / n)
+        factor = _time_weighting(t, WEIGHTING) / n
+        positive = factor * _of(2, table) / positive_weight
+        negative = factor * _of(3, table) / negative_weight
+        policy = clip * (r * positive + (1 - r) * negative) / scalar(inputs.beta, sample, tl.float64)
+        kl = _of(4, table) / n
+        deviation = _of(5, table) / n
+        # A maximum may drop NaN, a sum does not.
+        largest = tl.where(deviation == deviation, largest, deviation)
+        wanted = row < batch
+        tl.store(details + row, policy.to(dtype), wanted)
+        tl.store(details + batch + row, positive.to(dtype), wanted)
+        tl.store(details + 2 * batch + row, negative.to(dtype), wanted)
+        tl.store(details + 3 * batch + row, positive_weight.to(dtype), wanted)
+        tl.store(details + 4 * batch + row, negative_weight.to(dtype), wanted)
+        tl.store(details + 5 * batch + row, kl.to(dtype), wanted)
+        tl.store(details + 6 * batch + row, deviation.to(dtype), wanted)
+        tl.store(details + 7 * batch + row, largest.to(dtype), wanted)
+        total += tl.where(wanted, policy + number(kl_weight, tl.float64) * kl, 0)
+    tl.store(loss, (tl.sum(total, 0) / batch).to(dtype))
+
+
+@tuned
+@triton.jit
+def _differentiate(
+    inputs,
+    details,
+    scale,
+    grad,
+    policy_factor,
+    kl_factor,
+    batch: tl.int64,
+    WEIGHTING: tl.constexpr,
+    elements: tl.int64,
+    item_bytes: tl.constexpr,
+    dtype: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Backwards, as what the sums read last may still be in cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    sample, start, inside = place(program, elements, BLOCK)
+    upstream = tl.full((), 1, dtype)
+    if scale is not None:
+        upstream = tl.load(scale).to(dtype)
+    t = scalar(inputs.t, sample, dtype)
+    r = scalar(inputs.r, sample, dtype)
+    factor = upstream * number(policy_factor, dtype) * t * _time_weighting(t, WEIGHTING)
+    positive = tl.math.fdiv(factor * r, tl.load(details + 3 * batch + sample), ieee_rounding=True)
+    negative = tl.math.fdiv(factor * (1 - r), tl.load(details + 4 * batch + sample), ieee_rounding=True)
+    v_theta, _, base, push = _errors(inputs, sample, start, inside, dtype, BLOCK)
+    # negative * e- - positive * e+, in a form that is exactly 0 for r = 1/2 and d = 0 however products are contracted.
+    value = (negative - positive) * base + (negative + positive) * push
+    if inputs.v_ref is not None:
+        v_ref = load(inputs.v_ref, sample, start, inside, dtype, BLOCK)
+        value += upstream * number(kl_factor, dtype) * (v_theta - v_ref)
+    store(grad, sample, start, inside, value, BLOCK)
+
+
+def _slices(batch: int, elements: int) -> tuple[int, int]:
+    """Slices per sample and their length: enough to fill a chip, and so short that float32 sums stay accurate."""
+    length = 1024 * min(32, triton.cdiv(batch * elements, 2048 * 1024))
+    return triton.cdiv(elements, length), length
+
+
+def nft_loss(
+    v_theta: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    v_ref: Tensor | None,
+    beta: Tensor,
+    adv_clip_max: float,
+    kl_weight: float,
+    weighting: str,
+    *,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
+    tensors = v_theta, v_old, x_t, x0, v_ref
+    dtype = compute_dtype(*tensors)
+    batch, elements = len(x0), x0.numel() // len(x0)
+    slices, length = _slices(batch, elements)
+    sums = x0.new_empty(7 * batch * slices, dtype=dtype)
+    details, loss = x0.new_empty((8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
+    inputs = _Inputs(*map(maybe, (*tensors, t, r, beta)))
+    columns = min(512, triton.next_power_of_2(slices))
+    with torch.cuda.device_of(x0):
+        _sum_slices[(batch * slices,)](inputs, sums, slices, length, elements, item_bytes(*tensors), compute(dtype))
+        _finish[(1,)](
+            inputs,
+            sums,
+            details,
+            loss,
+            slices,
+            batch,
+            elements,
+            exact(adv_clip_max),
+            exact(kl_weight),
+            weighting,
+            min(512 // columns, triton.next_power_of_2(batch)),
+            columns,
+            num_warps=8,
+        )
+    if grad_dtype is None:
+        return loss, details, None
+    args = *tensors[:4], t, r, v_ref, beta, adv_clip_max, kl_weight, weighting
+    return loss, details, nft_loss_gradient(*args, details=details, grad_dtype=grad_dtype)
+
+
+def nft_loss_gradient(
+    v_theta: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    r: Tensor,
+    v_ref: Tensor | None,
+    beta: Tensor,
+    adv_clip_max: float,
+    kl_weight: float,
+    weighting: str,
+    *,
+    details: Tensor,
+    grad_dtype: torch.dtype,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """``scale``, a scalar on the device, times d loss / d v_theta, from the per-sample values of the loss."""
+    grad = torch.empty_like(v_theta, dtype=grad_dtype)
+    tensors = v_theta, v_old, x_t, x0, v_ref if kl_weight > 0 else None
+    with torch.cuda.device_of(x0):
+        _differentiate[blocks_of(x0)](
+            _Inputs(*map(maybe, (*tensors, t, r, beta))),
+            details,
+            scale,
+            view(grad),
+            exact(2 * adv_clip_max / x0.numel()),
+            exact(2 * kl_weight / x0.numel()),
+            len(x0),
+            weighting,
+            x0.numel() // len(x0),
+            item_bytes(*tensors, grad),
+            compute(details.dtype),
+        )
+    return grad
