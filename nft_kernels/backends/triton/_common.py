@@ -47,14 +47,22 @@ def compute(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+# Products round before they are added, as on the CPU. Triton's own choice changes between versions.
+OPTIONS = {"enable_fp_fusion": False}
+
+
+def _config(block: int, num_warps: int) -> triton.Config:
+    return triton.Config({"BLOCK": block, **OPTIONS}, num_warps=num_warps)
+
+
 def _configs() -> list[triton.Config]:
     if wanted := os.environ.get("NFT_KERNELS_TRITON_CONFIG"):
         found = re.fullmatch(r"BLOCK=(\d+),num_warps=(\d+)", wanted)
         if not found:
             raise ValueError(f"NFT_KERNELS_TRITON_CONFIG: got {wanted!r}, accepted is such as BLOCK=2048,num_warps=8")
-        return [triton.Config({"BLOCK": int(found[1])}, num_warps=int(found[2]))]
+        return [_config(int(found[1]), int(found[2]))]
     # First with 8 elements a thread: 16 bytes of a half-precision tensor, the widest access there is.
-    candidates = [triton.Config({"BLOCK": 256 * n * warps}, num_warps=warps) for warps in (4, 8) for n in (1, 2, 4)]
+    candidates = [_config(256 * n * warps, warps) for warps in (4, 8) for n in (1, 2, 4)]
     return candidates if os.environ.get("NFT_KERNELS_AUTOTUNE") == "1" else candidates[:1]
 
 
@@ -104,27 +112,29 @@ def place(program, elements, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def offsets(view, sample, start, BLOCK: tl.constexpr):
-    """Where elements start, start + 1, ... of a sample lie.
+def _digit(start, carry, size):
+    """Last digit of start + carry in base ``size``, and what it carries; in 32 bits unless the base is longer."""
+    kind: tl.constexpr = tl.int64 if size.dtype == tl.int64 else tl.uint32
+    digit = (start % size).to(kind) + carry.to(kind)
+    return (digit % size.to(kind)).to(tl.int64), digit // size.to(kind)
 
-    The digits of ``start`` are found once per program, and the lanes only carry into them, in 32 bits unless a
-    single dimension is longer than that.
-    """
-    base = sample * view.batch_stride
+
+@triton.jit
+def offsets(view, sample, start, BLOCK: tl.constexpr):
+    """Where elements start, start + 1, ... of a sample lie."""
     lane = tl.arange(0, BLOCK)
+    offset = sample * view.batch_stride + tl.zeros((BLOCK,), tl.int64)
     if len(view.sizes) == 0:
-        return base + start + lane
-    offset = base + tl.zeros((BLOCK,), tl.int64)
-    carry = lane
-    for k in tl.static_range(len(view.sizes) - 1):
-        d: tl.constexpr = len(view.sizes) - 1 - k
-        size = view.sizes[d]
-        narrow: tl.constexpr = tl.int64 if size.dtype == tl.int64 else tl.uint32
-        digit = (start % size).to(narrow) + carry.to(narrow)
-        offset += (digit % size.to(narrow)).to(tl.int64) * view.strides[d]
-        carry = digit // size.to(narrow)
-        start = start // size
-    return offset + (start + carry) * view.strides[0]
+        offset += start + lane
+    else:
+        # Long division of ``start`` is for the whole program; lanes only carry into its digits.
+        carry = lane
+        for d in tl.static_range(len(view.sizes) - 1, 0, -1):
+            digit, carry = _digit(start, carry, view.sizes[d])
+            offset += digit * view.strides[d]
+            start = start // view.sizes[d]
+        offset += (start + carry) * view.strides[0]
+    return offset
 
 
 @triton.jit

@@ -12,7 +12,22 @@ from torch import Tensor
 
 from ...reference import compute_dtype
 from ...reference.nft_loss import MIN_WEIGHT
-from ._common import View, blocks_of, compute, exact, item_bytes, load, maybe, number, place, scalar, store, tuned, view
+from ._common import (
+    OPTIONS,
+    View,
+    blocks_of,
+    compute,
+    exact,
+    item_bytes,
+    load,
+    maybe,
+    number,
+    place,
+    scalar,
+    store,
+    tuned,
+    view,
+)
 
 _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
 
@@ -48,6 +63,15 @@ def _time_weighting(t, WEIGHTING: tl.constexpr):
         return t * t
     else:
         return tl.full(t.shape, 1, t.dtype)
+
+
+@triton.jit
+def _divide(a, b):
+    """Rounded to nearest, which in float32 the operator is not."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
 
 
 @triton.jit
@@ -197,8 +221,8 @@ def _differentiate(
     t = scalar(inputs.t, sample, dtype)
     r = scalar(inputs.r, sample, dtype)
     factor = upstream * number(policy_factor, dtype) * t * _time_weighting(t, WEIGHTING)
-    positive = tl.math.fdiv(factor * r, tl.load(details + 3 * batch + sample), ieee_rounding=True)
-    negative = tl.math.fdiv(factor * (1 - r), tl.load(details + 4 * batch + sample), ieee_rounding=True)
+    positive = _divide(factor * r, tl.load(details + 3 * batch + sample))
+    negative = _divide(factor * (1 - r), tl.load(details + 4 * batch + sample))
     v_theta, _, base, push = _errors(inputs, sample, start, inside, dtype, BLOCK)
     # negative * e- - positive * e+, in a form that is exactly 0 for r = 1/2 and d = 0 however products are contracted.
     value = (negative - positive) * base + (negative + positive) * push
@@ -254,6 +278,7 @@ def nft_loss(
             min(512 // columns, triton.next_power_of_2(batch)),
             columns,
             num_warps=8,
+            **OPTIONS,
         )
     if grad_dtype is None:
         return loss, details, None
