@@ -4,11 +4,7 @@ import pytest
 import torch
 
 from nft_kernels import add_noise
-from nft_kernels.backends import native
 from nft_kernels.reference.add_noise import philox
-
-HAS_NATIVE = native.why_not([torch.empty(0)]) is None
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="not built"))]
 
 
 @pytest.mark.parametrize(
@@ -28,7 +24,6 @@ def test_philox_known_answers(counter, key, expected):
     assert [w.item() for w in words] == expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_formula(backend, dtype):
     x0, noise = torch.randn(3, 4, 17, 9).to(dtype), torch.randn(3, 9, 17, 4).transpose(1, 3)
@@ -40,7 +35,6 @@ def test_formula(backend, dtype):
     assert torch.equal(x_t[0], x0[0])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_seeded_noise_is_standard_normal_and_uncorrelated(backend):
     n = 200_000
     eps = add_noise(torch.zeros(4, n), torch.ones(4), seed=11, backend=backend).double()
@@ -52,15 +46,13 @@ def test_seeded_noise_is_standard_normal_and_uncorrelated(backend):
     assert (eps[:, 1:] * eps[:, :-1]).mean(1).abs().max() < 5 / math.sqrt(n)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
-def test_backends_draw_the_same_noise():
+def test_backends_draw_the_same_noise(kernels):
     x0, t = torch.zeros(3, 5, 1003), torch.ones(3)
-    a, b = (add_noise(x0, t, seed=-5, backend=name) for name in ("reference", "native"))
+    a, b = (add_noise(x0, t, seed=-5, backend=name) for name in ("reference", kernels))
     # One ulp of log, cos and sin, and the rounding of their product.
     assert ((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * a.abs().clamp_min(1)).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_per_sample_seeds_do_not_depend_on_the_batch(backend):
     seeds = torch.tensor([3, -(2**62), 2**40 + 1])
     x0, t = torch.randn(3, 4, 7), torch.tensor([0.2, 0.5, 0.9])
@@ -70,11 +62,14 @@ def test_per_sample_seeds_do_not_depend_on_the_batch(backend):
     assert not torch.equal(whole, add_noise(x0, t, seed=seeds + 1, backend=backend))
 
 
-def test_compiles_and_passes_opcheck():
+def test_compiles_and_passes_opcheck(backend):
     x0, t, noise = torch.randn(2, 9), torch.rand(2), torch.randn(2, 9)
-    compiled = torch.compile(lambda x: add_noise(x, t, noise=noise), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x0), add_noise(x0, t, noise=noise))
-    args = (x0, t, None, None, noise, torch.float32, "native" if HAS_NATIVE else "reference")
+
+    def run(x):
+        return add_noise(x, t, noise=noise, backend=backend)
+
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x0), run(x0))
+    args = (x0, t, None, None, noise, torch.float32, backend)
     torch.library.opcheck(torch.ops.nft_kernels.add_noise.default, args)
 
 

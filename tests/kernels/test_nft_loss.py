@@ -8,24 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nft_kernels import nft_loss
-from nft_kernels.backends import native
+from nft_kernels.backends import load, native
 from nft_kernels.check import KernelMismatchError, compare_nft_loss
 
-HAS_NATIVE = native.why_not([torch.empty(0)]) is None
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="not built"))]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 M = 5.0
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
-
 def inputs(shape, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    x = [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for _ in range(5)]
-    t, r = (torch.rand(shape[0], generator=g, dtype=torch.float64).float() for _ in range(2))
+    options = {"generator": g, "dtype": torch.float64, "device": "cpu"}
+    x = [torch.randn(shape, **options).to(torch.get_default_device(), dtype) for _ in range(5)]
+    t, r = (torch.rand(shape[0], **options).to(torch.get_default_device(), torch.float32) for _ in range(2))
     return x, t, r
 
 
@@ -110,14 +104,15 @@ def test_every_dtype_and_weighting(backend, dtype, weighting):
     seed=st.integers(0, 99),
     transpose=st.booleans(),
 )
-@pytest.mark.parametrize("name", BACKENDS)
-def test_any_shape_dtype_mix_and_stride(name, shape, dtypes, edges, beta, seed, transpose):
+def test_any_shape_dtype_mix_and_stride(backend, shape, dtypes, edges, beta, seed, transpose):
+    if backend == "triton":
+        shape = [min(n, 7) for n in shape]  # the interpreter is slow
     x, t, r = inputs(tuple(shape), seed=seed)
     x = [a.to(d) for a, d in zip(x, dtypes, strict=True)]
     if transpose and len(shape) > 2:
         x = [a.transpose(1, -1).contiguous().transpose(1, -1) if i % 2 else a for i, a in enumerate(x)]
     t[0], r[0] = edges
-    assert_matches(x, t, r, name, slack=condition(*x[:4], t, beta), beta=beta, kl_weight=0.1)
+    assert_matches(x, t, r, backend, slack=condition(*x[:4], t, beta), beta=beta, kl_weight=0.1)
 
 
 def test_samples_larger_than_a_chunk(backend):
@@ -205,7 +200,7 @@ def test_overwritten_input_is_noticed(backend):
     leaf = x[0].requires_grad_()
     loss = nft_loss(leaf * 1, *x[1:4], t, r, backend=backend).loss
     x[1].add_(1)
-    if backend == "native":
+    if backend != "reference":
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -237,8 +232,7 @@ def test_nan_is_not_hidden(backend):
     assert out.policy_loss[0].isnan() and out.old_deviation_max[0].isnan() and out.policy_loss[1].isfinite()
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
-@pytest.mark.parametrize("isa", native._C.isas if HAS_NATIVE else [])
+@pytest.mark.parametrize("isa", getattr(native._C, "isas", []))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(isa, dtype, monkeypatch):
     x, t, r = inputs((3, 5, 31, 29), dtype)
@@ -254,12 +248,11 @@ def test_every_instruction_set_gives_the_same_bits(isa, dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
-def test_compiles_whole_and_passes_opcheck():
+def test_compiles_whole_and_passes_opcheck(kernels):
     x, t, r = inputs((2, 4, 9))
 
     def step(v):
-        return nft_loss(v, *x[1:4], t, r, v_ref=x[4], kl_weight=0.1, backend="native")
+        return nft_loss(v, *x[1:4], t, r, v_ref=x[4], kl_weight=0.1, backend=kernels)
 
     eager, compiled = x[0].clone().requires_grad_(), x[0].clone().requires_grad_()
     step(eager).loss.backward()
@@ -276,18 +269,18 @@ def test_compiles_whole_and_passes_opcheck():
         0.1,
         "adaptive",
         False,
+        kernels,
     )
     torch.library.opcheck(torch.ops.nft_kernels.nft_loss.default, args)
 
 
-def test_the_live_check_notices_a_wrong_kernel(monkeypatch):
+def test_the_live_check_notices_a_wrong_kernel(kernels, monkeypatch):
     x, t, r = inputs((2, 4, 9))
-    compare_nft_loss(*x[:4], t, r)
-    if HAS_NATIVE:
-        right = native.nft_loss
-        monkeypatch.setattr(native, "nft_loss", lambda *a, **k: (right(*a, **k)[0] * 1.001, *right(*a, **k)[1:]))
-        with pytest.raises(KernelMismatchError, match="loss is off by"):
-            compare_nft_loss(*x[:4], t, r, backend="native")
+    compare_nft_loss(*x[:4], t, r, backend=kernels)
+    right = load(kernels).nft_loss
+    monkeypatch.setattr(load(kernels), "nft_loss", lambda *a, **k: (right(*a, **k)[0] * 1.001, *right(*a, **k)[1:]))
+    with pytest.raises(KernelMismatchError, match="loss is off by"):
+        compare_nft_loss(*x[:4], t, r, backend=kernels)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +300,6 @@ def test_the_live_check_notices_a_wrong_kernel(monkeypatch):
         ({"kl_weight": 1.0}, ValueError, "v_ref: got None"),
         ({"weighting": "t3"}, ValueError, "weighting: got 't3'"),
         ({"backend": "cuda"}, ValueError, "backend: got 'cuda'"),
-        ({"backend": "triton"}, RuntimeError, "backend: 'triton'"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

@@ -8,11 +8,7 @@ import pytest
 import torch
 
 from nft_kernels import add_noise, solver_step
-from nft_kernels.backends import native
 from nft_kernels.solvers import SOLVERS, Row, SolverTable, dynamic_shift, schedule, shifted, table
-
-HAS_NATIVE = native.why_not([torch.empty(0)]) is None
-BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="not built"))]
 
 # Every solver in every order it has.
 ALL = [(name, {}) for name in SOLVERS if name not in ("deis", "unipc")]
@@ -206,11 +202,10 @@ def test_flow_sde_starts_as_flow_grpo_does():
     assert (row.a, *row.b) == pytest.approx((1 - deviation**2 / 2 * 0.1, -0.1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "options"), DETERMINISTIC, ids=str)
 def test_straight_paths_are_exact_from_one_to_zero(name, options, backend):
     """Where x0 and eps are known every deterministic solver is exact: no limit is clamped, coefficients add up."""
-    x0, eps = torch.randn(2, 3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x0, eps = torch.randn(2, 3, 50, dtype=torch.float64)
     for sigmas in (schedule(1), schedule(2), schedule(7, shift=3.0), (1.0, 1 - 1e-9, 0.5, 1e-9, 0.0)):
         solver = table(name, sigmas, **options)
         assert all(math.isfinite(y) for row in solver.rows for y in (row.a, *row.b, row.c))
@@ -243,13 +238,16 @@ def layouts(dtype, count):
     """Tensors (3, 4, 37, 17) of several memory layouts, with more elements than one chunk of the kernel."""
     generator = torch.Generator().manual_seed(3)
 
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device(), dtype)
+
     def make(k):
         shape = (3, 4, 37, 17)
-        x = torch.randn(shape, generator=generator).to(dtype)
+        x = randn(*shape)
         if k % 4 == 1:
             return x.contiguous(memory_format=torch.channels_last)
         if k % 4 == 2:
-            return torch.randn(17, 37, 4, 3, generator=generator).to(dtype).permute(3, 2, 1, 0)[:, :, :, :]
+            return randn(17, 37, 4, 3).permute(3, 2, 1, 0)
         if k % 4 == 3:
             return x[:1].expand(shape)
         return x
@@ -257,11 +255,10 @@ def layouts(dtype, count):
     return [make(k) for k in range(count)]
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
 @pytest.mark.parametrize("name", ["heun", "flow-sde", "dpm++3M", "deis", "unipc"])
-def test_native_against_reference(name, guided, dtype):
+def test_kernels_against_reference(name, guided, dtype, kernels):
     solver = table(name, schedule(6, shift=3.0))
     for i, row in enumerate(solver.rows):
         x, v, v_uncond, noise, *history = layouts(dtype, 4 + solver.depth(i))
@@ -279,7 +276,7 @@ def test_native_against_reference(name, guided, dtype):
             )
             return [out.x, out.x0, *out.history, *([out.log_prob] if log_prob else [])]
 
-        got, again = run("native", lambda y: y), run("native", lambda y: y)
+        got, again = run(kernels, lambda y: y), run(kernels, lambda y: y)
         plain, exact = run("reference", lambda y: y), run("reference", lambda y: y.double())
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
         assert torch.equal(x, before[0]) and torch.equal(v, before[1])
@@ -289,7 +286,6 @@ def test_native_against_reference(name, guided, dtype):
             assert (g.double() - e).abs().max() <= max(2 * (p.double() - e).abs().max(), 4 * ulp)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "options"), [*SDES, ("cps", {})], ids=str)
 def test_log_probability_against_torch_distributions(name, options, backend):
     solver = table(name, schedule(5, shift=3.0), **options)
@@ -302,7 +298,6 @@ def test_log_probability_against_torch_distributions(name, options, backend):
         torch.testing.assert_close(out.log_prob, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_noise_depends_on_seed_and_step_only(backend):
     solver, seeds = table("flow-sde", schedule(6)), torch.tensor([3, -(2**62), 2**40 + 1])
     x = torch.zeros(3, 4, 700)
@@ -319,14 +314,12 @@ def test_noise_depends_on_seed_and_step_only(backend):
     assert off.abs().max() < 5 / math.sqrt(2800)
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="not built")
-def test_backends_draw_the_same_noise():
+def test_backends_draw_the_same_noise(kernels):
     solver, x, v = table("cps", schedule(6)), *torch.randn(2, 3, 1003)
-    a, b = (solver_step(solver, 1, x, v, seed=-5, backend=name).x for name in ("reference", "native"))
+    a, b = (solver_step(solver, 1, x, v, seed=-5, backend=name).x for name in ("reference", kernels))
     assert ((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * a.abs().clamp_min(1)).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_guidance_of_one_is_no_guidance(backend):
     solver = table("dpm++2M", schedule(6))
     x, v, u, h = torch.randn(4, 2, 9, dtype=torch.float64)
@@ -350,13 +343,15 @@ def test_history_is_as_short_as_the_rows_to_come_allow():
     torch.testing.assert_close(solve(solver, x, torch.full_like), torch.full_like(x, 1.0 + 0.9 + 1.0))
 
 
-def test_compiles_and_passes_opcheck():
+def test_compiles_and_passes_opcheck(backend):
     solver, (x, v, h) = table("dpm++2M", schedule(5)), torch.randn(3, 2, 9)
-    compiled = torch.compile(lambda x, v: solver_step(solver, 3, x, v, (h,)).x, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, v), solver_step(solver, 3, x, v, (h,)).x)
+
+    def run(x, v):
+        return solver_step(solver, 3, x, v, (h,), backend=backend).x
+
+    assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x, v), run(x, v))
     seeds = torch.arange(2)
     coefficients = (0.9, [0.1, 0.2], 0.3, 1.0, -0.5, 0.5, 4.0)
-    backend = "native" if HAS_NATIVE else "reference"
     args = (x, v, v + 1, None, [h], seeds, seeds, *coefficients, True, True, True, backend)
     torch.library.opcheck(torch.ops.nft_kernels.solver_step.default, args)
 

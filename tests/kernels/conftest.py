@@ -1,0 +1,43 @@
+"""Every op is tested in every backend that runs here: Triton on the GPU, or else in its interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from nft_kernels import backends
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which is when the backend is first loaded.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def device(backend):
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def available(request):
+    if request.param != "reference":
+        reason = backends.load(request.param).why_not([torch.empty(0, device=device(request.param))])
+        if reason:
+            pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture(scope="session", params=["reference", "native", "triton"])
+def backend(request):
+    return available(request)
+
+
+@pytest.fixture(scope="session", params=["native", "triton"])
+def kernels(request):
+    """The backends other than the reference."""
+    return available(request)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request):
+    parameters = getattr(request.node, "callspec", None)
+    names = parameters.params if parameters else {}
+    with torch.device(device(names.get("backend", names.get("kernels")))):
+        yield
