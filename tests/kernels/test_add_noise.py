@@ -36,7 +36,7 @@ def test_formula(backend, dtype):
 
 
 def test_seeded_noise_is_standard_normal_and_uncorrelated(backend):
-    n = 200_000
+    n = 20_000 if backend == "triton" else 200_000  # the interpreter is slow
     eps = add_noise(torch.zeros(4, n), torch.ones(4), seed=11, backend=backend).double()
     assert eps.mean(1).abs().max() < 5 / math.sqrt(n)
     assert (eps.var(1) - 1).abs().max() < 5 * math.sqrt(2 / n)

@@ -234,20 +234,20 @@ def test_predictions_at_t_1_leave_the_interpolation():
     assert len(table("dpm++2M", schedule(8)).rows[1].b) == 1
 
 
-def layouts(dtype, count):
-    """Tensors (3, 4, 37, 17) of several memory layouts, with more elements than one chunk of the kernel."""
+def layouts(dtype, count, kernels):
+    """Tensors of several memory layouts, with more elements than one chunk or block of the kernel."""
+    shape = (3, 4, 37, 17) if kernels == "native" else (2, 3, 23, 17)
     generator = torch.Generator().manual_seed(3)
 
     def randn(*shape):
         return torch.randn(shape, generator=generator, device="cpu").to(torch.get_default_device(), dtype)
 
     def make(k):
-        shape = (3, 4, 37, 17)
         x = randn(*shape)
         if k % 4 == 1:
             return x.contiguous(memory_format=torch.channels_last)
         if k % 4 == 2:
-            return randn(17, 37, 4, 3).permute(3, 2, 1, 0)
+            return randn(*shape[::-1]).permute(3, 2, 1, 0)
         if k % 4 == 3:
             return x[:1].expand(shape)
         return x
@@ -261,7 +261,7 @@ def layouts(dtype, count):
 def test_kernels_against_reference(name, guided, dtype, kernels):
     solver = table(name, schedule(6, shift=3.0))
     for i, row in enumerate(solver.rows):
-        x, v, v_uncond, noise, *history = layouts(dtype, 4 + solver.depth(i))
+        x, v, v_uncond, noise, *history = layouts(dtype, 4 + solver.depth(i), kernels)
         if i % 2:  # as in a rollout: the state is wider than the velocity
             x = x.float() if dtype != torch.float64 else x
         before = x.clone(), v.clone()

@@ -1,0 +1,120 @@
+"""Every Triton kernel compiled ahead of time for GPUs that need not be there, as the backend itself would launch it.
+
+The compiler and the interpreter exclude each other in a process, so the kernels are compiled in one of their own.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+CASES = [("bfloat16", "dense"), ("float32", "dense"), ("float32", "strided")]
+KERNELS = {"_add_noise": 2, "_differentiate": 1, "_finish": 1, "_solver_step": 2, "_sum_slices": 1}
+
+
+def spilled(kernel, arch):
+    """Bytes (or on AMD registers) that the compiler spilled to memory."""
+    if "amdgcn" in kernel.asm:
+        return int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        gpu = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={gpu}", file.name, "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"(\d+) bytes spill stores", log)[1])
+
+
+def launch_all(backend, dtype, strided):
+    """Call every op in the ways that lead to different kernels."""
+    from nft_kernels.reference.solver_step import Coefficients
+
+    def tensor():
+        x = torch.zeros(4, 16, 64, 64, dtype=dtype)
+        return x.transpose(1, 3).contiguous().transpose(1, 3) if strided else x
+
+    x, v, u, h, g = (tensor() for _ in range(5))
+    t, seeds, none = torch.ones(4), torch.zeros(4, dtype=torch.int64), x.new_empty(0)
+    backend.nft_loss(x, v, u, h, t, t, g, t.double(), 5.0, 0.1, "adaptive", grad_dtype=dtype)
+    backend.add_noise(x, t, seeds, seeds, None, dtype)
+    backend.add_noise(x, t, None, None, v, dtype)
+    all_of_it, euler = Coefficients(1, [0.1, 0.2, 0.3], 0.5, 1, -0.5, 0.5, 4), Coefficients(1, [0.1], 0, 0, 1, 0.5, 1)
+    backend.solver_step(x, v, u, None, [h, g], seeds, seeds, all_of_it, tensor(), tensor(), tensor(), t.double())
+    backend.solver_step(x, v, None, None, [], None, None, euler, tensor(), none, none, none)
+
+
+def main():
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from nft_kernels.backends import load
+
+    compiled, run = [], JITFunction.run
+
+    class Driver:
+        """A GPU that is not there, with a device number of its own for each target."""
+
+        def __init__(self, target):
+            self.get_current_target = lambda: GPUTarget(*TARGETS[target])
+            self.get_current_device = lambda: list(TARGETS).index(target)
+            self.get_current_stream = lambda device: 0
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    report = []
+    for target in TARGETS:
+        driver.set_active(Driver(target))
+        for dtype, layout in CASES:
+            compiled.clear()
+            launch_all(load("triton"), getattr(torch, dtype), layout == "strided")
+            for kernel in compiled:
+                text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+                report.append(
+                    {
+                        "case": [target, dtype, layout],
+                        "kernel": kernel.name,
+                        "spilled": spilled(kernel, TARGETS[target][1]),
+                        # 8 elements a thread, of which AMD's wider waves leave 4.
+                        "vectorized": bool(re.search(r"ld\.global\.v4|load_dwordx[24]", text)),
+                    }
+                )
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def report():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_spills(report, target, dtype, layout):
+    rows = [row for row in report if row["case"] == [target, dtype, layout]]
+    names = [row["kernel"] for row in rows]
+    assert {name: names.count(name) for name in sorted(names)} == KERNELS
+    assert all(row["spilled"] == 0 for row in rows)
+    assert layout == "strided" or all(row["vectorized"] for row in rows)
+
+
+if __name__ == "__main__":
+    main()
