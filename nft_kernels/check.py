@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import native
+from .backends import load
 from .ops.add_noise import add_noise
 from .ops.nft_loss import nft_loss
 from .ops.solver_step import solver_step
@@ -98,33 +98,33 @@ def compare_nft_loss(
     return results
 
 
-def _check_loss(backend: str, dtype: torch.dtype) -> Comparison:
+def _check_loss(backend: str, dtype: torch.dtype, device: str) -> Comparison:
     generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(5, 16, 33, 31, generator=generator).to(dtype) for _ in range(5)]
-    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
-    r = torch.tensor([0.0, 1.0, 0.5, 0.3, 0.7])
+    x = [torch.randn(5, 16, 33, 31, generator=generator).to(device, dtype) for _ in range(5)]
+    t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], device=device)
+    r = torch.tensor([0.0, 1.0, 0.5, 0.3, 0.7], device=device)
     v_theta, v_old, x_t, x0, v_ref = x
     results = compare_nft_loss(v_theta, v_old, x_t, x0, t, r, v_ref=v_ref, kl_weight=0.01, beta=0.7, backend=backend)
     return max(results, key=lambda c: c.error / c.bound)
 
 
-def _check_noise(backend: str, dtype: torch.dtype) -> Comparison:
-    x0 = torch.randn(3, 4, 33, 31, generator=torch.Generator().manual_seed(0)).to(dtype)
-    t = torch.tensor([0.0, 0.4, 1.0])
-    noise = noise_reference.normals(torch.full((3,), 7), torch.arange(3), x0[0].numel()).view(x0.shape)
+def _check_noise(backend: str, dtype: torch.dtype, device: str) -> Comparison:
+    x0 = torch.randn(3, 4, 33, 31, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    t, sample = torch.tensor([0.0, 0.4, 1.0], device=device), torch.arange(3, device=device)
+    noise = noise_reference.normals(torch.full_like(sample, 7), sample, x0[0].numel()).view(x0.shape)
     exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
     plain = noise_reference.add_noise(x0, t, noise, dtype)
     return _compare("x_t", add_noise(x0, t, noise=noise, backend=backend), plain, exact)
 
 
-def _check_step(backend: str, dtype: torch.dtype) -> Comparison:
+def _check_step(backend: str, dtype: torch.dtype, device: str) -> Comparison:
     generator = torch.Generator().manual_seed(0)
     results = []
     for name in ("euler", "flow-sde", "dpm++3M", "deis", "unipc"):
         solver = table(name, schedule(6, shift=3.0))
         for i in range(len(solver.rows)):
             x, v, v_uncond, noise, *history = (
-                torch.randn(3, 4, 33, 31, generator=generator).to(dtype) for _ in range(4 + solver.depth(i))
+                torch.randn(3, 4, 33, 31, generator=generator).to(device, dtype) for _ in range(4 + solver.depth(i))
             )
 
             def run(backend: str, wide: bool, i=i, solver=solver, tensors=(x, v, v_uncond, noise), past=history):
@@ -139,13 +139,20 @@ def _check_step(backend: str, dtype: torch.dtype) -> Comparison:
 
 
 def main() -> int:
+    gpu = "cuda" if torch.cuda.is_available() else "cpu"
+    devices, reasons = {"reference": "cpu"}, {}
+    for backend, device in (("native", "cpu"), ("triton", gpu)):
+        reason = load(backend).why_not([torch.empty(0, device=device)])
+        if reason is None:
+            devices[backend] = device
+        else:
+            reasons[backend] = reason
     rows = []
-    reason = native.why_not([torch.empty(0)])
-    for backend in ["reference", *([] if reason else ["native"])]:
+    for backend, device in devices.items():
         for op, check in (("add_noise", _check_noise), ("nft_loss", _check_loss), ("solver_step", _check_step)):
             for dtype in _DTYPES:
                 try:
-                    worst = check(backend, dtype)
+                    worst = check(backend, dtype, device)
                     rows.append((op, backend, str(dtype)[6:], f"{worst.error:.2e}", f"{worst.bound:.2e}", worst.passed))
                 except KernelMismatchError as error:
                     rows.append((op, backend, str(dtype)[6:], str(error), "", False))
@@ -153,8 +160,8 @@ def main() -> int:
     print(line.format("op", "backend", "dtype", "worst error", "bound", "pass"))
     for row in rows:
         print(line.format(*row[:5], "yes" if row[5] else "NO"))
-    if reason:
-        print(f"native was not checked: {reason}")
+    for backend, reason in reasons.items():
+        print(f"{backend} was not checked: {reason}")
     return 0 if all(row[5] for row in rows) else 1
 
 

@@ -30,6 +30,8 @@ from ._common import (
 )
 
 _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
+# Samples times slices that ``_finish`` takes at once.
+CELLS = 512
 
 
 class _Inputs(NamedTuple):
@@ -232,6 +234,10 @@ def _differentiate(
     store(grad, sample, start, inside, value, BLOCK)
 
 
+def _inputs(v_theta, v_old, x_t, x0, v_ref, t, r, beta) -> _Inputs:
+    return _Inputs(view(v_theta), view(v_old), view(x_t), view(x0), maybe(v_ref), view(t), view(r), view(beta))
+
+
 def _slices(batch: int, elements: int) -> tuple[int, int]:
     """Slices per sample and their length: enough to fill a chip, and so short that float32 sums stay accurate."""
     length = 1024 * min(32, triton.cdiv(batch * elements, 2048 * 1024))
@@ -260,8 +266,8 @@ def nft_loss(
     slices, length = _slices(batch, elements)
     sums = x0.new_empty(7 * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
-    inputs = _Inputs(*map(maybe, (*tensors, t, r, beta)))
-    columns = min(512, triton.next_power_of_2(slices))
+    inputs = _inputs(*tensors, t, r, beta)
+    columns = min(CELLS, triton.next_power_of_2(slices))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](inputs, sums, slices, length, elements, item_bytes(*tensors), compute(dtype))
         _finish[(1,)](
@@ -275,7 +281,7 @@ def nft_loss(
             exact(adv_clip_max),
             exact(kl_weight),
             weighting,
-            min(512 // columns, triton.next_power_of_2(batch)),
+            min(CELLS // columns, triton.next_power_of_2(batch)),
             columns,
             num_warps=8,
             **OPTIONS,
@@ -308,7 +314,7 @@ def nft_loss_gradient(
     tensors = v_theta, v_old, x_t, x0, v_ref if kl_weight > 0 else None
     with torch.cuda.device_of(x0):
         _differentiate[blocks_of(x0)](
-            _Inputs(*map(maybe, (*tensors, t, r, beta))),
+            _inputs(*tensors, t, r, beta),
             details,
             scale,
             view(grad),
