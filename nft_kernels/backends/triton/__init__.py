@@ -6,23 +6,27 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+_PROBLEM = None
 try:
-    from ._common import INTERPRETED
-    from .add_noise import add_noise
-    from .nft_loss import nft_loss, nft_loss_gradient
-    from .solver_step import solver_step
-
-    _IMPORT_ERROR = None
+    import triton
 except ImportError as error:
-    _IMPORT_ERROR = str(error)
+    _PROBLEM = f"triton is not installed ({error})"
+else:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        _PROBLEM = f"triton {triton.__version__} is older than 3.4"
+    else:
+        from ._common import INTERPRETED
+        from .add_noise import add_noise
+        from .nft_loss import nft_loss, nft_loss_gradient
+        from .solver_step import solver_step
 
 __all__ = ["add_noise", "nft_loss", "nft_loss_gradient", "solver_step", "why_not"]
 
 
 def why_not(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take the tensors, or None when it can."""
-    if _IMPORT_ERROR is not None:
-        return f"triton is not installed ({_IMPORT_ERROR})"
+    if _PROBLEM is not None:
+        return _PROBLEM
     device = tensors[0].device.type
     if device == "cpu" and not INTERPRETED:
         return "CPU tensors need TRITON_INTERPRET=1, set before the backend is first used"

@@ -83,8 +83,9 @@ def _of(kind: tl.constexpr, table):
 
 
 @triton.jit
-def _at_least(bound, x):
-    return tl.where(x < bound, bound, x)
+def _at_least(bound: tl.constexpr, x):
+    """A maximum that keeps NaN."""
+    return tl.where(x < bound, tl.full(x.shape, bound, x.dtype), x)
 
 
 @tuned
@@ -214,6 +215,7 @@ def _differentiate(
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """``grad`` from the weights w+ and w-, which are rows 3 and 4 of ``details``."""
     # Backwards, as what the sums read last may still be in cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, start, inside = place(program, elements, BLOCK)
@@ -226,7 +228,7 @@ def _differentiate(
     positive = _divide(factor * r, tl.load(details + 3 * batch + sample))
     negative = _divide(factor * (1 - r), tl.load(details + 4 * batch + sample))
     v_theta, _, base, push = _errors(inputs, sample, start, inside, dtype, BLOCK)
-    # negative * e- - positive * e+, in a form that is exactly 0 for r = 1/2 and d = 0 however products are contracted.
+    # That is negative * e- - positive * e+, in a form that is exactly 0 where r = 1/2 and d = 0.
     value = (negative - positive) * base + (negative + positive) * push
     if inputs.v_ref is not None:
         v_ref = load(inputs.v_ref, sample, start, inside, dtype, BLOCK)
