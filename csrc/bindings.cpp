@@ -86,11 +86,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("nft_loss", [](const std::string& isa, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
                        const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
                        const PerSample& t, const PerSample& r, const PerSample& beta, int weighting, bool double_math,
-                       int64_t batch, int64_t elements, double adv_clip_max, double kl_weight, double grad_scale,
+                       int64_t batch, int64_t elements, double adv_clip_max, double kl_weight, uintptr_t grad_loss,
                        uintptr_t loss, uintptr_t details) {
     LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), view(v_ref),
                view(grad), v_ref.has_value(), grad.has_value(), double_math, weighting, batch,
-               elements, vector(t), vector(r), vector(beta), adv_clip_max, kl_weight, grad_scale,
+               elements, vector(t), vector(r), vector(beta), adv_clip_max, kl_weight, pointer<void>(grad_loss),
                pointer<void>(loss), pointer<void>(details)};
     dispatch(isa, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss));
   });

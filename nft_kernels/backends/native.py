@@ -80,9 +80,9 @@ def nft_loss(
     weighting: str,
     *,
     grad_dtype: torch.dtype | None = None,
-    grad_scale: float = 1.0,
+    grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scalar loss, (8, B) per-sample values, and grad_scale * d loss / d v_theta in ``grad_dtype`` if given."""
+    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta, times ``grad_loss``, in ``grad_dtype``."""
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     batch = len(x0)
     loss, details = torch.empty((), dtype=dtype), torch.empty(8, batch, dtype=dtype)
@@ -104,11 +104,18 @@ def nft_loss(
         x0.numel() // batch,
         adv_clip_max,
         kl_weight,
-        grad_scale,
+        0 if grad_loss is None else grad_loss.data_ptr(),
         loss.data_ptr(),
         details.data_ptr(),
     )
     return loss, details, grad
+
+
+def scale(grad: Tensor, grad_loss: Tensor) -> None:
+    """grad *= grad_loss in place, without waiting for a GPU to tell what ``grad_loss`` is."""
+    value = grad_loss.item()
+    if value != 1:
+        grad.mul_(value)
 
 
 def add_noise(

@@ -56,11 +56,11 @@ class _Native(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        scale, grad, ctx.grad = grad_loss.item(), ctx.grad, None
+        grad, ctx.grad = ctx.grad, None
         if grad is None:
-            grad = native.nft_loss(*saved, *ctx.options, grad_dtype=saved[0].dtype, grad_scale=scale)[2]
-        elif scale != 1:
-            grad.mul_(scale)
+            grad = native.nft_loss(*saved, *ctx.options, grad_dtype=saved[0].dtype, grad_loss=grad_loss)[2]
+        else:
+            native.scale(grad, grad_loss)
         return (None, grad, *[None] * 10)
 
 
