@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <variant>
 #include <vector>
 
@@ -62,9 +63,13 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A kernel that takes Args, or null; common_type_t keeps null out of the deduction of Args.
+template <typename Args, typename... More>
+using Kernel = void (*)(const std::common_type_t<Args>&, More...);
+
 template <typename Args>
-void dispatch(const Where& where, const Args& args, void (*baseline)(const Args&), void (*avx2)(const Args&),
-              void (*avx512)(const Args&), void (*cuda)(const Args&, const cuda::Queue&)) {
+void dispatch(const Where& where, const Args& args, Kernel<Args> baseline, Kernel<Args> avx2, Kernel<Args> avx512,
+              Kernel<Args, const cuda::Queue&> cuda) {
   py::gil_scoped_release release;
   if (where.index() == 1) {
     if (!cuda) throw std::invalid_argument("built without CUDA");
@@ -106,7 +111,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_scale", [](const Where& where, const Tensor& tensor, int64_t elements, bool double_math,
                          uintptr_t factor) {
     const cuda::ScaleArgs a{view(tensor), double_math, 1, elements, pointer<void>(factor)};
-    dispatch<cuda::ScaleArgs>(where, a, nullptr, nullptr, nullptr, cuda::scale);
+    dispatch(where, a, nullptr, nullptr, nullptr, cuda::scale);
   });
 #endif
   m.def("nft_loss", [](const Where& where, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
