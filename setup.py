@@ -42,13 +42,19 @@ def cuda_compiler() -> "str | None":
     return nvcc
 
 
-def cuda_flags() -> str:
+def cuda_archs() -> "list[str]":
     listed = os.environ.get("NFT_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0"
-    archs = [a.replace("+PTX", "").replace(".", "") for a in listed.replace(",", ";").replace(" ", ";").split(";") if a]
-    if not all(a.rstrip("af").isdigit() for a in archs):
+    archs = [a for a in listed.replace("+PTX", "").replace(",", ";").replace(" ", ";").split(";") if a]
+    if not archs or not all(a.rstrip("af").replace(".", "").isdigit() for a in archs):
         sys.exit(f"NFT_CUDA_ARCHS: got {listed!r}, accepted is a list such as '8.0;9.0a;10.0'")
-    newest = max((a.rstrip("af") for a in archs), key=int)
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return archs
+
+
+def cuda_flags(archs: "list[str]") -> str:
+    names = [a.replace(".", "") for a in archs]
+    # Code for 9.0a runs on 9.0 alone: the PTX, which newer devices compile, is that of the baseline architecture.
+    newest = max((a.rstrip("af") for a in names), key=int)
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
     return " ".join([*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"])
 
 
@@ -87,13 +93,20 @@ class NinjaBuild(build_ext):
         libraries = ""
         nvcc = cuda_compiler()
         if nvcc:
+            archs = cuda_archs()
+            has += f""" '-DNFT_CUDA_ARCHS="{", ".join(archs)}"'"""
             rules += [
                 f"nvcc = {nvcc}",
-                f"cuflags = -std=c++17 -O3 -Xcompiler -fPIC -cudart static {cuda_flags()} -I{ROOT / 'csrc'}",
+                # -fmad=false for the same reason as -ffp-contract=off.
+                "cuflags = -std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden -cudart static "
+                f"{cuda_flags(archs)} -I{ROOT / 'csrc'}",
                 "rule nvcc",
-                "  command = $nvcc $cuflags -ccbin $cxx -c $in -o $out",
+                "  command = $nvcc $cuflags -ccbin $cxx -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
             ]
-            compile_to("add_noise_cuda.o", "nvcc", "cuda/add_noise.cu")
+            for source in ("nft_loss", "add_noise", "solver_step"):
+                compile_to(f"{source}_cuda.o", "nvcc", f"cuda/{source}.cu")
             toolkit = Path(nvcc).resolve().parent.parent
             folders = [p.parent for p in toolkit.glob("**/libcudart_static.a")] or [
                 p.parent for p in Path("/usr/local/cuda").glob("**/libcudart_static.a")

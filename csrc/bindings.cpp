@@ -6,9 +6,12 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <variant>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 
 namespace py = pybind11;
 
@@ -52,10 +55,28 @@ std::vector<std::string> isas() {
   return found;
 }
 
+// Where to run: an instruction set of the CPU, or (device, stream, workspace) of CUDA.
+using Where = std::variant<std::string, std::tuple<int, uintptr_t, uintptr_t>>;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A kernel that takes Args, or null; common_type_t keeps null out of the deduction of Args.
+template <typename Args, typename... More>
+using Kernel = void (*)(const std::common_type_t<Args>&, More...);
+
 template <typename Args>
-void dispatch(const std::string& isa, const Args& args, void (*baseline)(const Args&), void (*avx2)(const Args&),
-              void (*avx512)(const Args&)) {
+void dispatch(const Where& where, const Args& args, Kernel<Args> baseline, Kernel<Args> avx2, Kernel<Args> avx512,
+              Kernel<Args, const cuda::Queue&> cuda) {
   py::gil_scoped_release release;
+  if (where.index() == 1) {
+    if (!cuda) throw std::invalid_argument("built without CUDA");
+    const auto& [device, stream, workspace] = std::get<1>(where);
+    return cuda(args, {device, pointer<void>(stream), pointer<void>(workspace)});
+  }
+  const std::string& isa = std::get<0>(where);
   if (isa == "avx512" && avx512) return avx512(args);
   if (isa == "avx2" && avx2) return avx2(args);
   baseline(args);
@@ -71,11 +92,11 @@ void dispatch(const std::string& isa, const Args& args, void (*baseline)(const A
 #else
 #define NFT_AVX512(f) nullptr
 #endif
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
+#if defined(NFT_CUDA_ARCHS)
+#define NFT_CUDA(f) cuda::f
+#else
+#define NFT_CUDA(f) nullptr
+#endif
 
 }  // namespace
 }  // namespace nft
@@ -83,25 +104,35 @@ T* pointer(uintptr_t address) {
 PYBIND11_MODULE(_C, m) {
   using namespace nft;
   m.attr("isas") = isas();
-  m.def("nft_loss", [](const std::string& isa, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
+#if defined(NFT_CUDA_ARCHS)
+  m.attr("cuda_archs") = NFT_CUDA_ARCHS;
+  m.def("cuda_why_not", cuda::why_not);
+  m.def("cuda_workspace_size", cuda::workspace_size);
+  m.def("cuda_scale", [](const Where& where, const Tensor& tensor, int64_t elements, bool double_math,
+                         uintptr_t factor) {
+    const cuda::ScaleArgs a{view(tensor), double_math, 1, elements, pointer<void>(factor)};
+    dispatch(where, a, nullptr, nullptr, nullptr, cuda::scale);
+  });
+#endif
+  m.def("nft_loss", [](const Where& where, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
                        const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
                        const PerSample& t, const PerSample& r, const PerSample& beta, int weighting, bool double_math,
-                       int64_t batch, int64_t elements, double adv_clip_max, double kl_weight, double grad_scale,
+                       int64_t batch, int64_t elements, double adv_clip_max, double kl_weight, uintptr_t grad_loss,
                        uintptr_t loss, uintptr_t details) {
     LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), view(v_ref),
                view(grad), v_ref.has_value(), grad.has_value(), double_math, weighting, batch,
-               elements, vector(t), vector(r), vector(beta), adv_clip_max, kl_weight, grad_scale,
+               elements, vector(t), vector(r), vector(beta), adv_clip_max, kl_weight, pointer<void>(grad_loss),
                pointer<void>(loss), pointer<void>(details)};
-    dispatch(isa, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss));
+    dispatch(where, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss), NFT_CUDA(nft_loss));
   });
-  m.def("add_noise", [](const std::string& isa, const Tensor& x0, const std::optional<Tensor>& noise,
+  m.def("add_noise", [](const Where& where, const Tensor& x0, const std::optional<Tensor>& noise,
                         const Tensor& out, bool double_math, int64_t batch, int64_t elements,
                         const PerSample& t, uintptr_t seed, uintptr_t sample) {
     NoiseArgs a{view(x0), view(noise), view(out), noise.has_value(), double_math, batch,
                 elements, vector(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
-    dispatch(isa, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise));
+    dispatch(where, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise), NFT_CUDA(add_noise));
   });
-  m.def("solver_step", [](const std::string& isa, const Tensor& x, const Tensor& v,
+  m.def("solver_step", [](const Where& where, const Tensor& x, const Tensor& v,
                           const std::optional<Tensor>& v_uncond, const std::optional<Tensor>& noise,
                           const std::vector<Tensor>& history, const Tensor& out, const std::optional<Tensor>& h,
                           const std::optional<Tensor>& x0, bool double_math, int64_t batch, int64_t elements, double a,
@@ -117,6 +148,6 @@ PYBIND11_MODULE(_C, m) {
       args.b[j] = b[j];
       if (j > 0) args.history[j] = view(history[j - 1]);
     }
-    dispatch(isa, args, baseline::solver_step, NFT_AVX2(solver_step), NFT_AVX512(solver_step));
+    dispatch(where, args, baseline::solver_step, NFT_AVX2(solver_step), NFT_AVX512(solver_step), NFT_CUDA(solver_step));
   });
 }

@@ -1,13 +1,10 @@
-// Formulas shared by the host and the device: the counter-based noise and the per-element errors of the loss.
+// Formulas shared by the host and the device: the counter-based noise, and the loss of an element and of a sample.
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
-#ifdef __CUDACC__
-#define NFT_HD __host__ __device__ __forceinline__
-#else
-#define NFT_HD inline
-#endif
+#include "args.h"
 
 namespace nft {
 
@@ -30,6 +27,19 @@ NFT_HD Philox philox(uint64_t key, uint64_t low, uint64_t high) {
   return c;
 }
 
+// Cosine and sine of an angle in [0, 2 pi], within an ulp of 1. The library's cannot know that range: on the device
+// they carry the reduction of huge angles, which needs memory, and each library rounds in its own way.
+NFT_HD void cos_sin(float angle, float& cosine, float& sine) {
+  const int quarter = static_cast<int>(angle * 0.63661977f + 0.5f);
+  // pi/2 in two parts, the first short enough for its multiples to be exact.
+  const float y = (angle - quarter * 0x1.921fap+0f) - quarter * 0x1.54442ep-20f, y2 = y * y;
+  const float s = y + y * y2 * (-0.16666655f + y2 * (0.008332177f + y2 * -0.0001951717f));
+  const float c = (1.0f - 0.5f * y2) + y2 * y2 * (0.041666646f + y2 * (-0.0013887367f + y2 * 2.4438306e-05f));
+  const bool odd = quarter & 1;
+  cosine = (quarter + 1) & 2 ? -(odd ? s : c) : (odd ? s : c);
+  sine = quarter & 2 ? -(odd ? c : s) : (odd ? c : s);
+}
+
 // Four standard normals from one counter. The uniforms are (24 high bits + 1/2) / 2^24, never 0 or 1.
 NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]) {
   const Philox bits = philox(seed, block, sample);
@@ -37,8 +47,10 @@ NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]
     const float u1 = (static_cast<float>(bits.v[2 * pair] >> 8) + 0.5f) * 0x1p-24f;
     const float u2 = (static_cast<float>(bits.v[2 * pair + 1] >> 8) + 0.5f) * 0x1p-24f;
     const float radius = sqrtf(-2.0f * logf(u1)), angle = 6.283185307179586f * u2;
-    out[2 * pair] = radius * cosf(angle);
-    out[2 * pair + 1] = radius * sinf(angle);
+    float cosine, sine;
+    cos_sin(angle, cosine, sine);
+    out[2 * pair] = radius * cosine;
+    out[2 * pair + 1] = radius * sine;
   }
 }
 
@@ -49,6 +61,74 @@ NFT_HD void errors(T v_theta, T v_old, T x_t, T x0, T t, T t_beta, T& d, T& posi
   const T base = (x_t - x0) - t * v_old, push = t_beta * d;
   positive = base - push;
   negative = base + push;
+}
+
+// Sums over elements, from which everything per sample follows.
+template <typename T>
+struct Sums {
+  T positive_abs, negative_abs, positive_sq, negative_sq, kl, d_abs, d_max;
+
+  template <typename U>
+  NFT_HD void add(const Sums<U>& o) {
+    positive_abs += o.positive_abs;
+    negative_abs += o.negative_abs;
+    positive_sq += o.positive_sq;
+    negative_sq += o.negative_sq;
+    kl += o.kl;
+    d_abs += o.d_abs;
+    // A NaN, which compares false, must not be lost.
+    d_max = (o.d_max > d_max || o.d_max != o.d_max) ? o.d_max : d_max;
+  }
+};
+
+// Factors of e+, e- and v_theta - v_ref in the gradient.
+struct Coefficients {
+  double positive, negative, kl;
+};
+
+NFT_HD double time_weighting(int weighting, double t) {
+  return weighting == kTime ? t : weighting == kTimeSquared ? t * t : 1.0;
+}
+
+// w+ or w- for a mean of |e|.
+NFT_HD double branch_weight(int weighting, double mean_abs) {
+  return weighting != kAdaptive ? 1.0 : mean_abs < 1e-5 ? 1e-5 : mean_abs;
+}
+
+// What one sample comes to: its details, and the gradient's coefficients for d loss = grad_loss.
+NFT_HD Coefficients finish(const LossArgs& a, double t, double r, double beta, double grad_loss,
+                           const Sums<double>& s, double (&details)[kDetails]) {
+  const double n = static_cast<double>(a.elements);
+  const double w_positive = branch_weight(a.weighting, s.positive_abs / n);
+  const double w_negative = branch_weight(a.weighting, s.negative_abs / n);
+  const double scale = time_weighting(a.weighting, t);
+  const double l_positive = scale * s.positive_sq / n / w_positive;
+  const double l_negative = scale * s.negative_sq / n / w_negative;
+  details[0] = a.adv_clip_max * (r * l_positive + (1 - r) * l_negative) / beta;
+  details[1] = l_positive;
+  details[2] = l_negative;
+  details[3] = w_positive;
+  details[4] = w_negative;
+  details[5] = s.kl / n;
+  details[6] = s.d_abs / n;
+  details[7] = s.d_max;
+  const double outer = grad_loss / n / static_cast<double>(a.batch);
+  const double common = 2 * a.adv_clip_max * scale * t * outer;
+  return {-common * r / w_positive, common * (1 - r) / w_negative, 2 * a.kl_weight * outer};
+}
+
+NFT_HD float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+NFT_HD uint16_t to_bf16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
 }  // namespace nft

@@ -9,26 +9,13 @@ namespace nft {
 namespace NFT_ISA {
 namespace {
 
-struct Sums {
-  double positive_abs = 0, negative_abs = 0, positive_sq = 0, negative_sq = 0, kl = 0, d_abs = 0, d_max = 0;
-  void add(const Sums& o) {
-    positive_abs += o.positive_abs;
-    negative_abs += o.negative_abs;
-    positive_sq += o.positive_sq;
-    negative_sq += o.negative_sq;
-    kl += o.kl;
-    d_abs += o.d_abs;
-    d_max = (o.d_max > d_max || std::isnan(o.d_max)) ? o.d_max : d_max;
-  }
-};
-
 template <typename T>
 struct Buffers {
   alignas(64) T v_theta[kChunk], v_old[kChunk], x_t[kChunk], x0[kChunk], v_ref[kChunk], grad[kChunk];
 };
 
 template <typename T>
-Sums chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buffers<T>& buf) {
+Sums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buffers<T>& buf) {
   const T* v_theta = load(a.v_theta, b, start, count, buf.v_theta);
   const T* v_old = load(a.v_old, b, start, count, buf.v_old);
   const T* x_t = load(a.x_t, b, start, count, buf.x_t);
@@ -52,7 +39,7 @@ Sums chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buff
     for (int l = 0; l < kLanes; ++l) one(k + l, l);
   }
   for (int l = 0; k < count; ++k, ++l) one(k, l);
-  Sums sums;
+  Sums<double> sums{};
   sums.positive_abs = total(pa);
   sums.negative_abs = total(na);
   sums.positive_sq = total(ps);
@@ -76,33 +63,13 @@ Sums chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buff
   return sums;
 }
 
-struct Coefficients {
-  double positive, negative, kl;
-};
-
-double time_weighting(int weighting, double t) {
-  return weighting == kTime ? t : weighting == kTimeSquared ? t * t : 1.0;
-}
-
-// Per-sample results into details, and the factors of e+, e- and (v_theta - v_ref) in the gradient.
 template <typename T>
-Coefficients finish(const LossArgs& a, int64_t b, const Sums& s) {
-  const double n = static_cast<double>(a.elements), r = value(a.r, b), beta = value(a.beta, b), t = value(a.t, b);
-  auto weight = [&](double abs_sum) {
-    const double mean = abs_sum / n;
-    return a.weighting == kAdaptive ? (mean < 1e-5 ? 1e-5 : mean) : 1.0;
-  };
-  const double w_positive = weight(s.positive_abs), w_negative = weight(s.negative_abs);
-  const double scale = time_weighting(a.weighting, t);
-  const double l_positive = scale * s.positive_sq / n / w_positive;
-  const double l_negative = scale * s.negative_sq / n / w_negative;
-  const double values[8] = {a.adv_clip_max * (r * l_positive + (1 - r) * l_negative) / beta,
-                            l_positive, l_negative, w_positive, w_negative, s.kl / n, s.d_abs / n, s.d_max};
-  for (int i = 0; i < 8; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(values[i]);
-  const double outer = a.grad_scale / n / static_cast<double>(a.batch);
-  const double common = 2 * a.adv_clip_max * scale * t * outer;
-  return {-common * r / w_positive, common * (1 - r) / w_negative,
-          2 * a.kl_weight * outer};
+Coefficients finish_sample(const LossArgs& a, int64_t b, const Sums<double>& sums) {
+  const double grad_loss = a.grad_loss ? static_cast<double>(*static_cast<const T*>(a.grad_loss)) : 1.0;
+  double details[kDetails];
+  const Coefficients c = finish(a, value(a.t, b), value(a.r, b), value(a.beta, b), grad_loss, sums, details);
+  for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
+  return c;
 }
 
 template <typename T>
@@ -148,27 +115,27 @@ void loss(const LossArgs& a) {
       Buffers<T> buf;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.batch; ++b) {
-        const Coefficients c = finish<T>(a, b, chunk_sums<T>(a, b, 0, a.elements, buf));
+        const Coefficients c = finish_sample<T>(a, b, chunk_sums<T>(a, b, 0, a.elements, buf));
         if (a.want_grad) chunk_grad<T>(a, b, 0, a.elements, c, buf);
       }
     }
     return reduce<T>(a);
   }
   // Two sets, so that a thread may start the next sample while another still adds up this one.
-  std::vector<Sums> partial(2 * chunks);
+  std::vector<Sums<double>> partial(2 * chunks);
 #pragma omp parallel
   {
     Buffers<T> buf;
     for (int64_t b = 0; b < a.batch; ++b) {
-      Sums* mine = partial.data() + (b & 1) * chunks;
+      Sums<double>* mine = partial.data() + (b & 1) * chunks;
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < chunks; ++c) mine[c] = chunk_sums<T>(a, b, c * kChunk, length(c), buf);
       Coefficients coefficients{};
 #pragma omp single copyprivate(coefficients)
       {
-        Sums sums;
+        Sums<double> sums{};
         for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
-        coefficients = finish<T>(a, b, sums);
+        coefficients = finish_sample<T>(a, b, sums);
       }
       if (a.want_grad) {
 #pragma omp for schedule(static) nowait

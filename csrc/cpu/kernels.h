@@ -1,65 +1,6 @@
 // Interface of the CPU kernels. Every instruction set implements it in a namespace of its own.
 #pragma once
-#include <cstdint>
-
-namespace nft {
-
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-
-constexpr int kMaxDims = 12;
-
-// A (B, N) view of a tensor: sample b starts b * batch_stride elements in; within a sample, dims and strides.
-struct View {
-  void* data;
-  int dtype;
-  int64_t batch_stride;
-  int dims;
-  int64_t size[kMaxDims];
-  int64_t stride[kMaxDims];
-};
-
-// A (B,) tensor.
-struct Vector {
-  const void* data;
-  int dtype;
-  int64_t stride;
-};
-
-// In the order of WEIGHTINGS in reference/nft_loss.py.
-enum Weighting : int { kAdaptive = 0, kNone = 1, kTime = 2, kTimeSquared = 3 };
-
-struct LossArgs {
-  View v_theta, v_old, x_t, x0, v_ref, grad;
-  bool has_ref, want_grad, double_math;
-  int weighting;
-  int64_t batch, elements;
-  Vector t, r, beta;
-  double adv_clip_max, kl_weight, grad_scale;
-  void* loss;     // scalar of the compute type
-  void* details;  // (8, batch) of the compute type: policy, l+, l-, w+, w-, kl, mean |d|, max |d|
-};
-
-struct NoiseArgs {
-  View x0, noise, out;
-  bool has_noise, double_math;
-  int64_t batch, elements;
-  Vector t;
-  const int64_t *seed, *sample;
-};
-
-constexpr int kMaxHistory = 8;
-
-// x' = a x + sum_j b[j] h_j + c z with h_0 = p x + q v, the other h_j in history.
-struct StepArgs {
-  View x, v, v_uncond, noise, history[kMaxHistory];
-  View out, h, x0;
-  bool guided, has_noise, want_h, want_x0, double_math;
-  int64_t batch, elements;
-  int terms;  // entries of b
-  double a, b[kMaxHistory], c, p, q, t, guidance;
-  const int64_t *seed, *sample;
-  double* z_square;  // (batch): mean over elements of z^2, or null
-};
+#include "args.h"
 
 #define NFT_DECLARE(isa)             \
   namespace isa {                    \
@@ -67,6 +8,9 @@ struct StepArgs {
   void add_noise(const NoiseArgs&);  \
   void solver_step(const StepArgs&); \
   }
+
+namespace nft {
+
 NFT_DECLARE(baseline)
 NFT_DECLARE(avx2)
 NFT_DECLARE(avx512)

@@ -20,20 +20,6 @@ namespace NFT_ISA {
 constexpr int64_t kChunk = 2048;
 constexpr int kLanes = 16;
 
-inline float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
-}
-
-inline uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
-
 inline float from_fp16(uint16_t bits) {
 #if defined(__F16C__)
   return _cvtsh_ss(bits);
@@ -112,14 +98,6 @@ inline void walk(const View& view, int64_t start, int64_t count, F body) {
     }
   }
 }
-
-inline int item_size(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
-
-inline char* sample_start(const View& view, int64_t b) {
-  return static_cast<char*>(view.data) + b * view.batch_stride * item_size(view.dtype);
-}
-
-inline bool dense(const View& view) { return view.dims == 0 || (view.dims == 1 && view.stride[0] == 1); }
 
 // The chunk as compute-type values: the tensor's own memory when it already is that, else a converted copy.
 template <typename T>

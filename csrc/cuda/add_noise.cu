@@ -1,27 +1,52 @@
-// x_t = (1-t) x0 + t eps with the noise drawn in the kernel. Not yet reachable from Python.
-#include "math.h"
+// x_t = (1-t) x0 + t eps, with eps given or drawn here.
+#include "launch.cuh"
+#include "view.cuh"
 
 namespace nft {
+namespace cuda {
+namespace {
 
-__global__ void add_noise_kernel(const float* x0, const float* t, const int64_t* seed, const int64_t* sample,
-                                 float* x_t, int64_t batch, int64_t elements) {
-  const int64_t blocks = (elements + 3) / 4;
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < batch * blocks;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t b = i / blocks, block = i % blocks;
-    float eps[4];
-    normals(seed[b], sample[b], block, eps);
-    for (int64_t k = 4 * block, j = 0; j < 4 && k < elements; ++j, ++k)
-      x_t[b * elements + k] = (1 - t[b]) * x0[b * elements + k] + t[b] * eps[j];
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    add_noise_kernel(const __grid_constant__ NoiseArgs a, const __grid_constant__ Slices slices) {
+  for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
+    const int64_t b = item / slices.splits, split = item % slices.splits;
+    const int64_t seed = a.has_noise ? 0 : a.seed[b], sample = a.has_noise ? 0 : a.sample[b];
+    const T t = static_cast<T>(value(a.t, b)), keep = static_cast<T>(1 - value(a.t, b));
+    for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
+      const Bits x0_bits = fetch<T, kPacked>(a.x0, b, pack, a.elements);
+      const Pack<T> eps =
+          a.has_noise ? load<T, kPacked>(a.noise, b, pack, a.elements) : draw<T>(seed, sample, pack);
+      const Pack<T> x0 = unpack<T>(x0_bits, a.x0.dtype);
+      Pack<T> out;
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) out.v[j] = keep * x0.v[j] + t * eps.v[j];
+      store<T, kPacked>(a.out, b, pack, a.elements, out);
+    }
   }
 }
 
-int add_noise_cuda(const float* x0, const float* t, const int64_t* seed, const int64_t* sample, float* x_t,
-                   int64_t batch, int64_t elements, void* stream) {
-  const int64_t wanted = (batch * ((elements + 3) / 4) + 255) / 256;
-  const int grid = static_cast<int>(wanted < 4096 ? wanted : 4096);
-  add_noise_kernel<<<grid, 256, 0, static_cast<cudaStream_t>(stream)>>>(x0, t, seed, sample, x_t, batch, elements);
-  return static_cast<int>(cudaGetLastError());
+}  // namespace
+
+std::string why_not(int device) {
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes found;
+    check(cudaFuncGetAttributes(&found, add_noise_kernel<float, true>));
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
 }
 
+void add_noise(const NoiseArgs& a, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  choose_variant(a.double_math, a.batch, a.elements, {&a.x0, &a.noise, &a.out}, [&](auto zero, auto is_packed) {
+    using T = decltype(zero);
+    const Slices slices = slices_of(a.batch, packs_of<T>(a.elements));
+    launch(add_noise_kernel<T, is_packed.value>, shape_of(a.batch, slices), queue, a, slices);
+  });
+}
+
+}  // namespace cuda
 }  // namespace nft

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -32,12 +33,39 @@ def isa() -> str:
     return wanted
 
 
+@functools.lru_cache
+def _cuda_why_not(index: int) -> str | None:
+    if torch.version.hip:
+        return "it has no kernels for AMD GPUs"
+    if not hasattr(_C, "cuda_archs"):
+        return "it was built without CUDA"
+    # The driver knows best whether one of the images, or the PTX, runs on this GPU.
+    reason = _C.cuda_why_not(index)
+    capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+    return f"it was built for {_C.cuda_archs} and this GPU is {capability} ({reason})" if reason else None
+
+
 def why_not(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take the tensors, or None when it can."""
     if _C is None:
         return f"the compiled module is not installed ({_IMPORT_ERROR})"
     device = tensors[0].device
+    if device.type == "cuda":
+        return _cuda_why_not(device.index)
     return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors"
+
+
+def _where(device: torch.device, workspace: Tensor | None = None) -> Any:
+    if device.type == "cpu":
+        return isa()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return device.index, stream, 0 if workspace is None else workspace.data_ptr()
+
+
+def _workspace(device: torch.device, batch: int) -> Tensor | None:
+    if device.type == "cpu":
+        return None
+    return torch.empty(_C.cuda_workspace_size(batch), dtype=torch.uint8, device=device)
 
 
 def _describe(x: Tensor | None) -> tuple[Any, ...] | None:
@@ -66,15 +94,16 @@ def nft_loss(
     weighting: str,
     *,
     grad_dtype: torch.dtype | None = None,
-    grad_scale: float = 1.0,
+    grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scalar loss, (8, B) per-sample values, and grad_scale * d loss / d v_theta in ``grad_dtype`` if given."""
+    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta, times ``grad_loss``, in ``grad_dtype``."""
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
-    batch = len(x0)
-    loss, details = torch.empty((), dtype=dtype), torch.empty(8, batch, dtype=dtype)
+    batch, device = len(x0), x0.device
+    loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
     grad = torch.empty_like(v_theta, dtype=grad_dtype) if grad_dtype else None
+    workspace = _workspace(device, batch)
     _C.nft_loss(
-        isa(),
+        _where(device, workspace),
         _describe(v_theta),
         _describe(v_old),
         _describe(x_t),
@@ -90,7 +119,7 @@ def nft_loss(
         x0.numel() // batch,
         adv_clip_max,
         kl_weight,
-        grad_scale,
+        0 if grad_loss is None else grad_loss.data_ptr(),
         loss.data_ptr(),
         details.data_ptr(),
     )
@@ -99,9 +128,21 @@ def nft_loss(
 
 def nft_loss_gradient(*args: Any, details: Tensor, grad_dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
     """``scale`` times d loss / d v_theta. The per-sample values ``details`` are computed anew, in the same visit."""
-    grad = nft_loss(*args, grad_dtype=grad_dtype, grad_scale=1.0 if scale is None else scale.item())[2]
+    grad = nft_loss(*args, grad_dtype=grad_dtype, grad_loss=scale)[2]
     assert grad is not None
     return grad
+
+
+def scale(grad: Tensor, grad_loss: Tensor) -> None:
+    """grad *= grad_loss in place; ``grad`` is dense in memory. A GPU is not asked what ``grad_loss`` is."""
+    if grad.device.type == "cpu":
+        value = grad_loss.item()
+        if value != 1:
+            grad.mul_(value)
+        return
+    elements = grad.numel()
+    flat = (grad.data_ptr(), _CODES[grad.dtype], 0, [elements], [1])
+    _C.cuda_scale(_where(grad.device), flat, elements, grad_loss.dtype == torch.float64, grad_loss.data_ptr())
 
 
 def add_noise(
@@ -115,7 +156,7 @@ def add_noise(
     """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
     out = torch.empty_like(x0, dtype=out_dtype)
     _C.add_noise(
-        isa(),
+        _where(x0.device),
         _describe(x0),
         _describe(noise),
         _describe(out),
@@ -144,8 +185,9 @@ def solver_step(
     square: Tensor,
 ) -> None:
     """Write x', and h_0, x - t v and the mean of z^2 per sample into those of ``h``, ``x0``, ``square`` not empty."""
+    workspace = _workspace(x.device, len(x)) if square.numel() else None
     _C.solver_step(
-        isa(),
+        _where(x.device, workspace),
         _describe(x),
         _describe(v),
         _describe(v_uncond),

@@ -47,7 +47,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
         v_theta = args[0]
-        ahead = want_grad and v_theta.device.type == "cpu" and v_theta.dtype != torch.float16
+        ahead = want_grad and backend == "native" and v_theta.dtype != torch.float16
         loss, details, ctx.grad = load(backend).nft_loss(*args, grad_dtype=v_theta.dtype if ahead else None)
         ctx.save_for_backward(*args[:8], details)
         ctx.backend, ctx.options = backend, args[8:]
@@ -62,8 +62,8 @@ class _Fused(torch.autograd.Function):
         if grad is None:
             options = {"details": details, "grad_dtype": saved[0].dtype, "scale": grad_loss}
             grad = load(ctx.backend).nft_loss_gradient(*saved, *ctx.options, **options)
-        elif (scale := grad_loss.item()) != 1:
-            grad.mul_(scale)
+        else:
+            load(ctx.backend).scale(grad, grad_loss)
         return (None, None, grad, *[None] * 10)
 
 

@@ -1,0 +1,317 @@
+// The loss and its gradient. Where a thread-block cluster can hold a sample's errors, one launch reads every input
+// once; elsewhere a first launch adds up slices of samples and a second reads the inputs again for the gradient.
+#include <cooperative_groups.h>
+
+#include <map>
+#include <mutex>
+
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "view.cuh"
+
+namespace nft {
+namespace cuda {
+namespace {
+
+template <typename T>
+struct Errors {
+  Pack<T> positive, negative, delta;  // e+, e- and v_theta - v_ref
+};
+
+// Past the end of the sample all inputs are zero, and so is what they add to the sums.
+template <typename T, bool kPacked>
+__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sums<T>& sums) {
+  auto fetch_of = [&](const View& view) { return fetch<T, kPacked>(view, b, pack, a.elements); };
+  const Bits v_theta_bits = fetch_of(a.v_theta), v_old_bits = fetch_of(a.v_old), x_t_bits = fetch_of(a.x_t);
+  const Bits x0_bits = fetch_of(a.x0);
+  Bits v_ref_bits{};
+  if (a.has_ref) v_ref_bits = fetch_of(a.v_ref);
+  // Read here, where the wait for them is part of the wait for the pack.
+  const T t = static_cast<T>(value(a.t, b)), t_beta = static_cast<T>(value(a.t, b) * value(a.beta, b));
+  const Pack<T> v_theta = unpack<T>(v_theta_bits, a.v_theta.dtype), v_old = unpack<T>(v_old_bits, a.v_old.dtype);
+  const Pack<T> x_t = unpack<T>(x_t_bits, a.x_t.dtype), x0 = unpack<T>(x0_bits, a.x0.dtype);
+  const Pack<T> v_ref = a.has_ref ? unpack<T>(v_ref_bits, a.v_ref.dtype) : v_theta;
+  Errors<T> e;
+  Sums<T> pack_sums{};
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) {
+    T d, &positive = e.positive.v[j], &negative = e.negative.v[j], &delta = e.delta.v[j];
+    errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], t, t_beta, d, positive, negative);
+    delta = v_theta.v[j] - v_ref.v[j];
+    pack_sums.add(Sums<T>{std::abs(positive), std::abs(negative), positive * positive, negative * negative,
+                          delta * delta, std::abs(d), std::abs(d)});
+  }
+  sums.add(pack_sums);
+  return e;
+}
+
+NFT_HD bool with_kl(const LossArgs& a) { return a.has_ref && a.kl_weight > 0; }
+
+template <typename T, bool kPacked>
+__device__ void store_gradient(const LossArgs& a, int64_t b, int64_t pack, const Errors<T>& e, const Coefficients& c) {
+  const T positive = static_cast<T>(c.positive), negative = static_cast<T>(c.negative), kl = static_cast<T>(c.kl);
+  Pack<T> grad;
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) {
+    grad.v[j] = positive * e.positive.v[j] + negative * e.negative.v[j];
+    if (with_kl(a)) grad.v[j] += kl * e.delta.v[j];
+  }
+  store<T, kPacked>(a.grad, b, pack, a.elements, grad);
+}
+
+template <typename T>
+__device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const Sums<double>& sums, bool write) {
+  const double grad_loss = a.grad_loss ? static_cast<double>(*static_cast<const T*>(a.grad_loss)) : 1.0;
+  double details[kDetails];
+  const Coefficients c = finish(a, value(a.t, b), value(a.r, b), value(a.beta, b), grad_loss, sums, details);
+  if (write) {
+#pragma unroll
+    for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
+  }
+  return c;
+}
+
+// Called by one whole block per sample, after its thread 0 wrote the details. The block that finds all samples done
+// adds up the scalar loss.
+template <typename T>
+__device__ void count_sample(const LossArgs& a, unsigned long long* finished) {
+  __shared__ Sum<double> warps[kWarps];
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(finished, 1ull) + 1 == static_cast<unsigned long long>(a.batch);
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
+  Sum<double> sum{};
+  // Past the first-level cache, which knows nothing of what other blocks wrote.
+  for (int64_t b = threadIdx.x; b < a.batch; b += blockDim.x)
+    sum.value += static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b));
+  sum = block_total(sum, warps);
+  if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value / static_cast<double>(a.batch));
+}
+
+// One cluster per sample. Every thread keeps the errors of its packs in shared memory until the cluster's sums tell
+// the gradient's coefficients.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    loss_in_clusters(const __grid_constant__ LossArgs a, int64_t packs, unsigned long long* finished) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ uint4 held[];
+  __shared__ Sums<double> warps[kWarps], block_sums;
+  __shared__ Coefficients coefficients;
+  const auto cluster = cooperative_groups::this_cluster();
+  const unsigned ranks = cluster.num_blocks(), rank = cluster.block_rank();
+  const int64_t b = blockIdx.x / ranks;
+  const int64_t length = (packs + ranks - 1) / ranks;
+  const Slices slices{packs, ranks, length};
+  const int64_t first = slices.first(rank), last = slices.last(rank);
+  // Words of the same kind lie side by side, so that a warp's accesses to shared memory do not collide.
+  auto held_word = [&](int word, int64_t pack) -> uint4& { return held[word * length + (pack - first)]; };
+  auto hold = [&](int kind, int64_t pack, const Pack<T>& values) {
+    uint4 words[2];
+    memcpy(words, &values, sizeof words);
+    held_word(2 * kind, pack) = words[0];
+    held_word(2 * kind + 1, pack) = words[1];
+  };
+  auto recall = [&](int kind, int64_t pack) {
+    const uint4 words[2] = {held_word(2 * kind, pack), held_word(2 * kind + 1, pack)};
+    Pack<T> values;
+    memcpy(&values, words, sizeof words);
+    return values;
+  };
+
+  Sums<T> sums{};
+  for (int64_t pack = first + threadIdx.x; pack < last; pack += blockDim.x) {
+    const Errors<T> e = load_errors<T, kPacked>(a, b, pack, sums);
+    if (!a.want_grad) continue;
+    hold(0, pack, e.positive);
+    hold(1, pack, e.negative);
+    if (with_kl(a)) hold(2, pack, e.delta);
+  }
+  const Sums<double> total = block_total(sums, warps);
+  if (threadIdx.x == 0) block_sums = total;
+  cluster.sync();
+  if (threadIdx.x < 32) {
+    Sums<double> of_rank{};
+    if (threadIdx.x < ranks) of_rank = *cluster.map_shared_rank(&block_sums, threadIdx.x);
+    of_rank = warp_total(of_rank);
+    if (threadIdx.x == 0) coefficients = finish_sample<T>(a, b, of_rank, rank == 0);
+  }
+  __syncthreads();
+  // A block must not end, and its shared memory with it, while others read its sums.
+  cluster.barrier_arrive();
+  if (a.want_grad) {
+    const Coefficients c = coefficients;
+    for (int64_t pack = first + threadIdx.x; pack < last; pack += blockDim.x) {
+      Errors<T> e{recall(0, pack), recall(1, pack), {}};
+      if (with_kl(a)) e.delta = recall(2, pack);
+      store_gradient<T, kPacked>(a, b, pack, e, c);
+    }
+  }
+  if (rank == 0) count_sample<T>(a, finished);
+  cluster.barrier_wait();
+#endif
+}
+
+// First of two launches: the sums of every slice.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    slice_sums(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices, Sums<double>* partial,
+               unsigned long long* finished) {
+  __shared__ Sums<double> warps[kWarps];
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // the second launch counts
+  for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
+    const int64_t b = item / slices.splits, split = item % slices.splits;
+    Sums<T> sums{};
+    for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x)
+      load_errors<T, kPacked>(a, b, pack, sums);
+    const Sums<double> total = block_total(sums, warps);
+    if (threadIdx.x == 0) partial[item] = total;
+  }
+}
+
+// Second of two launches: every block adds up its sample's slices, which takes less than to wait for another to do it.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    slice_gradients(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices,
+                    const Sums<double>* partial, unsigned long long* finished) {
+  __shared__ Coefficients coefficients;
+  for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
+    const int64_t b = item / slices.splits, split = item % slices.splits;
+    if (split > 0 && !a.want_grad) continue;
+    __syncthreads();  // the last item's coefficients may still be in use
+    if (threadIdx.x < 32) {
+      Sums<double> sums{};
+      for (int64_t i = threadIdx.x; i < slices.splits; i += 32) sums.add(partial[b * slices.splits + i]);
+      sums = warp_total(sums);
+      if (threadIdx.x == 0) coefficients = finish_sample<T>(a, b, sums, split == 0);
+    }
+    __syncthreads();
+    if (a.want_grad) {
+      const Coefficients c = coefficients;
+      for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
+        Sums<T> unused{};
+        store_gradient<T, kPacked>(a, b, pack, load_errors<T, kPacked>(a, b, pack, unused), c);
+      }
+    }
+    if (split == 0) count_sample<T>(a, finished);
+  }
+}
+
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    scale_kernel(const __grid_constant__ ScaleArgs a, const __grid_constant__ Slices slices) {
+  const T factor = *static_cast<const T*>(a.factor);
+  if (factor == 1) return;
+  for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
+    const int64_t b = item / slices.splits, split = item % slices.splits;
+    for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
+      Pack<T> x = load<T, kPacked>(a.tensor, b, pack, a.elements);
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) x.v[j] *= factor;
+      store<T, kPacked>(a.tensor, b, pack, a.elements, x);
+    }
+  }
+}
+
+// What a device allows the cluster kernel: blocks per cluster (0: no clusters), dynamic shared memory per block.
+struct ClusterLimits {
+  int blocks = 0, processors = 0;
+  int64_t shared_bytes = 0;
+};
+
+template <typename Kernel>
+ClusterLimits ask_cluster_limits(Kernel kernel, int device) {
+  ClusterLimits limits;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  // The image that was loaded may be older than the device.
+  if (attributes.ptxVersion < 90) return limits;
+  int shared_bytes = 0;
+  check(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
+  check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  limits.shared_bytes = shared_bytes - static_cast<int64_t>(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(limits.shared_bytes)));
+  // More than 8 blocks is not portable: not every device, nor every part of one, has room for them.
+  const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  for (int blocks = large ? 16 : 8; blocks > 0 && limits.blocks == 0; blocks /= 2) {
+    int clusters = 0;
+    const Configuration fullest({blocks, kThreads, blocks, static_cast<size_t>(limits.shared_bytes)}, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &fullest.config) == cudaSuccess && clusters > 0)
+      limits.blocks = blocks;
+  }
+  cudaGetLastError();  // a refusal is an answer, not an error
+  return limits;
+}
+
+// Asked once per device and kernel: the answers take longer than the kernel runs.
+template <typename Kernel>
+ClusterLimits cluster_limits(Kernel kernel, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, Kernel>, ClusterLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_pair(device, kernel);
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+  return known[key] = ask_cluster_limits(kernel, device);
+}
+
+// How to launch the cluster kernel; no blocks where it cannot hold a sample.
+Shape cluster_shape(const LossArgs& a, int64_t packs, const ClusterLimits& limits) {
+  Shape shape{};
+  for (int blocks = 1; blocks <= limits.blocks; blocks *= 2) {
+    const int64_t length = (packs + blocks - 1) / blocks, bytes = length * 32 * (with_kl(a) ? 3 : 2);
+    if (bytes > limits.shared_bytes || a.batch > 0x7fffffff / blocks) continue;
+    shape = {a.batch * blocks, threads_for(length), blocks, static_cast<size_t>(bytes)};
+    // Larger clusters as long as processors would idle, or hold one block each that waits for its cluster.
+    const bool busy = a.batch * blocks >= limits.processors || length <= kThreads;
+    if (busy && bytes <= limits.shared_bytes / 2) break;
+  }
+  return shape;
+}
+
+}  // namespace
+
+size_t workspace_size(int64_t batch) {
+  return sizeof(unsigned long long) + static_cast<size_t>(batch + kBlocks) * sizeof(Sums<double>);
+}
+
+void nft_loss(const LossArgs& a, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  auto* finished = static_cast<unsigned long long*>(queue.workspace);
+  auto* partial = reinterpret_cast<Sums<double>*>(finished + 1);
+  const std::vector<const View*> views{&a.v_theta, &a.v_old, &a.x_t, &a.x0, &a.v_ref, &a.grad};
+  choose_variant(a.double_math, a.batch, a.elements, views, [&](auto zero, auto is_packed) {
+    using T = decltype(zero);
+    constexpr bool kPacked = is_packed.value;
+    const int64_t packs = packs_of<T>(a.elements);
+    const auto in_clusters = loss_in_clusters<T, kPacked>;
+    const Shape clusters = cluster_shape(a, packs, cluster_limits(in_clusters, queue.device));
+    if (clusters.blocks > 0) {
+      // Zeroed here and not by the last block for the next call: CUDA graphs captured in one stream would share a
+      // counter that is kept, and they may replay at the same time.
+      check(cudaMemsetAsync(finished, 0, sizeof *finished, static_cast<cudaStream_t>(queue.stream)));
+      launch(in_clusters, clusters, queue, a, packs, finished);
+      return;
+    }
+    const Slices slices = slices_of(a.batch, packs);
+    launch(slice_sums<T, kPacked>, shape_of(a.batch, slices), queue, a, slices, partial, finished);
+    launch(slice_gradients<T, kPacked>, shape_of(a.batch, slices), queue, a, slices, partial, finished);
+  });
+}
+
+void scale(const ScaleArgs& a, const Queue& queue) {
+  const DeviceGuard guard(queue.device);
+  choose_variant(a.double_math, a.batch, a.elements, {&a.tensor}, [&](auto zero, auto is_packed) {
+    using T = decltype(zero);
+    const Slices slices = slices_of(a.batch, packs_of<T>(a.elements));
+    launch(scale_kernel<T, is_packed.value>, shape_of(a.batch, slices), queue, a, slices);
+  });
+}
+
+}  // namespace cuda
+}  // namespace nft
