@@ -44,16 +44,23 @@ struct Vector {
 // In the order of WEIGHTINGS in reference/nft_loss.py.
 enum Weighting : int { kAdaptive = 0, kNone = 1, kTime = 2, kTimeSquared = 3 };
 
+// In the order of PREDICTIONS there.
+enum Prediction : int { kVelocity = 0, kX0 = 1, kEps = 2 };
+
 constexpr int kDetails = 8;
 
 struct LossArgs {
   View v_theta, v_old, x_t, x0, v_ref, grad;
+  View mask, r_elements;
   bool has_ref, want_grad, double_math;
-  int weighting;
+  bool has_mask, r_per_element, detach_weight, kl_in_x0;
+  int weighting, prediction;
   int64_t batch, elements;
+  // Sample b is [offsets[b], offsets[b + 1]) times `elements` of packed tensors, seen as one sample; null without.
+  const int64_t* offsets;
   Vector t, r, beta;
+  Vector outer;  // what a sample counts in the loss; without data 1 / B
   double adv_clip_max, kl_weight;
-  const void* grad_loss;  // scalar of the compute type that multiplies the gradient, or null for 1
   void* loss;             // scalar of the compute type
   void* details;          // (8, batch) of the compute type: policy, l+, l-, w+, w-, kl, mean |d|, max |d|
 };

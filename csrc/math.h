@@ -54,13 +54,38 @@ NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]
   }
 }
 
-// Errors of the two x0 predictions: e+ = x_t - t v+ - x0 and e- likewise, written without a division by t.
+// One sample's numbers: `outer` is what it counts in the loss.
+struct Sample {
+  double t, r, beta, outer;
+};
+
+// x0_hat = keep x_t + push p for what the model predicts, p; step = push beta.
 template <typename T>
-NFT_HD void errors(T v_theta, T v_old, T x_t, T x0, T t, T t_beta, T& d, T& positive, T& negative) {
-  d = v_theta - v_old;
-  const T base = (x_t - x0) - t * v_old, push = t_beta * d;
-  positive = base - push;
-  negative = base + push;
+struct Affine {
+  T keep, push, step;
+};
+
+template <typename T>
+NFT_HD Affine<T> affine(int prediction, double t, double beta) {
+  const double keep = prediction == kVelocity ? 1.0 : prediction == kX0 ? 0.0 : 1 / (1 - t);
+  const double push = prediction == kVelocity ? -t : prediction == kX0 ? 1.0 : -t / (1 - t);
+  return {static_cast<T>(keep), static_cast<T>(push), static_cast<T>(push * beta)};
+}
+
+// Turns a difference of predictions, squared, into that of the velocities or of the x0 predictions.
+NFT_HD double kl_factor(int prediction, bool in_x0, double t) {
+  const double to_x0 = prediction == kVelocity ? t : prediction == kX0 ? 1.0 : t / (1 - t);
+  const double to_v = prediction == kVelocity ? 1.0 : prediction == kX0 ? 1 / t : 1 / (1 - t);
+  return in_x0 ? to_x0 * to_x0 : to_v * to_v;
+}
+
+// Errors e+ and e- of the two x0 predictions.
+template <typename T>
+NFT_HD void errors(T p_theta, T p_old, T x_t, T x0, const Affine<T>& f, T& d, T& positive, T& negative) {
+  d = p_theta - p_old;
+  const T base = (f.keep * x_t - x0) + f.push * p_old, step = f.step * d;
+  positive = base + step;
+  negative = base - step;
 }
 
 // Sums over elements, from which everything per sample follows.
@@ -81,9 +106,9 @@ struct Sums {
   }
 };
 
-// Factors of e+, e- and v_theta - v_ref in the gradient.
+// Factors in the gradient of e+, e-, v_theta - v_ref, and, where it flows through the weights, of the errors' signs.
 struct Coefficients {
-  double positive, negative, kl;
+  double positive, negative, kl, positive_sign, negative_sign;
 };
 
 NFT_HD double time_weighting(int weighting, double t) {
@@ -95,26 +120,42 @@ NFT_HD double branch_weight(int weighting, double mean_abs) {
   return weighting != kAdaptive ? 1.0 : mean_abs < 1e-5 ? 1e-5 : mean_abs;
 }
 
-// What one sample comes to: its details, and the gradient's coefficients for d loss = grad_loss.
-NFT_HD Coefficients finish(const LossArgs& a, double t, double r, double beta, double grad_loss,
-                           const Sums<double>& s, double (&details)[kDetails]) {
-  const double n = static_cast<double>(a.elements);
-  const double w_positive = branch_weight(a.weighting, s.positive_abs / n);
-  const double w_negative = branch_weight(a.weighting, s.negative_abs / n);
-  const double scale = time_weighting(a.weighting, t);
-  const double l_positive = scale * s.positive_sq / n / w_positive;
-  const double l_negative = scale * s.negative_sq / n / w_negative;
-  details[0] = a.adv_clip_max * (r * l_positive + (1 - r) * l_negative) / beta;
-  details[1] = l_positive;
-  details[2] = l_negative;
+// What one sample comes to: its details, and the gradient's coefficients before r and the mask. `size` is the sum of
+// the mask, `positive` and `negative` are the sums of r e+^2 and (1-r) e-^2.
+NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Sums<double>& s, double size,
+                           double positive, double negative, double (&details)[kDetails]) {
+  const double n = size > 0 ? size : 1.0, factor = a.adv_clip_max * time_weighting(a.weighting, sample.t) / n;
+  const double positive_mean = s.positive_abs / n, negative_mean = s.negative_abs / n;
+  const double w_positive = branch_weight(a.weighting, positive_mean);
+  const double w_negative = branch_weight(a.weighting, negative_mean);
+  const double kl = kl_factor(a.prediction, a.kl_in_x0, sample.t);
+  details[0] = factor * (positive / w_positive + negative / w_negative) / sample.beta;
+  details[1] = time_weighting(a.weighting, sample.t) * s.positive_sq / n / w_positive;
+  details[2] = time_weighting(a.weighting, sample.t) * s.negative_sq / n / w_negative;
   details[3] = w_positive;
   details[4] = w_negative;
-  details[5] = s.kl / n;
+  details[5] = a.has_ref ? kl * s.kl / n : 0.0;
   details[6] = s.d_abs / n;
   details[7] = s.d_max;
-  const double outer = grad_loss / n / static_cast<double>(a.batch);
-  const double common = 2 * a.adv_clip_max * scale * t * outer;
-  return {-common * r / w_positive, common * (1 - r) / w_negative, 2 * a.kl_weight * outer};
+  const double common = factor * affine<double>(a.prediction, sample.t, sample.beta).push * sample.outer;
+  Coefficients c{2 * common / w_positive, -2 * common / w_negative, 2 * a.kl_weight * kl * sample.outer / n, 0, 0};
+  if (!a.detach_weight) {
+    // The clamped weight is a constant.
+    if (w_positive == positive_mean) c.positive_sign = -common * positive / (n * w_positive * w_positive);
+    if (w_negative == negative_mean) c.negative_sign = common * negative / (n * w_negative * w_negative);
+  }
+  return c;
+}
+
+// The same where all elements of a sample count alike; the coefficients then hold r.
+NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Sums<double>& s,
+                           double (&details)[kDetails]) {
+  const double r = sample.r;
+  Coefficients c = finish(a, sample, s, static_cast<double>(a.elements), r * s.positive_sq, (1 - r) * s.negative_sq,
+                          details);
+  c.positive *= r;
+  c.negative *= 1 - r;
+  return c;
 }
 
 NFT_HD float from_bf16(uint16_t bits) {

@@ -12,25 +12,73 @@ namespace {
 template <typename T>
 struct Buffers {
   alignas(64) T v_theta[kChunk], v_old[kChunk], x_t[kChunk], x0[kChunk], v_ref[kChunk], grad[kChunk];
+  alignas(64) T mask[kChunk], r[kChunk];
 };
 
-template <typename T>
-Sums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t count, Buffers<T>& buf) {
-  const T* v_theta = load(a.v_theta, b, start, count, buf.v_theta);
-  const T* v_old = load(a.v_old, b, start, count, buf.v_old);
-  const T* x_t = load(a.x_t, b, start, count, buf.x_t);
-  const T* x0 = load(a.x0, b, start, count, buf.x0);
-  const T t = static_cast<T>(value(a.t, b)), t_beta = static_cast<T>(value(a.t, b) * value(a.beta, b));
+// Sums of one chunk, and those that only differ from them where elements do not count alike.
+struct ChunkSums {
+  Sums<double> all{};
+  double size = 0, positive = 0, negative = 0;
+
+  void add(const ChunkSums& o) {
+    all.add(o.all);
+    size += o.size;
+    positive += o.positive;
+    negative += o.negative;
+  }
+};
+
+// Whether elements of a sample count alike: only then is there nothing to load for each of them.
+bool elementwise(const LossArgs& a) { return a.has_mask || a.r_per_element || !a.detach_weight; }
+
+Sample sample_of(const LossArgs& a, int64_t b) {
+  return {value(a.t, b), a.r_per_element ? 0.0 : value(a.r, b), value(a.beta, b),
+          a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch)};
+}
+
+// Where sample b starts, and its length; packed tensors are one sample of which the samples are parts.
+struct Part {
+  int64_t row, start, length;
+};
+
+Part part_of(const LossArgs& a, int64_t b) {
+  if (!a.offsets) return {b, 0, a.elements};
+  return {0, a.offsets[b] * a.elements, (a.offsets[b + 1] - a.offsets[b]) * a.elements};
+}
+
+template <typename T, bool kElementwise>
+ChunkSums chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, Buffers<T>& buf) {
+  const T* v_theta = load(a.v_theta, row, start, count, buf.v_theta);
+  const T* v_old = load(a.v_old, row, start, count, buf.v_old);
+  const T* x_t = load(a.x_t, row, start, count, buf.x_t);
+  const T* x0 = load(a.x0, row, start, count, buf.x0);
+  const T *mask = nullptr, *r = nullptr;
+  const Sample sample = sample_of(a, b);
+  if constexpr (kElementwise) {
+    mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
+    r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
+  }
+  const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
   T pa[kLanes] = {0}, na[kLanes] = {0}, ps[kLanes] = {0}, ns[kLanes] = {0}, da[kLanes] = {0}, dm[kLanes] = {0};
+  T size[kLanes] = {0}, pr[kLanes] = {0}, nr[kLanes] = {0};
   auto one = [&](int64_t k, int l) {
-    T d, positive, negative;
-    errors(v_theta[k], v_old[k], x_t[k], x0[k], t, t_beta, d, positive, negative);
+    T d, positive, negative, m = 1;
+    errors(v_theta[k], v_old[k], x_t[k], x0[k], f, d, positive, negative);
+    if constexpr (kElementwise) {
+      m = mask[k];
+      d = m > 0 ? d : 0;
+      positive = m > 0 ? positive : 0;
+      negative = m > 0 ? negative : 0;
+      size[l] += m;
+      pr[l] += m * (r[k] * (positive * positive));
+      nr[l] += m * ((1 - r[k]) * (negative * negative));
+    }
     const T magnitude = std::abs(d);
-    pa[l] += std::abs(positive);
-    na[l] += std::abs(negative);
-    ps[l] += positive * positive;
-    ns[l] += negative * negative;
-    da[l] += magnitude;
+    pa[l] += m * std::abs(positive);
+    na[l] += m * std::abs(negative);
+    ps[l] += m * (positive * positive);
+    ns[l] += m * (negative * negative);
+    da[l] += m * magnitude;
     dm[l] = dm[l] > magnitude ? dm[l] : magnitude;
   };
   int64_t k = 0;
@@ -39,108 +87,155 @@ Sums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t start, int64_t cou
     for (int l = 0; l < kLanes; ++l) one(k + l, l);
   }
   for (int l = 0; k < count; ++k, ++l) one(k, l);
-  Sums<double> sums{};
-  sums.positive_abs = total(pa);
-  sums.negative_abs = total(na);
-  sums.positive_sq = total(ps);
-  sums.negative_sq = total(ns);
-  sums.d_abs = total(da);
-  for (int l = 0; l < kLanes; ++l) sums.d_max = std::max(sums.d_max, static_cast<double>(dm[l]));
-  if (std::isnan(sums.d_abs)) sums.d_max = sums.d_abs;
+  ChunkSums sums;
+  sums.all.positive_abs = total(pa);
+  sums.all.negative_abs = total(na);
+  sums.all.positive_sq = total(ps);
+  sums.all.negative_sq = total(ns);
+  sums.all.d_abs = total(da);
+  for (int l = 0; l < kLanes; ++l) sums.all.d_max = std::max(sums.all.d_max, static_cast<double>(dm[l]));
+  if (std::isnan(sums.all.d_abs)) sums.all.d_max = sums.all.d_abs;
+  if constexpr (kElementwise) {
+    sums.size = total(size);
+    sums.positive = total(pr);
+    sums.negative = total(nr);
+  }
   if (a.has_ref) {
-    const T* v_ref = load(a.v_ref, b, start, count, buf.v_ref);
+    const T* v_ref = load(a.v_ref, row, start, count, buf.v_ref);
     T kl[kLanes] = {0};
+    auto add = [&](int64_t k, int l) {
+      T delta = v_theta[k] - v_ref[k], m = 1;
+      if constexpr (kElementwise) {
+        m = mask[k];
+        delta = m > 0 ? delta : 0;
+      }
+      kl[l] += m * (delta * delta);
+    };
     for (k = 0; k + kLanes <= count; k += kLanes) {
 #pragma omp simd
-      for (int l = 0; l < kLanes; ++l) {
-        const T delta = v_theta[k + l] - v_ref[k + l];
-        kl[l] += delta * delta;
-      }
+      for (int l = 0; l < kLanes; ++l) add(k + l, l);
     }
-    for (int l = 0; k < count; ++k, ++l) kl[l] += (v_theta[k] - v_ref[k]) * (v_theta[k] - v_ref[k]);
-    sums.kl = total(kl);
+    for (int l = 0; k < count; ++k, ++l) add(k, l);
+    sums.all.kl = total(kl);
   }
   return sums;
 }
 
 template <typename T>
-Coefficients finish_sample(const LossArgs& a, int64_t b, const Sums<double>& sums) {
-  const double grad_loss = a.grad_loss ? static_cast<double>(*static_cast<const T*>(a.grad_loss)) : 1.0;
+Coefficients finish_sample(const LossArgs& a, int64_t b, const ChunkSums& sums) {
   double details[kDetails];
-  const Coefficients c = finish(a, value(a.t, b), value(a.r, b), value(a.beta, b), grad_loss, sums, details);
+  const Sample sample = sample_of(a, b);
+  Coefficients c;
+  if (elementwise(a)) {
+    c = finish(a, sample, sums.all, sums.size, sums.positive, sums.negative, details);
+  } else {
+    LossArgs whole = a;
+    whole.elements = part_of(a, b).length;
+    c = finish(whole, sample, sums.all, details);
+  }
   for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
   return c;
 }
 
-template <typename T>
-void chunk_grad(const LossArgs& a, int64_t b, int64_t start, int64_t count, const Coefficients& c, Buffers<T>& buf) {
-  const T* v_theta = load(a.v_theta, b, start, count, buf.v_theta);
-  const T* v_old = load(a.v_old, b, start, count, buf.v_old);
-  const T* x_t = load(a.x_t, b, start, count, buf.x_t);
-  const T* x0 = load(a.x0, b, start, count, buf.x0);
-  const T t = static_cast<T>(value(a.t, b)), t_beta = static_cast<T>(value(a.t, b) * value(a.beta, b));
+template <typename T, bool kElementwise>
+void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, const Coefficients& c,
+                Buffers<T>& buf) {
+  const T* v_theta = load(a.v_theta, row, start, count, buf.v_theta);
+  const T* v_old = load(a.v_old, row, start, count, buf.v_old);
+  const T* x_t = load(a.x_t, row, start, count, buf.x_t);
+  const T* x0 = load(a.x0, row, start, count, buf.x0);
+  const T *mask = nullptr, *r = nullptr;
+  const Sample sample = sample_of(a, b);
+  if constexpr (kElementwise) {
+    mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
+    r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
+  }
+  const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
   const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
+  const T positive_sign = static_cast<T>(c.positive_sign), negative_sign = static_cast<T>(c.negative_sign);
   const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
-  T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, b)) + start : buf.grad;
+  T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, row)) + start : buf.grad;
+  auto sign = [](T x) { return static_cast<T>((x > 0) - (x < 0)); };
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     T d, positive, negative;
-    errors(v_theta[k], v_old[k], x_t[k], x0[k], t, t_beta, d, positive, negative);
-    grad[k] = positive_factor * positive + negative_factor * negative;
+    errors(v_theta[k], v_old[k], x_t[k], x0[k], f, d, positive, negative);
+    if constexpr (kElementwise) {
+      const T value = r[k] * (positive_factor * positive) + (1 - r[k]) * (negative_factor * negative) +
+                      positive_sign * sign(positive) + negative_sign * sign(negative);
+      grad[k] = mask[k] > 0 ? mask[k] * value : 0;
+    } else {
+      grad[k] = positive_factor * positive + negative_factor * negative;
+    }
   }
   if (a.has_ref && a.kl_weight > 0) {
-    const T* v_ref = load(a.v_ref, b, start, count, buf.v_ref);
+    const T* v_ref = load(a.v_ref, row, start, count, buf.v_ref);
     const T factor = static_cast<T>(c.kl);
-    for (int64_t k = 0; k < count; ++k) grad[k] += factor * (v_theta[k] - v_ref[k]);
+    for (int64_t k = 0; k < count; ++k) {
+      const T value = factor * (v_theta[k] - v_ref[k]);
+      if constexpr (kElementwise)
+        grad[k] += mask[k] > 0 ? mask[k] * value : 0;
+      else
+        grad[k] += value;
+    }
   }
-  if (!direct) store(a.grad, b, start, count, grad);
+  if (!direct) store(a.grad, row, start, count, grad);
 }
 
 template <typename T>
 void reduce(const LossArgs& a) {
   const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
   double sum = 0;
-  for (int64_t b = 0; b < a.batch; ++b) sum += static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b]);
-  *static_cast<T*>(a.loss) = static_cast<T>(sum / static_cast<double>(a.batch));
+  for (int64_t b = 0; b < a.batch; ++b)
+    sum += (static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b])) *
+           (a.outer.data ? value(a.outer, b) : 1.0);
+  *static_cast<T*>(a.loss) = static_cast<T>(a.outer.data ? sum : sum / static_cast<double>(a.batch));
 }
 
 // All threads share one sample, so that it is still in cache when its gradient is written in the same visit.
-template <typename T>
+template <typename T, bool kElementwise>
 void loss(const LossArgs& a) {
-  const int64_t chunks = (a.elements + kChunk - 1) / kChunk;
-  auto length = [&](int64_t c) { return std::min(kChunk, a.elements - c * kChunk); };
-  if (chunks == 1) {
+  auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
+  int64_t most = 0;
+  for (int64_t b = 0; b < (a.offsets ? a.batch : 1); ++b) most = std::max(most, chunks_of(part_of(a, b)));
+  if (most == 1) {
 #pragma omp parallel
     {
       Buffers<T> buf;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.batch; ++b) {
-        const Coefficients c = finish_sample<T>(a, b, chunk_sums<T>(a, b, 0, a.elements, buf));
-        if (a.want_grad) chunk_grad<T>(a, b, 0, a.elements, c, buf);
+        const Part p = part_of(a, b);
+        const Coefficients c =
+            finish_sample<T>(a, b, chunk_sums<T, kElementwise>(a, b, p.row, p.start, p.length, buf));
+        if (a.want_grad) chunk_grad<T, kElementwise>(a, b, p.row, p.start, p.length, c, buf);
       }
     }
     return reduce<T>(a);
   }
   // Two sets, so that a thread may start the next sample while another still adds up this one.
-  std::vector<Sums<double>> partial(2 * chunks);
+  std::vector<ChunkSums> partial(2 * most);
 #pragma omp parallel
   {
     Buffers<T> buf;
     for (int64_t b = 0; b < a.batch; ++b) {
-      Sums<double>* mine = partial.data() + (b & 1) * chunks;
+      ChunkSums* mine = partial.data() + (b & 1) * most;
+      const Part p = part_of(a, b);
+      const int64_t chunks = chunks_of(p);
+      auto length = [&](int64_t c) { return std::min(kChunk, p.length - c * kChunk); };
 #pragma omp for schedule(static)
-      for (int64_t c = 0; c < chunks; ++c) mine[c] = chunk_sums<T>(a, b, c * kChunk, length(c), buf);
+      for (int64_t c = 0; c < chunks; ++c)
+        mine[c] = chunk_sums<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(c), buf);
       Coefficients coefficients{};
 #pragma omp single copyprivate(coefficients)
       {
-        Sums<double> sums{};
+        ChunkSums sums;
         for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
         coefficients = finish_sample<T>(a, b, sums);
       }
       if (a.want_grad) {
 #pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < chunks; ++c)
-          chunk_grad<T>(a, b, c * kChunk, length(c), coefficients, buf);
+          chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(c), coefficients, buf);
       }
     }
   }
@@ -172,7 +267,12 @@ void noise(const NoiseArgs& a) {
 
 }  // namespace
 
-void nft_loss(const LossArgs& args) { args.double_math ? loss<double>(args) : loss<float>(args); }
+void nft_loss(const LossArgs& args) {
+  if (elementwise(args))
+    args.double_math ? loss<double, true>(args) : loss<float, true>(args);
+  else
+    args.double_math ? loss<double, false>(args) : loss<float, false>(args);
+}
 
 void add_noise(const NoiseArgs& args) { args.double_math ? noise<double>(args) : noise<float>(args); }
 

@@ -126,6 +126,14 @@ const T* load(const View& view, int64_t b, int64_t start, int64_t count, T* buff
   return buffer;
 }
 
+// The chunk where there is a tensor, else one value for all.
+template <typename T>
+const T* load_or(bool there, const View& view, int64_t b, int64_t start, int64_t count, T otherwise, T* buffer) {
+  if (there) return load(view, b, start, count, buffer);
+  std::fill_n(buffer, count, otherwise);
+  return buffer;
+}
+
 template <typename T>
 void store(const View& view, int64_t b, int64_t start, int64_t count, const T* values) {
   char* base = sample_start(view, b);

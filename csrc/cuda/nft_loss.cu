@@ -27,7 +27,7 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sum
   Bits v_ref_bits{};
   if (a.has_ref) v_ref_bits = fetch_of(a.v_ref);
   // Read here, where the wait for them is part of the wait for the pack.
-  const T t = static_cast<T>(value(a.t, b)), t_beta = static_cast<T>(value(a.t, b) * value(a.beta, b));
+  const Affine<T> f = affine<T>(a.prediction, value(a.t, b), value(a.beta, b));
   const Pack<T> v_theta = unpack<T>(v_theta_bits, a.v_theta.dtype), v_old = unpack<T>(v_old_bits, a.v_old.dtype);
   const Pack<T> x_t = unpack<T>(x_t_bits, a.x_t.dtype), x0 = unpack<T>(x0_bits, a.x0.dtype);
   const Pack<T> v_ref = a.has_ref ? unpack<T>(v_ref_bits, a.v_ref.dtype) : v_theta;
@@ -36,7 +36,7 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sum
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
     T d, &positive = e.positive.v[j], &negative = e.negative.v[j], &delta = e.delta.v[j];
-    errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], t, t_beta, d, positive, negative);
+    errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], f, d, positive, negative);
     delta = v_theta.v[j] - v_ref.v[j];
     pack_sums.add(Sums<T>{std::abs(positive), std::abs(negative), positive * positive, negative * negative,
                           delta * delta, std::abs(d), std::abs(d)});
@@ -59,11 +59,15 @@ __device__ void store_gradient(const LossArgs& a, int64_t b, int64_t pack, const
   store<T, kPacked>(a.grad, b, pack, a.elements, grad);
 }
 
+__device__ double outer_of(const LossArgs& a, int64_t b) {
+  return a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch);
+}
+
 template <typename T>
 __device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const Sums<double>& sums, bool write) {
-  const double grad_loss = a.grad_loss ? static_cast<double>(*static_cast<const T*>(a.grad_loss)) : 1.0;
+  const Sample sample{value(a.t, b), value(a.r, b), value(a.beta, b), outer_of(a, b)};
   double details[kDetails];
-  const Coefficients c = finish(a, value(a.t, b), value(a.r, b), value(a.beta, b), grad_loss, sums, details);
+  const Coefficients c = finish(a, sample, sums, details);
   if (write) {
 #pragma unroll
     for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
@@ -88,9 +92,10 @@ __device__ void count_sample(const LossArgs& a, unsigned long long* finished) {
   Sum<double> sum{};
   // Past the first-level cache, which knows nothing of what other blocks wrote.
   for (int64_t b = threadIdx.x; b < a.batch; b += blockDim.x)
-    sum.value += static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b));
+    sum.value +=
+        (static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b))) * outer_of(a, b);
   sum = block_total(sum, warps);
-  if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value / static_cast<double>(a.batch));
+  if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value);
 }
 
 // One cluster per sample. Every thread keeps the errors of its packs in shared memory until the cluster's sums tell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -22,8 +23,8 @@ def load(backend: str) -> ModuleType:
     return triton
 
 
-def choose(backend: str, *tensors: Tensor) -> str:
-    """Resolve ``backend`` for these tensors; the variable NFT_KERNELS_BACKEND overrides ``auto``.
+def choose(backend: str, *tensors: Tensor, needs: Sequence[str] = ()) -> str:
+    """Resolve ``backend`` for these tensors and these uncommon options; NFT_KERNELS_BACKEND overrides ``auto``.
 
     Raises:
         ValueError: an unknown name.
@@ -37,13 +38,13 @@ def choose(backend: str, *tensors: Tensor) -> str:
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = load(backend).why_not(tensors)
+        reason = load(backend).why_not(tensors, needs)
         if reason is not None:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
     candidates = ("native",) if tensors[0].device.type == "cpu" else ("native", "triton")
     for candidate in candidates:
-        if load(candidate).why_not(tensors) is None:
+        if load(candidate).why_not(tensors, needs) is None:
             return candidate
     return "reference"

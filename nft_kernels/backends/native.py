@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype
-from ..reference.nft_loss import WEIGHTINGS
+from ..reference.nft_loss import PREDICTIONS, WEIGHTINGS, Options
 from ..reference.solver_step import Coefficients
 from ._layout import collapse
 
@@ -22,6 +22,8 @@ except ImportError as error:
     _C = None
     _IMPORT_ERROR = str(error)
 
+# The loss' gradient is written in the visit that computes the loss.
+GRADIENT_AHEAD = True
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -45,13 +47,13 @@ def _cuda_why_not(index: int) -> str | None:
     return f"it was built for {_C.cuda_archs} and this GPU is {capability} ({reason})" if reason else None
 
 
-def why_not(tensors: Sequence[Tensor]) -> str | None:
-    """Why this backend cannot take the tensors, or None when it can."""
+def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:
+    """Why this backend cannot take the tensors with these options, or None when it can."""
     if _C is None:
         return f"the compiled module is not installed ({_IMPORT_ERROR})"
     device = tensors[0].device
     if device.type == "cuda":
-        return _cuda_why_not(device.index)
+        return f"its CUDA kernels do not know {', '.join(needs)}" if needs else _cuda_why_not(device.index)
     return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors"
 
 
@@ -68,9 +70,12 @@ def _workspace(device: torch.device, batch: int) -> Tensor | None:
     return torch.empty(_C.cuda_workspace_size(batch), dtype=torch.uint8, device=device)
 
 
-def _describe(x: Tensor | None) -> tuple[Any, ...] | None:
+def _describe(x: Tensor | None, packed: bool = False) -> tuple[Any, ...] | None:
+    """A (B, ...) tensor as the module takes it; ``packed`` makes it one sample."""
     if x is None:
         return None
+    if packed:
+        x = x[None]
     # The common layout needs no search, and the small costs before a kernel are a good part of its time.
     sizes, strides = ([x.numel() // len(x)], [1]) if x.is_contiguous() else collapse(x)
     return x.data_ptr(), _CODES[x.dtype], x.stride(0), sizes, strides
@@ -89,46 +94,54 @@ def nft_loss(
     r: Tensor,
     v_ref: Tensor | None,
     beta: Tensor,
-    adv_clip_max: float,
-    kl_weight: float,
-    weighting: str,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    outer: Tensor | None,
+    options: Options,
     *,
     grad_dtype: torch.dtype | None = None,
-    grad_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta, times ``grad_loss``, in ``grad_dtype``."""
+    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
-    batch, device = len(x0), x0.device
+    batch, device = len(t), x0.device
     loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
     grad = torch.empty_like(v_theta, dtype=grad_dtype) if grad_dtype else None
     workspace = _workspace(device, batch)
+    packed = segments is not None
+    r_elements = None if r.ndim == 1 else r.expand(x0.shape)
     _C.nft_loss(
         _where(device, workspace),
-        _describe(v_theta),
-        _describe(v_old),
-        _describe(x_t),
-        _describe(x0),
-        _describe(v_ref),
-        _describe(grad),
+        _describe(v_theta, packed),
+        _describe(v_old, packed),
+        _describe(x_t, packed),
+        _describe(x0, packed),
+        _describe(v_ref, packed),
+        _describe(grad, packed),
+        _describe(None if mask is None else mask.expand(x0.shape), packed),
+        _describe(r_elements, packed),
+        0 if segments is None else segments.data_ptr(),
         _per_sample(t),
-        _per_sample(r),
+        _per_sample(t if r_elements is not None else r),
         _per_sample(beta),
-        WEIGHTINGS.index(weighting),
+        (0, 0, 0) if outer is None else _per_sample(outer),
+        options.adv_clip_max,
+        options.kl_weight,
+        WEIGHTINGS.index(options.weighting),
+        PREDICTIONS.index(options.prediction),
+        options.kl_space == "x0",
+        options.detach_weight,
         dtype == torch.float64,
         batch,
-        x0.numel() // batch,
-        adv_clip_max,
-        kl_weight,
-        0 if grad_loss is None else grad_loss.data_ptr(),
+        x0.numel() // len(x0),
         loss.data_ptr(),
         details.data_ptr(),
     )
     return loss, details, grad
 
 
-def nft_loss_gradient(*args: Any, details: Tensor, grad_dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """``scale`` times d loss / d v_theta. The per-sample values ``details`` are computed anew, in the same visit."""
-    grad = nft_loss(*args, grad_dtype=grad_dtype, grad_loss=scale)[2]
+def nft_loss_gradient(*args: Any, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
+    """d loss / d v_theta. The per-sample values ``details`` are computed anew, in the same visit."""
+    grad = nft_loss(*args, grad_dtype=grad_dtype)[2]
     assert grad is not None
     return grad
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,19 +39,68 @@ def latents(name: str, x0: Tensor) -> None:
         raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is (B, ...) with at least one element")
 
 
-def per_sample(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> None:
-    """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]."""
+def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, below: bool = False) -> None:
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    smallest, largest = (bound.item() for bound in x.detach().aminmax())
+    if not (low <= smallest and largest <= high) or (above and smallest == low) or (below and largest == high):
+        accepted = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
+        raise ValueError(f"{name}: got values outside {accepted} or NaN, accepted is {accepted}")
+
+
+def per_sample(
+    name: str, x: Tensor, x0: Tensor, low: float, high: float, *, above: bool = False, below: bool = False
+) -> None:
+    """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]; ``above`` and
+    ``below`` leave out the bound itself."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape ({x0.shape[0]},)")
     floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
     _same_device(name, x, x0)
+    _within(name, x, low, high, above, below)
+
+
+def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> None:
+    """``x`` must be floating or boolean, broadcast to x0's shape, and, on the CPU, lie within [low, high]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor that broadcasts to x0's shape")
+    if x.dtype != torch.bool:
+        floating(name, x.dtype)
+    shape = (1,) * (x0.ndim - x.ndim) + tuple(x.shape)
+    if len(shape) != x0.ndim or any(a not in (1, b) for a, b in zip(shape, x0.shape, strict=True)):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is one that broadcasts to {tuple(x0.shape)}")
+    _same_device(name, x, x0)
+    if x.dtype != torch.bool:
+        _within(name, x, low, high)
+
+
+def choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """``value`` must be one of a few names."""
+    if value not in accepted:
+        raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
+
+
+def offsets(name: str, x: Tensor, x0: Tensor) -> None:
+    """``x`` must be (S + 1,) int64 and, on the CPU, rise from 0 to the length of x0."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, accepted is an int64 tensor of offsets")
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is (S + 1,) for S segments")
+    _same_device(name, x, x0)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    smallest, largest = (bound.item() for bound in x.detach().aminmax())
-    if not (low <= smallest and largest <= high):
-        raise ValueError(f"{name}: got values outside [{low:g}, {high:g}] or NaN, accepted is [{low:g}, {high:g}]")
+    if x[0] != 0 or x[-1] != len(x0) or (x.diff() <= 0).any():
+        raise ValueError(f"{name}: got offsets {x.tolist()}, accepted are rising ones from 0 to {len(x0)}")
+
+
+def dimension(name: str, value: int | None, x0: Tensor) -> None:
+    """``value`` must be a dimension of x0 other than the first."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}, accepted is a dimension from 1 to {x0.ndim - 1}")
+    if not 1 <= value < x0.ndim:
+        raise ValueError(f"{name}: got {value}, accepted is a dimension from 1 to {x0.ndim - 1}")
 
 
 def number(name: str, value: float, *, positive: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,17 @@ from torch.autograd.function import once_differentiable
 from ..backends import choose, load
 from ..reference import compute_dtype
 from ..reference import nft_loss as reference
-from ..reference.nft_loss import WEIGHTINGS
+from ..reference.nft_loss import KL_SPACES, PREDICTIONS, WEIGHTINGS, Options
 from . import _validate
+
+REDUCTIONS = ("mean", "sum", "none")
 
 
 class NFTLossOutput(NamedTuple):
     """Result of ``nft_loss``. Only ``loss`` is differentiable; the others are detached, of shape (B,)."""
 
     loss: Tensor
-    """Scalar: mean policy loss plus kl_weight times mean KL."""
+    """Scalar: mean policy loss plus kl_weight times mean KL, or what ``reduction`` makes of them."""
     policy_loss: Tensor
     """M (r l+ + (1-r) l-) / beta."""
     positive_loss: Tensor
@@ -38,19 +41,46 @@ class NFTLossOutput(NamedTuple):
     """Largest |v_theta - v_old|."""
 
 
+class _Inputs(NamedTuple):
+    """What every backend takes, in this order. ``outer`` (B,) is what a sample counts in the loss; None is 1 / B."""
+
+    v_theta: Tensor
+    v_old: Tensor
+    x_t: Tensor
+    x0: Tensor
+    t: Tensor
+    r: Tensor
+    v_ref: Tensor | None
+    beta: Tensor
+    mask: Tensor | None
+    segments: Tensor | None
+    outer: Tensor | None
+
+
+def _losses(details: Tensor, outer: Tensor | None, kl_weight: float) -> Tensor:
+    """What every sample adds to the loss."""
+    losses = details[0] + kl_weight * details[5]
+    return losses / len(losses) if outer is None else losses * outer.to(losses.dtype)
+
+
+def _scaled(outer: Tensor | None, grad_loss: Tensor, samples: Tensor) -> Tensor:
+    grad_loss = grad_loss.double().expand(len(samples))
+    return grad_loss / len(samples) if outer is None else grad_loss * outer
+
+
 class _Fused(torch.autograd.Function):
     """The inputs are saved beside the gradient: autograd then notices if one is overwritten, and a second backward
-    can compute the gradient anew after the first has given its buffer away. On the CPU the gradient is computed ahead,
-    while a sample is still in cache, but not in float16: it would underflow without the loss scale, which only the
-    backward knows. Elsewhere the backward computes it, and neither reads the scale on the host nor holds a buffer."""
+    can compute the gradient anew after the first has given its buffer away. A backend computes the gradient ahead
+    where it has the inputs at hand anyway, but not in float16: without the loss scale, which only the backward knows,
+    it would underflow."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        v_theta = args[0]
-        ahead = want_grad and backend == "native" and v_theta.dtype != torch.float16
-        loss, details, ctx.grad = load(backend).nft_loss(*args, grad_dtype=v_theta.dtype if ahead else None)
-        ctx.save_for_backward(*args[:8], details)
-        ctx.backend, ctx.options = backend, args[8:]
+    def forward(ctx: Any, backend: str, options: Options, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
+        kernels, v_theta = load(backend), args[0]
+        ahead = want_grad and kernels.GRADIENT_AHEAD and v_theta.dtype != torch.float16
+        loss, details, ctx.grad = kernels.nft_loss(*args, options, grad_dtype=v_theta.dtype if ahead else None)
+        ctx.save_for_backward(*args, details)
+        ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(details)
         return loss, details
 
@@ -58,13 +88,14 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *saved, details = ctx.saved_tensors
-        grad, ctx.grad = ctx.grad, None
+        kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None
         if grad is None:
-            options = {"details": details, "grad_dtype": saved[0].dtype, "scale": grad_loss}
-            grad = load(ctx.backend).nft_loss_gradient(*saved, *ctx.options, **options)
+            outer = _scaled(saved[-1], grad_loss, details[0])
+            args = (*saved[:-1], outer, ctx.options)
+            grad = kernels.nft_loss_gradient(*args, details=details, grad_dtype=saved[0].dtype)
         else:
-            load(ctx.backend).scale(grad, grad_loss)
-        return (None, None, grad, *[None] * 10)
+            kernels.scale(grad, grad_loss)
+        return (None, None, None, grad, *[None] * (len(saved) - 1))
 
 
 def _unscaled_dtype(v_theta: Tensor) -> torch.dtype:
@@ -81,50 +112,111 @@ def _op(
     r: Tensor,
     v_ref: Tensor | None,
     beta: Tensor,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    outer: Tensor | None,
     adv_clip_max: float,
     kl_weight: float,
     weighting: str,
+    prediction: str,
+    kl_space: str,
+    detach_weight: bool,
     want_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, details, grad = load(backend).nft_loss(
-        v_theta,
-        v_old,
-        x_t,
-        x0,
-        t,
-        r,
-        v_ref,
-        beta,
-        adv_clip_max,
-        kl_weight,
-        weighting,
-        grad_dtype=_unscaled_dtype(v_theta) if want_grad else None,
-    )
-    return loss, details, grad if grad is not None else v_theta.new_empty(0)
+    options = Options(adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight)
+    tensors = _Inputs(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer)
+    grad_dtype = _unscaled_dtype(v_theta) if want_grad else None
+    _, details, grad = load(backend).nft_loss(*tensors, options, grad_dtype=grad_dtype)
+    losses = _losses(details, outer, kl_weight)
+    return losses, details, grad if grad is not None else v_theta.new_empty(0)
 
 
 @_op.register_fake
-def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, adv_clip_max, kl_weight, weighting, want_grad, backend):
-    out = x0.new_empty((8, x0.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
-    return (
-        out.new_empty(()),
-        out,
-        torch.empty_like(v_theta, dtype=_unscaled_dtype(v_theta)) if want_grad else v_theta.new_empty(0),
-    )
+def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer, *options):
+    *_, want_grad, _ = options
+    details = x0.new_empty((8, t.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
+    grad = torch.empty_like(v_theta, dtype=_unscaled_dtype(v_theta)) if want_grad else v_theta.new_empty(0)
+    return details.new_empty(t.shape[0]), details, grad
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[2])
-    ctx.dtype = inputs[0].dtype
+    segments = inputs[_Inputs._fields.index("segments")]
+    ctx.save_for_backward(output[2], *([] if segments is None else [segments]))
+    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    (grad,) = ctx.saved_tensors
-    return ((grad * grad_loss.to(grad.dtype)).to(ctx.dtype), *[None] * 12)
+def _backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    grad, *segments = ctx.saved_tensors
+    scale = grad_losses.to(grad.dtype)
+    if segments:
+        scale = scale.repeat_interleave(segments[0].diff(), output_size=len(grad))
+    return ((grad * scale.view(-1, *[1] * (grad.ndim - 1))).to(ctx.dtype), *[None] * (ctx.inputs - 1))
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _run(inputs: _Inputs, options: Options, backend: str, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """The loss, a scalar or what every sample adds to it, and the details (8, B)."""
+    others = (x if x is None or not x.requires_grad else x.detach() for x in inputs[1:])
+    inputs = _Inputs(inputs.v_theta, *others)
+    if backend == "reference":
+        losses, *rows = reference.nft_loss(*inputs[:-1], options)
+        losses = losses / len(losses) if inputs.outer is None else losses * inputs.outer.to(losses.dtype)
+        return losses if per_sample else losses.sum(), torch.stack(rows)
+    want_grad = torch.is_grad_enabled() and inputs.v_theta.requires_grad
+    if torch.compiler.is_compiling() or per_sample:
+        losses, details, _ = _op(*inputs, *options, want_grad, backend)
+        return losses if per_sample else losses.sum(), details.detach()
+    return _Fused.apply(backend, options, want_grad, *inputs)
+
+
+def _per_token(
+    inputs: _Inputs, options: Options, backend: str, per_sample: bool, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """``_run`` with every token as a sample of its own, which counts by its share of its sample's elements."""
+    x0, lengths = inputs.x0, None if inputs.segments is None else inputs.segments.diff()
+    tokens = x0[0].numel() // x0.shape[channel_dim]
+
+    def rows(x: Tensor) -> Tensor:
+        return x.expand(x0.shape).movedim(channel_dim, -1).reshape(-1, x0.shape[channel_dim])
+
+    def spread(x: Tensor) -> Tensor:
+        if lengths is not None:
+            x = x.repeat_interleave(lengths, output_size=len(x0))
+        return x.repeat_interleave(tokens)
+
+    def gather(x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (len(x0), tokens)).sum(-1)
+        if lengths is None:
+            return x
+        owner = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths, output_size=len(x0))
+        return x.new_zeros(*x.shape[:-1], len(lengths)).index_add(-1, owner, x)
+
+    mask = None if inputs.mask is None else rows(inputs.mask)
+    size = (mask if mask is not None else torch.ones_like(rows(x0), dtype=torch.float32)).double().sum(1)
+    share = size / spread(gather(size).clamp_min(torch.finfo(torch.float64).tiny))
+    batch = len(inputs.t)
+    outer = torch.full_like(inputs.t, 1 / batch, dtype=torch.float64) if inputs.outer is None else inputs.outer
+    tensors = _Inputs(
+        *(rows(x) for x in inputs[:4]),
+        spread(inputs.t),
+        spread(inputs.r) if inputs.r.ndim == 1 else rows(inputs.r),
+        None if inputs.v_ref is None else rows(inputs.v_ref),
+        spread(inputs.beta),
+        mask,
+        None,
+        spread(outer) * share,
+    )
+    loss, details = _run(tensors, options, backend, per_sample)
+    details = torch.cat([gather(details[:7] * share.to(details.dtype)), _largest(details[7], lengths, len(x0))[None]])
+    return gather(loss) if per_sample else loss, details
+
+
+def _largest(x: Tensor, lengths: Tensor | None, batch: int) -> Tensor:
+    x = x.view(batch, -1).amax(1)
+    return x if lengths is None else torch.segment_reduce(x, "max", lengths=lengths, unsafe=True)
 
 
 def nft_loss(
@@ -140,6 +232,15 @@ def nft_loss(
     adv_clip_max: float = 5.0,
     kl_weight: float = 0.0,
     weighting: str = "adaptive",
+    prediction: str = "v",
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    weight_per: str = "sample",
+    channel_dim: int | None = None,
+    detach_weight: bool = True,
+    kl_space: str = "v",
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
     backend: str = "auto",
 ) -> NFTLossOutput:
     """The DiffusionNFT loss (arXiv 2509.16117, section 3), differentiable once with respect to ``v_theta`` alone.
@@ -154,13 +255,27 @@ def nft_loss(
         x_t: noised latents that the models saw, before any rounding by autocast.
         x0: clean latents.
         t: (B,) times in [0, 1], 1 being noise.
-        r: (B,) optimality probabilities in [0, 1].
-        v_ref: velocity of the reference model; without it no KL work is done.
+        r: (B,) optimality probabilities in [0, 1], or a tensor with as many dimensions as x0 that broadcasts to its
+            shape: one per token, or one per element.
+        v_ref: velocity of the model that the KL term is taken against, be it the reference, the old policy or an
+            average; without it no KL work is done.
         beta: strength of the implicit policies, a positive number or a tensor (B,).
         adv_clip_max: M, the bound the advantages were clipped to.
         kl_weight: weight of the KL term; needs ``v_ref`` when above 0.
         weighting: ``adaptive`` divides by w+- = max(mean |e+-|, 1e-5), detached; ``none`` does not; ``t`` and
             ``t2`` multiply mean(e^2) by t and t^2 instead.
+        prediction: what the models predict, and ``v_theta``, ``v_old`` and ``v_ref`` therefore hold: ``v``, ``x0`` or
+            ``eps``. The errors are those of the x0 prediction in any case.
+        mask: weights of the elements, at least 0, that broadcast to x0's shape, boolean or floating; all means over
+            elements are weighted by them. What lies where the mask is 0 is not looked at.
+        segments: (S + 1,) int64 offsets into the first dimension of packed sequences of different lengths, from 0 to
+            x0.shape[0]. Every segment then is a sample: B is S in all that is said of (B,) here.
+        weight_per: ``sample`` takes the mean in w+- over a sample, ``token`` over the channels of each token.
+        channel_dim: the dimension of the channels, for ``weight_per="token"``.
+        detach_weight: False lets the gradient flow through w+- too.
+        kl_space: ``v`` takes the KL term's difference between velocities, ``x0`` between x0 predictions.
+        sample_weight: (B,) weights of at least 0, by which ``mean`` averages and the others multiply.
+        reduction: ``mean``, ``sum``, or ``none`` for a loss of shape (B,).
         backend: ``auto``, ``native``, ``triton`` or ``reference``.
 
     Returns:
@@ -176,28 +291,65 @@ def nft_loss(
         _validate.tensor_like(name, x, x0)
     if v_ref is not None:
         _validate.tensor_like("v_ref", v_ref, x0)
-    _validate.per_sample("t", t, x0, 0, 1)
-    _validate.per_sample("r", r, x0, 0, 1)
+    _validate.choice("weighting", weighting, WEIGHTINGS)
+    _validate.choice("prediction", prediction, PREDICTIONS)
+    _validate.choice("kl_space", kl_space, KL_SPACES)
+    _validate.choice("weight_per", weight_per, ("sample", "token"))
+    _validate.choice("reduction", reduction, REDUCTIONS)
     _validate.number("adv_clip_max", adv_clip_max, positive=True)
     _validate.number("kl_weight", kl_weight, positive=False)
     if kl_weight > 0 and v_ref is None:
         raise ValueError(f"v_ref: got None with kl_weight={kl_weight}, accepted is a tensor of shape {tuple(x0.shape)}")
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting: got {weighting!r}, accepted are {', '.join(WEIGHTINGS)}")
+    if weighting != "adaptive" and (weight_per != "sample" or not detach_weight):
+        raise ValueError(
+            f"weighting: got {weighting!r} with weight_per={weight_per!r} and detach_weight={detach_weight}, accepted "
+            "is 'adaptive', as there is no weight w otherwise"
+        )
+    samples = x0
+    if segments is not None:
+        _validate.offsets("segments", segments, x0)
+        samples, segments = segments[1:], segments.contiguous()
+    # At an end the x0 prediction, or the velocity that the KL term needs, may not follow from what is predicted.
+    positive = (prediction, kl_space) == ("x0", "v") and v_ref is not None
+    _validate.per_sample("t", t, samples, 0, 1, above=positive, below=prediction == "eps")
+    if isinstance(r, Tensor) and r.ndim == x0.ndim > 1:
+        _validate.broadcastable("r", r, x0, 0, 1)
+    else:
+        _validate.per_sample("r", r, samples, 0, 1)
     if isinstance(beta, Tensor):
-        _validate.per_sample("beta", beta, x0, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+        _validate.per_sample("beta", beta, samples, 0, math.inf, above=True, below=True)
     else:
         _validate.number("beta", beta, positive=True)
-        beta = torch.full(x0.shape[:1], beta, dtype=torch.float64, device=x0.device)
-    others = (x if x is None or not x.requires_grad else x.detach() for x in (v_old, x_t, x0, t, r, v_ref, beta))
-    args: tuple[Any, ...] = (v_theta, *others, float(adv_clip_max), float(kl_weight), weighting)
-    backend = choose(backend, x0)
-    if backend == "reference":
-        return NFTLossOutput(*reference.nft_loss(*args))
-    want_grad = torch.is_grad_enabled() and v_theta.requires_grad
-    if torch.compiler.is_compiling():
-        loss, details, _ = _op(*args, want_grad, backend)
-        details = details.detach()
+        beta = torch.full(samples.shape[:1], beta, dtype=torch.float64, device=x0.device)
+    if mask is not None:
+        _validate.broadcastable("mask", mask, x0, 0, math.inf)
+        mask = mask if mask.is_floating_point() else mask.float()
+    outer = None
+    if sample_weight is not None:
+        _validate.per_sample("sample_weight", sample_weight, samples, 0, math.inf, below=True)
+        outer = sample_weight.detach().double()
+        outer = outer / outer.sum() if reduction == "mean" else outer
+    elif reduction != "mean":
+        outer = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
+    needs = [
+        name
+        for name, needed in (
+            ("mask", mask is not None),
+            ("segments", segments is not None and weight_per == "sample"),
+            ("r of more than one value a sample", r.ndim > 1),
+            ("detach_weight=False", not detach_weight),
+        )
+        if needed
+    ]
+    options = Options(float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight)
+    inputs = _Inputs(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer)
+    chosen = choose(backend, x0, needs=needs)
+    if weight_per == "token":
+        _validate.dimension("channel_dim", channel_dim, x0)
+        assert channel_dim is not None
+        loss, details = _per_token(inputs, options, chosen, reduction == "none", channel_dim)
     else:
-        loss, details = _Fused.apply(backend, want_grad, *args)
+        if channel_dim is not None:
+            raise ValueError(f"channel_dim: got {channel_dim} with weight_per='sample', accepted is None")
+        loss, details = _run(inputs, options, chosen, reduction == "none")
     return NFTLossOutput(loss, *details.unbind())

@@ -1,10 +1,17 @@
 """The DiffusionNFT loss in plain PyTorch (arXiv 2509.16117, section 3).
 
-v+ = (1-beta) v_old + beta v_theta, v- = (1+beta) v_old - beta v_theta, and the errors of the x0 prediction are
-e+- = x_t - t v+- - x0. The weight w+- is detached.
+The model's output p predicts the velocity v, the clean latents x0 or the noise eps; each is an affine view of the same
+x0 prediction x0_hat = keep x_t + push p. With p+ = p_old + beta (p_theta - p_old), p- = p_old - beta (p_theta - p_old)
+and e+- = x0_hat(p+-) - x0 (for v the design's x_t - t v+- - x0),
+
+    w+- = max(mean |e+-|, 1e-5)        l+- = mean e+-^2 / w+-        policy = M mean(r e+^2 / w+ + (1-r) e-^2 / w-) / beta
+
+where a mean runs over one sample's elements (or one segment's), weighted by the mask if there is one.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +20,41 @@ from . import compute_dtype
 
 MIN_WEIGHT = 1e-5
 WEIGHTINGS = ("adaptive", "none", "t", "t2")
+PREDICTIONS = ("v", "x0", "eps")
+KL_SPACES = ("v", "x0")
+
+
+class Options(NamedTuple):
+    """What does not change from sample to sample."""
+
+    adv_clip_max: float = 5.0
+    kl_weight: float = 0.0
+    weighting: str = "adaptive"
+    prediction: str = "v"
+    kl_space: str = "v"
+    detach_weight: bool = True
 
 
 def time_weighting(t: Tensor, weighting: str) -> Tensor:
     """Per-sample factor of mean(e^2): t for ``t``, t^2 for ``t2``, otherwise 1."""
     return {"t": t, "t2": t * t}.get(weighting, torch.ones_like(t))
+
+
+def x0_coefficients(t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    """Per-sample (keep, push) with x0_hat = keep x_t + push p, from x_t = (1-t) x0 + t eps and v = eps - x0."""
+    if prediction == "v":
+        return torch.ones_like(t), -t
+    if prediction == "x0":
+        return torch.zeros_like(t), torch.ones_like(t)
+    return 1 / (1 - t), -t / (1 - t)
+
+
+def kl_factor(t: Tensor, prediction: str, space: str) -> Tensor:
+    """Per-sample factor that turns mean (p_theta - p_ref)^2 into that of the velocities or the x0 predictions."""
+    if prediction == space:
+        return torch.ones_like(t)
+    factors = {("v", "x0"): t, ("x0", "v"): 1 / t, ("eps", "x0"): t / (1 - t), ("eps", "v"): 1 / (1 - t)}
+    return factors[prediction, space].square()
 
 
 def nft_loss(
@@ -29,13 +66,14 @@ def nft_loss(
     r: Tensor,
     v_ref: Tensor | None,
     beta: Tensor,
-    adv_clip_max: float,
-    kl_weight: float,
-    weighting: str,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, ...]:
-    """The scalar loss and eight per-sample values, in the order of ``NFTLossOutput``.
+    """Loss and eight values of every sample, (B,) each, in the order of ``NFTLossOutput``; only the first has a graph.
 
-    Computes in float64 if any tensor is float64, else in float32. ``t``, ``r``, ``beta`` have shape (B,).
+    ``t`` and ``beta`` have shape (B,); ``r`` too, or one that broadcasts to x0's. ``segments`` (B + 1,) holds offsets
+    into the first dimension of packed tensors. Computes in float64 if any tensor is float64, else in float32.
     """
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     v_theta, v_old, x_t, x0 = (x.to(dtype) for x in (v_theta, v_old, x_t, x0))
@@ -43,31 +81,53 @@ def nft_loss(
     t, r, beta = (x.detach().to(dtype) for x in (t, r, beta))
 
     def per_element(x: Tensor) -> Tensor:
+        if segments is not None:
+            x = x.repeat_interleave(segments.diff(), output_size=len(x0))
         return x.view(-1, *[1] * (x0.ndim - 1))
 
+    def total(x: Tensor) -> Tensor:
+        rows = x.flatten(1).sum(1) if x.ndim > 1 else x
+        if segments is None:
+            return rows
+        owner = torch.arange(len(t), device=t.device).repeat_interleave(segments.diff(), output_size=len(x0))
+        return rows.new_zeros(len(t)).index_add(0, owner, rows)
+
+    weights = torch.ones_like(x0) if mask is None else mask.detach().to(dtype).expand_as(x0)
+    v_ref = None if v_ref is None else v_ref.detach().to(dtype)
+    if mask is not None:
+        # Padding may hold anything, NaN included.
+        kept = weights > 0
+        v_theta, v_old, x_t, x0 = (torch.where(kept, x, 0) for x in (v_theta, v_old, x_t, x0))
+        v_ref = None if v_ref is None else torch.where(kept, v_ref, 0)
+    # A sample whose mask is empty counts as nothing, not as NaN.
+    size = total(weights).clamp_min(torch.finfo(dtype).tiny)
+
     def mean(x: Tensor) -> Tensor:
-        return x.flatten(1).mean(1) if x.ndim > 1 else x
+        return total(x if mask is None else x * weights) / size
 
-    t_, beta_ = per_element(t), per_element(beta)
+    keep, push = map(per_element, x0_coefficients(t, options.prediction))
+    step = push * per_element(beta) * (v_theta - v_old)
+    share = r if r.shape == x0.shape or r.ndim == x0.ndim > 1 else per_element(r)
 
-    def branch(velocity: Tensor) -> tuple[Tensor, Tensor]:
-        error = x_t - t_ * velocity - x0
-        if weighting == "adaptive":
-            weight = mean(error.detach().abs()).clamp_min(MIN_WEIGHT)
-        else:
-            weight = torch.ones_like(t)
-        return time_weighting(t, weighting) * mean(error.square()) / weight, weight
+    def branch(error: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight = torch.ones_like(t)
+        if options.weighting == "adaptive":
+            weight = mean(error.abs()).clamp_min(MIN_WEIGHT)
+            weight = weight.detach() if options.detach_weight else weight
+        scale = time_weighting(t, options.weighting) / weight
+        return scale * mean(error.square()), weight, scale * mean(share * error.square())
 
-    positive_loss, positive_weight = branch((1 - beta_) * v_old + beta_ * v_theta)
-    negative_loss, negative_weight = branch((1 + beta_) * v_old - beta_ * v_theta)
-    policy_loss = adv_clip_max * (r * positive_loss + (1 - r) * negative_loss) / beta
-    loss = policy_loss.mean()
-    kl = torch.zeros_like(t)
+    base = keep * x_t - x0 + push * v_old
+    positive_loss, positive_weight, positive = branch(base + step, share)
+    negative_loss, negative_weight, negative = branch(base - step, 1 - share)
+    policy_loss = options.adv_clip_max * (positive + negative) / beta
+    loss, kl = policy_loss, torch.zeros_like(t)
     if v_ref is not None:
-        kl = mean((v_theta - v_ref.detach().to(dtype)).square())
-        loss = loss + kl_weight * kl.mean()
+        kl = kl_factor(t, options.prediction, options.kl_space) * mean((v_theta - v_ref).square())
+        loss = policy_loss + options.kl_weight * kl
     deviation = (v_theta - v_old).detach().abs()
-    largest = deviation.flatten(1).amax(1) if deviation.ndim > 1 else deviation
+    rows = deviation.flatten(1).amax(1) if deviation.ndim > 1 else deviation
+    largest = rows if segments is None else torch.segment_reduce(rows, "max", lengths=segments.diff(), unsafe=True)
     details = (
         policy_loss,
         positive_loss,

@@ -20,13 +20,18 @@ else:
         from .nft_loss import nft_loss, nft_loss_gradient
         from .solver_step import solver_step
 
-__all__ = ["add_noise", "nft_loss", "nft_loss_gradient", "solver_step", "why_not"]
+# The backward computes the loss' gradient, and holds no buffer until then.
+GRADIENT_AHEAD = False
+
+__all__ = ["GRADIENT_AHEAD", "add_noise", "nft_loss", "nft_loss_gradient", "solver_step", "why_not"]
 
 
-def why_not(tensors: Sequence[Tensor]) -> str | None:
-    """Why this backend cannot take the tensors, or None when it can."""
+def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:
+    """Why this backend cannot take the tensors with these options, or None when it can."""
     if _PROBLEM is not None:
         return _PROBLEM
+    if needs:
+        return f"its kernels do not know {', '.join(needs)}"
     device = tensors[0].device.type
     if device == "cpu" and not INTERPRETED:
         return "CPU tensors need TRITON_INTERPRET=1, set before the backend is first used"

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import compute_dtype
-from ...reference.nft_loss import MIN_WEIGHT
+from ...reference.nft_loss import MIN_WEIGHT, Options
 from ._common import (
     OPTIONS,
     View,
@@ -34,6 +34,15 @@ _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
 CELLS = 512
 
 
+@triton.jit
+def _divide(a, b):
+    """Rounded to nearest, which in float32 the operator is not."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
 class _Inputs(NamedTuple):
     v_theta: View
     v_old: View
@@ -43,18 +52,59 @@ class _Inputs(NamedTuple):
     t: View
     r: View
     beta: View
+    outer: View | None
 
 
 @triton.jit
-def _errors(inputs, sample, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """v_theta, d = v_theta - v_old, and what the errors e+- = base -+ push consist of."""
-    v_theta = load(inputs.v_theta, sample, start, inside, dtype, BLOCK)
-    v_old = load(inputs.v_old, sample, start, inside, dtype, BLOCK)
+def _affine(t, PREDICTION: tl.constexpr):
+    """(keep, push) with x0_hat = keep x_t + push p for what the model predicts, p."""
+    one = tl.full(t.shape, 1, t.dtype)
+    if PREDICTION == "v":
+        return one, -t
+    elif PREDICTION == "x0":
+        return one - one, one
+    else:
+        return _divide(one, one - t), _divide(-t, one - t)
+
+
+@triton.jit
+def _kl_factor(t, PREDICTION: tl.constexpr, KL_SPACE: tl.constexpr):
+    """Turns a difference of predictions, squared, into that of the velocities or of the x0 predictions."""
+    one = tl.full(t.shape, 1, t.dtype)
+    factor = one
+    if PREDICTION != KL_SPACE:
+        if PREDICTION == "v":
+            factor = t
+        elif PREDICTION == "x0":
+            factor = _divide(one, t)
+        elif KL_SPACE == "x0":
+            factor = _divide(t, one - t)
+        else:
+            factor = _divide(one, one - t)
+    return factor * factor
+
+
+@triton.jit
+def _outer(inputs, sample, batch):
+    """What a sample counts in the loss."""
+    if inputs.outer is None:
+        return tl.full(sample.shape, 1, tl.float64) / batch
+    else:
+        return scalar(inputs.outer, sample, tl.float64)
+
+
+@triton.jit
+def _errors(inputs, sample, start, inside, dtype: tl.constexpr, PREDICTION: tl.constexpr, BLOCK: tl.constexpr):
+    """p_theta, d = p_theta - p_old, and what the errors e+- = base +- step consist of."""
+    p_theta = load(inputs.v_theta, sample, start, inside, dtype, BLOCK)
+    p_old = load(inputs.v_old, sample, start, inside, dtype, BLOCK)
     x_t = load(inputs.x_t, sample, start, inside, dtype, BLOCK)
     x0 = load(inputs.x0, sample, start, inside, dtype, BLOCK)
-    t = scalar(inputs.t, sample, dtype)
-    d = v_theta - v_old
-    return v_theta, d, (x_t - x0) - t * v_old, (t * scalar(inputs.beta, sample, dtype)) * d
+    keep, push = _affine(scalar(inputs.t, sample, dtype), PREDICTION)
+    d = p_theta - p_old
+    if PREDICTION != "v":
+        x_t = keep * x_t
+    return p_theta, d, (x_t - x0) + push * p_old, (push * scalar(inputs.beta, sample, dtype)) * d
 
 
 @triton.jit
@@ -65,15 +115,6 @@ def _time_weighting(t, WEIGHTING: tl.constexpr):
         return t * t
     else:
         return tl.full(t.shape, 1, t.dtype)
-
-
-@triton.jit
-def _divide(a, b):
-    """Rounded to nearest, which in float32 the operator is not."""
-    if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
-    else:
-        return a / b
 
 
 @triton.jit
@@ -95,6 +136,7 @@ def _sum_slices(
     sums,
     slices: tl.int32,
     length: tl.int64,
+    PREDICTION: tl.constexpr,
     elements: tl.int64,
     item_bytes: tl.constexpr,
     dtype: tl.constexpr,
@@ -114,9 +156,9 @@ def _sum_slices(
     largest = tl.zeros((BLOCK,), dtype)
     for start in range(first, end, BLOCK):
         inside = tl.arange(0, BLOCK) < end - start
-        v_theta, d, base, push = _errors(inputs, sample, start, inside, dtype, BLOCK)
-        positive = base - push
-        negative = base + push
+        v_theta, d, base, step = _errors(inputs, sample, start, inside, dtype, PREDICTION, BLOCK)
+        positive = base + step
+        negative = base - step
         positive_abs += tl.abs(positive)
         negative_abs += tl.abs(negative)
         positive_square += positive * positive
@@ -149,6 +191,8 @@ def _finish(
     adv_clip_max,
     kl_weight,
     WEIGHTING: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    KL_SPACE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -183,6 +227,8 @@ def _finish(
         negative = factor * _of(3, table) / negative_weight
         policy = clip * (r * positive + (1 - r) * negative) / scalar(inputs.beta, sample, tl.float64)
         kl = _of(4, table) / n
+        if inputs.v_ref is not None:
+            kl *= _kl_factor(t, PREDICTION, KL_SPACE)
         deviation = _of(5, table) / n
         # A maximum may drop NaN, a sum does not.
         largest = tl.where(deviation == deviation, largest, deviation)
@@ -195,8 +241,8 @@ def _finish(
         tl.store(details + 5 * batch + row, kl.to(dtype), wanted)
         tl.store(details + 6 * batch + row, deviation.to(dtype), wanted)
         tl.store(details + 7 * batch + row, largest.to(dtype), wanted)
-        total += tl.where(wanted, policy + number(kl_weight, tl.float64) * kl, 0)
-    tl.store(loss, (tl.sum(total, 0) / batch).to(dtype))
+        total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * kl) * _outer(inputs, sample, batch), 0)
+    tl.store(loss, tl.sum(total, 0).to(dtype))
 
 
 @tuned
@@ -204,12 +250,13 @@ def _finish(
 def _differentiate(
     inputs,
     details,
-    scale,
     grad,
     policy_factor,
     kl_factor,
     batch: tl.int64,
     WEIGHTING: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    KL_SPACE: tl.constexpr,
     elements: tl.int64,
     item_bytes: tl.constexpr,
     dtype: tl.constexpr,
@@ -219,25 +266,26 @@ def _differentiate(
     # Backwards, as what the sums read last may still be in cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     sample, start, inside = place(program, elements, BLOCK)
-    upstream = tl.full((), 1, dtype)
-    if scale is not None:
-        upstream = tl.load(scale).to(dtype)
+    outer = _outer(inputs, sample, batch).to(dtype)
     t = scalar(inputs.t, sample, dtype)
     r = scalar(inputs.r, sample, dtype)
-    factor = upstream * number(policy_factor, dtype) * t * _time_weighting(t, WEIGHTING)
+    _, push = _affine(t, PREDICTION)
+    factor = outer * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
     positive = _divide(factor * r, tl.load(details + 3 * batch + sample))
     negative = _divide(factor * (1 - r), tl.load(details + 4 * batch + sample))
-    v_theta, _, base, push = _errors(inputs, sample, start, inside, dtype, BLOCK)
-    # That is negative * e- - positive * e+, in a form that is exactly 0 where r = 1/2 and d = 0.
-    value = (negative - positive) * base + (negative + positive) * push
+    v_theta, _, base, step = _errors(inputs, sample, start, inside, dtype, PREDICTION, BLOCK)
+    # That is positive * e+ - negative * e-, in a form that is exactly 0 where r = 1/2 and d = 0.
+    value = (positive - negative) * base + (positive + negative) * step
     if inputs.v_ref is not None:
         v_ref = load(inputs.v_ref, sample, start, inside, dtype, BLOCK)
-        value += upstream * number(kl_factor, dtype) * (v_theta - v_ref)
+        value += outer * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE) * (v_theta - v_ref)
     store(grad, sample, start, inside, value, BLOCK)
 
 
-def _inputs(v_theta, v_old, x_t, x0, v_ref, t, r, beta) -> _Inputs:
-    return _Inputs(view(v_theta), view(v_old), view(x_t), view(x0), maybe(v_ref), view(t), view(r), view(beta))
+def _inputs(v_theta, v_old, x_t, x0, v_ref, t, r, beta, outer) -> _Inputs:
+    return _Inputs(
+        view(v_theta), view(v_old), view(x_t), view(x0), maybe(v_ref), view(t), view(r), view(beta), maybe(outer)
+    )
 
 
 def _slices(batch: int, elements: int) -> tuple[int, int]:
@@ -255,9 +303,10 @@ def nft_loss(
     r: Tensor,
     v_ref: Tensor | None,
     beta: Tensor,
-    adv_clip_max: float,
-    kl_weight: float,
-    weighting: str,
+    mask: None,
+    segments: None,
+    outer: Tensor | None,
+    options: Options,
     *,
     grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -268,10 +317,12 @@ def nft_loss(
     slices, length = _slices(batch, elements)
     sums = x0.new_empty(7 * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
-    inputs = _inputs(*tensors, t, r, beta)
+    inputs = _inputs(*tensors, t, r, beta, outer)
     columns = min(CELLS, triton.next_power_of_2(slices))
     with torch.cuda.device_of(x0):
-        _sum_slices[(batch * slices,)](inputs, sums, slices, length, elements, item_bytes(*tensors), compute(dtype))
+        _sum_slices[(batch * slices,)](
+            inputs, sums, slices, length, options.prediction, elements, item_bytes(*tensors), compute(dtype)
+        )
         _finish[(1,)](
             inputs,
             sums,
@@ -280,9 +331,11 @@ def nft_loss(
             slices,
             batch,
             elements,
-            exact(adv_clip_max),
-            exact(kl_weight),
-            weighting,
+            exact(options.adv_clip_max),
+            exact(options.kl_weight),
+            options.weighting,
+            options.prediction,
+            options.kl_space,
             min(CELLS // columns, triton.next_power_of_2(batch)),
             columns,
             num_warps=8,
@@ -290,7 +343,7 @@ def nft_loss(
         )
     if grad_dtype is None:
         return loss, details, None
-    args = *tensors[:4], t, r, v_ref, beta, adv_clip_max, kl_weight, weighting
+    args = *tensors[:4], t, r, v_ref, beta, mask, segments, outer, options
     return loss, details, nft_loss_gradient(*args, details=details, grad_dtype=grad_dtype)
 
 
@@ -303,27 +356,28 @@ def nft_loss_gradient(
     r: Tensor,
     v_ref: Tensor | None,
     beta: Tensor,
-    adv_clip_max: float,
-    kl_weight: float,
-    weighting: str,
+    mask: None,
+    segments: None,
+    outer: Tensor | None,
+    options: Options,
     *,
     details: Tensor,
     grad_dtype: torch.dtype,
-    scale: Tensor | None = None,
 ) -> Tensor:
-    """``scale``, a scalar on the device, times d loss / d v_theta, from the per-sample values of the loss."""
+    """d loss / d v_theta, from the per-sample values of the loss."""
     grad = torch.empty_like(v_theta, dtype=grad_dtype)
-    tensors = v_theta, v_old, x_t, x0, v_ref if kl_weight > 0 else None
+    tensors = v_theta, v_old, x_t, x0, v_ref if options.kl_weight > 0 else None
     with torch.cuda.device_of(x0):
         _differentiate[blocks_of(x0)](
-            _inputs(*tensors, t, r, beta),
+            _inputs(*tensors, t, r, beta, outer),
             details,
-            scale,
             view(grad),
-            exact(2 * adv_clip_max / x0.numel()),
-            exact(2 * kl_weight / x0.numel()),
+            exact(2 * options.adv_clip_max * len(x0) / x0.numel()),
+            exact(2 * options.kl_weight * len(x0) / x0.numel()),
             len(x0),
-            weighting,
+            options.weighting,
+            options.prediction,
+            options.kl_space,
             x0.numel() // len(x0),
             item_bytes(*tensors, grad),
             compute(details.dtype),

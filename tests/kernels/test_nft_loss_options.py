@@ -1,0 +1,302 @@
+"""The loss' options against the definition, written out here sample by sample in float64 and differentiated by autograd."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nft_kernels import nft_loss
+
+M = 5.0
+
+
+def definition(
+    p_theta, p_old, x_t, x0, t, r, *, p_ref=None, beta=1.0, kl_weight=0.0, weighting="adaptive", prediction="v",
+    mask=None, segments=None, weight_per="sample", channel_dim=None, detach_weight=True, kl_space="v",
+    sample_weight=None, reduction="mean",
+):  # fmt: skip
+    """Loss and (B,) policy losses. Every tensor is float64; nothing is shared with the library."""
+    offsets = list(range(len(x0) + 1)) if segments is None else segments.tolist()
+    packed = segments is not None
+    losses, policies = [], []
+    for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        part = slice(start, end) if packed else start
+        a, o, noisy, clean = p_theta[part], p_old[part], x_t[part], x0[part]
+        share = r[i] if r.ndim == 1 else r.expand(x0.shape)[part]
+        m = torch.ones_like(clean) if mask is None else mask.double().expand(x0.shape)[part]
+        b = beta[i] if isinstance(beta, torch.Tensor) else beta
+
+        def x0_hat(p, noisy=noisy, i=i):
+            if prediction == "v":
+                return noisy - t[i] * p
+            return p if prediction == "x0" else (noisy - t[i] * p) / (1 - t[i])
+
+        def velocity(p, noisy=noisy, i=i):
+            if prediction == "v":
+                return p
+            return (noisy - p) / t[i] if prediction == "x0" else (p - noisy) / (1 - t[i])
+
+        policy = 0
+        for sign, portion in ((1, share), (-1, 1 - share)):
+            e = x0_hat((1 - sign * b) * o + sign * b * a) - clean
+            e = torch.where(m > 0, e, 0)
+            w = torch.ones_like(e)
+            if weighting == "adaptive" and weight_per == "sample":
+                w = ((m * e.abs()).sum() / m.sum()).clamp_min(1e-5).expand_as(e)
+            elif weighting == "adaptive":
+                d = channel_dim if packed else channel_dim - 1
+                w = ((m * e.abs()).sum(d, keepdim=True) / m.sum(d, keepdim=True)).clamp_min(1e-5).expand_as(e)
+            w = w.detach() if detach_weight else w
+            scale = {"t": t[i], "t2": t[i] ** 2}.get(weighting, 1.0)
+            policy = policy + M * scale * torch.where(m > 0, m * portion * e**2 / w, 0).sum() / m.sum() / b
+        total = policy
+        if p_ref is not None:
+            view = velocity if kl_space == "v" else x0_hat
+            total = total + kl_weight * (m * (view(a) - view(p_ref[part])) ** 2).sum() / m.sum()
+        losses.append(total)
+        policies.append(policy.detach())
+    loss = torch.stack(losses)
+    if sample_weight is not None:
+        loss = loss * sample_weight
+    if reduction == "mean":
+        loss = loss.sum() / (len(losses) if sample_weight is None else sample_weight.sum())
+    return loss.sum() if reduction == "sum" else loss, torch.stack(policies)
+
+
+def make(shape, samples=None, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = [torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") for _ in range(5)]
+    t, r = (torch.rand(samples or shape[0], generator=g, dtype=torch.float64, device="cpu") for _ in range(2))
+    return x, 0.05 + 0.9 * t, r
+
+
+def compare(x, t, r, backend, dtype, **options):
+    def cast(a):
+        return a.to(device=torch.get_default_device(), dtype=dtype) if a.is_floating_point() else a.to(
+            torch.get_default_device()
+        )
+
+    skip_unknown(backend, r, options)
+    given = {k: cast(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    narrow = [cast(a) for a in (*x, t, r)]
+    wide = [a.double().cpu() for a in narrow]
+    leaf, exact_leaf = narrow[0].clone().requires_grad_(), wide[0].clone().requires_grad_()
+    ref = {} if not options.get("kl_weight") else {"v_ref": narrow[4]}
+    out = nft_loss(leaf, *narrow[1:4], *narrow[5:], **ref, **given, backend=backend)
+    exact_options = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    exact_options = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in exact_options.items()
+    }
+    exact_ref = {} if not options.get("kl_weight") else {"p_ref": wide[4]}
+    exact, policies = definition(exact_leaf, *wide[1:4], *wide[5:], **exact_ref, **exact_options)
+    seed = torch.linspace(0.5, 1.5, exact.numel(), dtype=torch.float64).view(exact.shape)
+    (grad,) = torch.autograd.grad(out.loss, leaf, seed.to(out.loss))
+    (exact_grad,) = torch.autograd.grad(exact, exact_leaf, seed)
+    close(out.loss, exact, torch.float32 if dtype != torch.float64 else dtype)
+    close(out.policy_loss, policies, torch.float32 if dtype != torch.float64 else dtype)
+    assert grad.dtype == dtype
+    close(grad, exact_grad, dtype)
+    return out
+
+
+def skip_unknown(backend, r, options):
+    """Triton leaves the options that differ from element to element to the reference, and says so."""
+    per_token = options.get("weight_per") == "token"
+    unknown = {
+        "mask": options.get("mask") is not None,
+        "segments": options.get("segments") is not None and not per_token,
+        "r of more than one value a sample": r.ndim > 1,
+        "detach_weight=False": options.get("detach_weight") is False,
+    }
+    if backend == "triton" and any(unknown.values()):
+        x = torch.zeros(2, 3)
+        with pytest.raises(RuntimeError, match="its kernels do not know mask"):
+            nft_loss(x, x, x, x, x[:, 0], x[:, 0], mask=torch.ones(2, 1), backend="triton")
+        pytest.skip("Triton does not know this option")
+
+
+def close(got, exact, dtype):
+    got, exact = got.detach().double().cpu(), exact.detach()
+    eps = torch.finfo(dtype).eps
+    # Sums of positive numbers are good to a few eps; the gradient's two terms may cancel to a tenth of their size.
+    assert got.shape == exact.shape
+    assert (got - exact).abs().max() <= 80 * eps * exact.abs().max() + 1e-14
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+OPTIONS = {
+    "x0 prediction": {"prediction": "x0"},
+    "eps prediction": {"prediction": "eps"},
+    "x0 prediction, KL in v": {"prediction": "x0", "kl_weight": 0.1},
+    "eps prediction, KL in x0": {"prediction": "eps", "kl_weight": 0.1, "kl_space": "x0"},
+    "KL in x0": {"kl_weight": 0.3, "kl_space": "x0"},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "weighted mean": {"sample_weight": torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)},
+    "weighted none": {"reduction": "none", "sample_weight": torch.tensor([0.5, 0.25, 2.0], dtype=torch.float64)},
+    "gradient through the weight": {"detach_weight": False},
+    "weight per token": {"weight_per": "token", "channel_dim": 1},
+    "weight per token, gradient through it": {"weight_per": "token", "channel_dim": 1, "detach_weight": False},
+    "weight per token, none": {"weight_per": "token", "channel_dim": 1, "reduction": "none"},
+    "per-sample beta": {"beta": torch.tensor([0.1, 1.0, 4.0], dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(backend, name, dtype):
+    x, t, r = make((3, 6, 7, 5))
+    compare(x, t, r, backend, dtype, **OPTIONS[name])
+
+
+MASKS = {
+    "boolean, whole shape": lambda g: torch.rand(3, 6, 7, 5, generator=g, device="cpu") < 0.6,
+    "weights, per token": lambda g: torch.rand(3, 1, 7, 5, generator=g, device="cpu", dtype=torch.float64),
+    "one for all samples": lambda g: torch.rand(7, 5, generator=g, device="cpu", dtype=torch.float64) + 0.1,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("options", [{}, {"weight_per": "token", "channel_dim": 1}, {"kl_weight": 0.2}], ids=str)
+def test_mask(backend, mask, options):
+    x, t, r = make((3, 6, 7, 5))
+    weights = MASKS[mask](torch.Generator().manual_seed(1))
+    if options.get("weight_per") == "token" and weights.dtype == torch.bool:
+        weights[:, 0] = True  # every token keeps a channel, as the definition divides by their number
+    compare(x, t, r, backend, torch.float32, mask=weights, **options)
+
+
+def test_what_is_masked_is_not_looked_at(backend):
+    x, t, r = make((2, 4, 6))
+    x, t, r = [a.float() for a in x], t.float(), r.float()
+    mask = torch.ones(2, 1, 6, dtype=torch.bool, device="cpu")
+    mask[:, :, 4:] = False
+    short = nft_loss(*(a[..., :4].contiguous() for a in x[:4]), t, r, backend="reference")
+    for a in x[:4]:
+        a[..., 4:] = float("nan")
+    skip_unknown(backend, r, {"mask": mask})
+    device = torch.get_default_device()
+    leaf = x[0].to(device).requires_grad_()
+    out = nft_loss(leaf, *(a.to(device) for a in (*x[1:4], t, r)), mask=mask.to(device), backend=backend)
+    out.loss.backward()
+    for got, expected in zip(out, short, strict=True):
+        torch.testing.assert_close(got.cpu(), expected)
+    assert leaf.grad[..., 4:].eq(0).all() and leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 7, 5), (3, 6, 7, 5), (1, 1, 7, 1)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_per": "token", "channel_dim": 1}], ids=str)
+def test_r_per_token_and_element(backend, shape, options):
+    x, t, _ = make((3, 6, 7, 5))
+    r = torch.rand(shape, generator=torch.Generator().manual_seed(2), device="cpu", dtype=torch.float64)
+    compare(x, t, r, backend, torch.float32, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kl_weight": 0.1},
+        {"reduction": "none"},
+        {"weight_per": "token", "channel_dim": 2},
+        {"weight_per": "token", "channel_dim": 1, "reduction": "none"},
+        {"prediction": "eps", "beta": torch.tensor([0.3, 1.0, 2.0, 0.5], dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_packed_sequences(backend, options):
+    x, t, r = make((19, 3, 8), samples=4)
+    compare(x, t, r, backend, torch.float32, segments=torch.tensor([0, 1, 8, 12, 19]), **options)
+
+
+def test_packed_sequences_equal_separate_ones(backend):
+    x, t, r = make((19, 8), samples=3)
+    x, t, r = [a.float() for a in x], t.float(), r.float()
+    skip_unknown(backend, r, {"segments": True})
+    device = torch.get_default_device()
+    edges = [0, 5, 6, 19]
+    out = nft_loss(
+        *(a.to(device) for a in (*x[:4], t, r)), segments=torch.tensor(edges, device=device), backend=backend
+    )
+    for i in range(3):
+        alone = nft_loss(
+            *(a[None, edges[i] : edges[i + 1]] for a in x[:4]), t[i : i + 1], r[i : i + 1], backend="reference"
+        )
+        for got, expected in zip(out[1:], alone[1:], strict=True):
+            torch.testing.assert_close(got[i].cpu(), expected[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
+    prediction=st.sampled_from(["v", "x0", "eps"]),
+    weighting=st.sampled_from(["adaptive", "none", "t", "t2"]),
+    masked=st.booleans(),
+    r_shape=st.sampled_from(["sample", "token", "element"]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    kl_weight=st.sampled_from([0.0, 0.2]),
+    kl_space=st.sampled_from(["v", "x0"]),
+    seed=st.integers(0, 99),
+)
+def test_any_combination(
+    backend, shape, prediction, weighting, masked, r_shape, reduction, kl_weight, kl_space, seed
+):
+    x, t, r = make(shape, seed=seed)
+    t = 0.3 + 0.4 * t
+    g = torch.Generator().manual_seed(seed)
+    if r_shape != "sample":
+        channels = shape[1] if r_shape == "element" else 1
+        r = torch.rand(shape[0], channels, *shape[2:], generator=g, device="cpu", dtype=torch.float64)
+    options = {"prediction": prediction, "weighting": weighting, "reduction": reduction}
+    if masked:
+        options["mask"] = 0.1 + torch.rand(shape[0], 1, *shape[2:], generator=g, device="cpu", dtype=torch.float64)
+    if kl_weight:
+        options |= {"kl_weight": kl_weight, "kl_space": kl_space}
+    compare(x, t, r, backend, torch.float64, **options)
+
+
+def test_backward_of_none_takes_a_gradient_per_sample_after_compilation():
+    x, t, r = make((3, 4, 6))
+    x, t, r = [a.float() for a in x], t.float(), r.float()
+
+    def losses(v):
+        return nft_loss(v, *x[1:4], t, r, reduction="none").loss
+
+    grads = []
+    for run in (losses, torch.compile(losses, fullgraph=True, backend="aot_eager")):
+        leaf = x[0].clone().requires_grad_()
+        grads += torch.autograd.grad(run(leaf), leaf, torch.tensor([1.0, 0.0, 2.0]))
+    assert torch.equal(*grads) and grads[0][1].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prediction": "score"}, ValueError, "prediction: got 'score', accepted are v, x0, eps"),
+        ({"prediction": "eps", "t": torch.tensor([0.5, 1.0])}, ValueError, "t: got values outside"),
+        ({"kl_space": "eps"}, ValueError, "kl_space: got 'eps'"),
+        ({"reduction": "max"}, ValueError, "reduction: got 'max'"),
+        ({"weight_per": "pixel"}, ValueError, "weight_per: got 'pixel'"),
+        ({"weight_per": "token"}, TypeError, "channel_dim: got NoneType"),
+        ({"weight_per": "token", "channel_dim": 3}, ValueError, "channel_dim: got 3"),
+        ({"channel_dim": 1}, ValueError, "channel_dim: got 1 with weight_per='sample'"),
+        ({"weighting": "t", "detach_weight": False}, ValueError, "weighting: got 't' with weight_per"),
+        ({"weighting": "none", "weight_per": "token", "channel_dim": 1}, ValueError, "weighting: got 'none'"),
+        ({"mask": torch.ones(2, 3, 7)}, ValueError, r"mask: got shape \(2, 3, 7\)"),
+        ({"mask": -torch.ones(2, 3, 8)}, ValueError, "mask: got values outside"),
+        ({"mask": torch.ones(2, 3, 8, dtype=torch.int32)}, TypeError, "mask: got torch.int32"),
+        ({"r": torch.full((2, 1, 8), 1.5)}, ValueError, "r: got values outside"),
+        ({"r": torch.full((3, 1, 8), 0.5)}, ValueError, r"r: got shape \(3, 1, 8\)"),
+        ({"segments": torch.tensor([0, 1])}, ValueError, "segments: got offsets"),
+        ({"segments": torch.tensor([0, 2, 2])}, ValueError, "segments: got offsets"),
+        ({"segments": torch.tensor([0.0, 2.0])}, TypeError, "segments: got torch.float32"),
+        ({"segments": torch.tensor([0, 2])}, ValueError, r"t: got shape \(2,\), accepted is \(1,\)"),
+        ({"sample_weight": torch.ones(3)}, ValueError, "sample_weight: got shape"),
+        ({"sample_weight": -torch.ones(2)}, ValueError, "sample_weight: got values"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_named(change, error, message):
+    x, t, r = make((2, 3, 8))
+    good = dict(zip(("v_theta", "v_old", "x_t", "x0"), x, strict=False)) | {"t": t, "r": r}
+    with pytest.raises(error, match=message):
+        nft_loss(**(good | change))
