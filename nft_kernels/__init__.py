@@ -1,17 +1,20 @@
 """Fused kernels for DiffusionNFT (Zheng et al., arXiv 2509.16117). This is the whole public surface."""
 
 from . import solvers
+from .loss import NFTLoss, nft_loss_from_rewards
 from .ops.add_noise import add_noise
 from .ops.nft_loss import NFTLossOutput, nft_loss
 from .ops.solver_step import SolverStep, solver_step
 from .reference.advantages import group_advantages, optimality_probability
 
 __all__ = [
+    "NFTLoss",
     "NFTLossOutput",
     "SolverStep",
     "add_noise",
     "group_advantages",
     "nft_loss",
+    "nft_loss_from_rewards",
     "optimality_probability",
     "solver_step",
     "solvers",

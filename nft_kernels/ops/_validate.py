@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,9 @@ def tensor_like(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
     """``x`` must be a floating tensor of the shape and device of x0, the argument called ``model``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(x, distributed.DTensor):
+        raise TypeError(f"{name}: got a DTensor, accepted is a plain tensor such as its to_local()")
     floating(name, x.dtype)
     if x.shape != x0.shape:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of {model}, {tuple(x0.shape)}")

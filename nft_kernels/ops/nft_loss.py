@@ -166,7 +166,9 @@ def _run(inputs: _Inputs, options: Options, backend: str, per_sample: bool) -> t
         losses = losses / len(losses) if inputs.outer is None else losses * inputs.outer.to(losses.dtype)
         return losses if per_sample else losses.sum(), torch.stack(rows)
     want_grad = torch.is_grad_enabled() and inputs.v_theta.requires_grad
-    if torch.compiler.is_compiling() or per_sample:
+    # Transforms such as torch.func.grad take operators, and no autograd.Function of this form.
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or transformed or per_sample:
         losses, details, _ = _op(*inputs, *options, want_grad, backend)
         return losses if per_sample else losses.sum(), details.detach()
     return _Fused.apply(backend, options, want_grad, *inputs)

@@ -1,0 +1,390 @@
+"""Time the ops against what a user would write: ``python -m nft_kernels.bench``; ``--help`` lists the choices.
+
+All providers of a case run interleaved in one process and are checked against the float64 reference first; one that
+fails the check is reported without a speed-up. ``--compare OLD NEW`` exits with 1 where a median grew past a threshold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import __version__, add_noise, backends, nft_loss, solver_step
+from .reference import add_noise as noise_reference
+from .solvers import schedule, table
+
+SHAPES = {
+    "sd35_512": (16, 64, 64),
+    "sd35_1024": (16, 128, 128),
+    "flux_1024": (4096, 64),
+    "wan_480p": (16, 21, 60, 104),
+}
+"""One sample's latents: Stable Diffusion 3.5, FLUX.1 in packed tokens, Wan 2.1 with 81 frames."""
+
+MODES = ("forward", "backward", "both", "no_grad")
+PROVIDERS = ("eager", "compile", "reference", "native", "triton")
+_FLUSH_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed; ``mode`` matters to the loss only."""
+
+    op: str
+    mode: str
+    dtype: str
+    shape: str
+    batch: int
+    cache: str
+
+
+@dataclass
+class Result:
+    """One provider in one case; times are in microseconds, ``gigabytes`` is the least that has to be moved."""
+
+    provider: str
+    check: bool
+    median: float
+    p20: float
+    p80: float
+    gigabytes: float
+    gigabytes_per_second: float
+    share_of_copy: float
+    peak_megabytes: float
+    launches: int | None
+    speedup: float | None = None
+
+
+def plain_loss(v_theta, v_old, x_t, x0, t, r, beta=1.0, M=5.0):
+    """The loss as the official implementation writes it, with its float64 weights."""
+    t = t.view(-1, *[1] * (x0.ndim - 1))
+    axes, total = tuple(range(1, x0.ndim)), 0
+    for sign, share in ((1, r), (-1, 1 - r)):
+        prediction = x_t - t * ((1 - sign * beta) * v_old + sign * beta * v_theta)
+        with torch.no_grad():
+            weight = (prediction.double() - x0.double()).abs().mean(axes, keepdim=True).clip(min=1e-5)
+        total = total + share * ((prediction - x0) ** 2 / weight).mean(axes)
+    return (M * total / beta).mean()
+
+
+def _plain_noise(x0, t, noise):
+    t = t.view(-1, *[1] * (x0.ndim - 1)).to(x0.dtype)
+    return (1 - t) * x0 + t * noise
+
+
+def _plain_step(x, v, older, oldest, a, b0, b1, b2, t):
+    return a * x + b0 * (x - t * v) + b1 * older + b2 * oldest
+
+
+def _inputs(case: Case, device: torch.device, count: int) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape, dtype = (case.batch, *SHAPES[case.shape]), getattr(torch, case.dtype)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
+
+
+def _fused(device: torch.device, wanted: Sequence[str]) -> list[str]:
+    empty = torch.empty(0, device=device)
+    names = [n for n in ("native", "triton") if n in wanted and backends.load(n).why_not([empty]) is None]
+    # On the CPU Triton only interprets.
+    return [n for n in names if n != "triton" or device.type == "cuda"]
+
+
+def build(
+    case: Case, device: torch.device, wanted: Sequence[str] = PROVIDERS
+) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], Tensor], Tensor, float, float]:
+    """Calls to time by provider, how to read the tensor that is checked from what they return, its exact value, the
+    size its error is measured by, and the gigabytes that have to be moved."""
+    dtype = getattr(torch, case.dtype)
+    calls: dict[str, Callable[[], Any]]
+    if case.op == "add_noise":
+        x0, noise = _inputs(case, device, 2)
+        t = torch.linspace(0.1, 0.9, case.batch, device=device)
+        seeds = torch.arange(case.batch, device=device)
+        compiled = torch.compile(_plain_noise)
+        # PyTorch draws its noise as every trainer does; what is checked is the formula, on noise that is given.
+        calls = {
+            "eager": lambda: _plain_noise(x0, t, torch.randn_like(x0)),
+            "compile": lambda: compiled(x0, t, torch.randn_like(x0)),
+        } | {
+            name: lambda name=name: add_noise(x0, t, seed=seeds, backend=name)
+            for name in ("reference", *_fused(device, wanted))
+        }
+        exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
+        kept = {
+            name: (lambda: _plain_noise(x0, t, noise))
+            if name in ("eager", "compile")
+            else (lambda name=name: add_noise(x0, t, noise=noise, backend=name))
+            for name in calls
+        }
+        moved = 2 * x0.nbytes / 1e9
+        return _selected(calls, wanted), lambda name: kept[name](), exact, exact.abs().max().item(), moved
+    if case.op == "solver_step":
+        x, v, older, oldest = _inputs(case, device, 4)
+        solver = table("dpm++3M", schedule(10, shift=3.0))
+        i = next(i for i in range(len(solver.rows)) if solver.depth(i) == 2 and len(solver.rows[i].b) == 3)
+        row = solver.rows[i]
+        numbers = (row.a, *row.b, row.t)
+        compiled_step = torch.compile(_plain_step)
+        calls = {
+            "eager": lambda: _plain_step(x, v, older, oldest, *numbers),
+            "compile": lambda: compiled_step(x, v, older, oldest, *numbers),
+        } | {
+            name: lambda name=name: solver_step(solver, i, x, v, (older, oldest), backend=name).x
+            for name in ("reference", *_fused(device, wanted))
+        }
+        exact = _plain_step(*(y.double() for y in (x, v, older, oldest)), *numbers)
+        # x' and the new entry of the history are written.
+        moved = 6 * x.nbytes / 1e9
+        return _selected(calls, wanted), lambda name: calls[name](), exact, exact.abs().max().item(), moved
+    leaf, *x = _inputs(case, device, 4)
+    t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
+    compiled_loss = torch.compile(plain_loss)
+    losses = {
+        "eager": lambda leaf: plain_loss(leaf, *x, t, r),
+        "compile": lambda leaf: compiled_loss(leaf, *x, t, r),
+    } | {
+        name: lambda leaf, name=name: nft_loss(leaf, *x, t, r, backend=name).loss
+        for name in ("reference", *_fused(device, wanted))
+    }
+    leaf.requires_grad_(case.mode != "no_grad")
+    wide = leaf.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(plain_loss(wide, *(y.double() for y in x), t.double(), r.double()), wide)
+
+    def checked(name: str) -> Tensor:
+        probe = leaf.detach().clone().requires_grad_()
+        return torch.autograd.grad(losses[name](probe), probe)[0]
+
+    def timed(loss: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        if case.mode in ("forward", "no_grad"):
+            return lambda: loss(leaf)
+        if case.mode == "both":
+            return lambda: torch.autograd.grad(loss(leaf), leaf)
+        held = loss(leaf)
+        return lambda: torch.autograd.grad(held, leaf, retain_graph=True)
+
+    moved = (4 if case.mode in ("forward", "no_grad") else 5) * leaf.element_size() * leaf.numel() / 1e9
+    calls = {name: timed(losses[name]) for name in _selected(losses, wanted)}
+    # Near r = 1/2 the two branches cancel: their own size is what rounding is measured by.
+    size = exact.abs().max().item() + torch.finfo(dtype).smallest_normal
+    return calls, checked, exact, size, moved
+
+
+def _selected(calls: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+    return {name: call for name, call in calls.items() if name in wanted}
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Gigabytes per second read and written by a copy that is larger than any cache."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = _time({"copy": lambda: target.copy_(source)}, device, 0.5, cold=False)["copy"]
+    return 2 * source.nbytes / statistics.median(times) / 1e9
+
+
+def _time(
+    calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float, *, cold: bool
+) -> dict[str, list[float]]:
+    """Seconds of every call, interleaved for ``seconds`` in all, at least five times each."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            if flush is not None:
+                flush.add_(1)
+            if device.type == "cuda":
+                begin, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                result = call()
+                stop.record()
+                stop.synchronize()
+                times[name].append(begin.elapsed_time(stop) / 1e3)
+            else:
+                begin_time = time.perf_counter()
+                result = call()
+                times[name].append(time.perf_counter() - begin_time)
+            # Freed outside the clock: otherwise one provider's temporaries are given back on another's time.
+            del result
+    return times
+
+
+def _peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
+    """Most megabytes held at once by what ``call`` allocates, and its kernels on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return (torch.cuda.max_memory_allocated() - before) / 1e6, len(kernels)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    del result
+    return max(held, default=0) / 1e6, None
+
+
+def measure(
+    case: Case, device: torch.device, seconds: float, copy: float, wanted: Sequence[str] = PROVIDERS
+) -> list[Result]:
+    """Check, then time every provider of one case; speed-ups are over the first of eager and compile that is there."""
+    calls, checked, exact, size, moved = build(case, device, wanted)
+    eps = torch.finfo(getattr(torch, case.dtype)).eps
+    times = _time(calls, device, seconds, cold=case.cache == "cold")
+    results = []
+    for name, values in times.items():
+        passed = (checked(name).double() - exact).abs().max().item() <= 16 * eps * size
+        values = sorted(values)
+        median = statistics.median(values)
+        peak, launches = _peak_and_launches(calls[name], device)
+        results.append(
+            Result(
+                name,
+                passed,
+                median * 1e6,
+                values[len(values) // 5] * 1e6,
+                values[len(values) * 4 // 5] * 1e6,
+                moved,
+                moved / median,
+                moved / median / copy,
+                peak,
+                launches,
+            )
+        )
+    base = next((r for r in results if r.provider == "compile"), results[0])
+    for result in results:
+        if result.check:
+            result.speedup = base.median / result.median
+    return results
+
+
+def compare(old: Path, new: Path, threshold: float) -> list[str]:
+    """What grew: one line for each case and provider whose median is more than ``threshold`` times the old one."""
+
+    def medians(path: Path) -> dict[str, float]:
+        rows = json.loads(path.read_text())["results"]
+        return {" ".join(str(row[k]) for k in (*Case.__dataclass_fields__, "provider")): row["median"] for row in rows}
+
+    before, after = medians(old), medians(new)
+    return [
+        f"{key}: {before[key]:.1f} us became {after[key]:.1f} us"
+        for key in before
+        if key in after and after[key] > threshold * before[key]
+    ]
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = list(dict.fromkeys(f"{r['op']} {r['mode']}\n{r['dtype']} {r['shape']} B={r['batch']}" for r in rows))
+    providers = list(dict.fromkeys(r["provider"] for r in rows))
+    figure, axis = plt.subplots(figsize=(2 + 1.6 * len(labels), 4.5))
+    for i, provider in enumerate(providers):
+        values = [r["share_of_copy"] for r in rows if r["provider"] == provider]
+        axis.bar([x + i / (len(providers) + 1) for x in range(len(values))], values, 1 / (len(providers) + 1),
+                 label=provider)  # fmt: skip
+    axis.set_xticks([x + 0.4 for x in range(len(labels))], labels, fontsize=7)
+    axis.set_ylabel("share of the copy bandwidth")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| op | mode | dtype | shape | B | cache | provider | median | of copy | peak | speed-up |",
+        "|" + " --- |" * 11,
+    ]
+    for r in rows:
+        speedup = "check failed" if r["speedup"] is None else f"{r['speedup']:.2f}x"
+        cells = [r["op"], r["mode"], r["dtype"], r["shape"], r["batch"], r["cache"], r["provider"],
+                 f"{r['median']:.0f} us", f"{r['share_of_copy']:.0%}", f"{r['peak_megabytes']:.1f} MB", speedup]  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nft_kernels.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
+    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS)
+    parser.add_argument("--modes", nargs="+", default=["both"], choices=MODES, help="of the loss")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"],
+                        choices=["float32", "bfloat16", "float16"])  # fmt: skip
+    parser.add_argument("--shapes", nargs="+", default=["sd35_512"], choices=list(SHAPES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[9])
+    parser.add_argument("--caches", nargs="+", default=["warm"], choices=["warm", "cold"])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of the CPU; as many as there are by default")
+    for name in ("json", "csv", "plot"):
+        parser.add_argument(f"--{name}", type=Path, help=f"file to write the results to as {name}")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of --json")
+    parser.add_argument("--threshold", type=float, default=1.1, help="of --compare")
+    options = parser.parse_args(arguments)
+    if options.compare:
+        slower = compare(*options.compare, options.threshold)
+        print("\n".join(slower) or "nothing became slower")
+        return 1 if slower else 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    copy = copy_bandwidth(device)
+    rows: list[dict[str, Any]] = []
+    for op in options.ops:
+        modes = options.modes if op == "nft_loss" else ["forward"]
+        for case in itertools.starmap(
+            Case,
+            itertools.product([op], modes, options.dtypes, options.shapes, options.batches, options.caches),
+        ):
+            print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
+            rows += [
+                asdict(case) | asdict(r) for r in measure(case, device, options.seconds, copy, options.providers)
+            ]
+    print(f"copy bandwidth {copy:.1f} GB/s, speed-up over torch.compile of the plain formula")
+    print(_markdown(rows))
+    if options.json:
+        cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), platform.processor())
+        name = torch.cuda.get_device_name() if device.type == "cuda" else cpu.split(":")[-1].strip()
+        report = {
+            "command": " ".join(["python -m nft_kernels.bench", *(arguments or sys.argv[1:])]),
+            "date": datetime.date.today().isoformat(),
+            "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+            "versions": {"nft_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "copy_gigabytes_per_second": copy,
+            "results": rows,
+        }
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.plot:
+        _plot(rows, options.plot)
+    return 0 if all(row["check"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The loss as other trainers take it in: a module, and a function of raw rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops.nft_loss import NFTLossOutput, nft_loss
+from .reference.advantages import group_advantages, optimality_probability
+
+
+class NFTLoss(torch.nn.Module):
+    """``nft_loss`` with its settings made once; see there for what they mean. It has no parameters."""
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        adv_clip_max: float = 5.0,
+        kl_weight: float = 0.0,
+        weighting: str = "adaptive",
+        prediction: str = "v",
+        weight_per: str = "sample",
+        channel_dim: int | None = None,
+        detach_weight: bool = True,
+        kl_space: str = "v",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.settings: dict[str, Any] = {
+            "beta": beta,
+            "adv_clip_max": adv_clip_max,
+            "kl_weight": kl_weight,
+            "weighting": weighting,
+            "prediction": prediction,
+            "weight_per": weight_per,
+            "channel_dim": channel_dim,
+            "detach_weight": detach_weight,
+            "kl_space": kl_space,
+            "reduction": reduction,
+            "backend": backend,
+        }
+
+    def forward(
+        self,
+        v_theta: Tensor,
+        v_old: Tensor,
+        x_t: Tensor,
+        x0: Tensor,
+        t: Tensor,
+        r: Tensor,
+        *,
+        v_ref: Tensor | None = None,
+        mask: Tensor | None = None,
+        segments: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+    ) -> NFTLossOutput:
+        """``nft_loss`` of these tensors under the module's settings."""
+        tensors = {"v_ref": v_ref, "mask": mask, "segments": segments, "sample_weight": sample_weight}
+        return nft_loss(v_theta, v_old, x_t, x0, t, r, **tensors, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def nft_loss_from_rewards(
+    v_theta: Tensor,
+    v_old: Tensor,
+    x_t: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    std: str = "global",
+    mode: str = "continuous",
+    adv_clip_max: float = 5.0,
+    **options: Any,
+) -> NFTLossOutput:
+    """``nft_loss`` of raw rewards: advantages within groups, then optimality probabilities, then the loss.
+
+    The batch must hold whole groups. With several processes, or micro-batches that split groups, gather the rewards
+    first and call ``group_advantages``, ``optimality_probability`` and ``nft_loss`` one after the other.
+
+    Args:
+        v_theta, v_old, x_t, x0, t, options: as for ``nft_loss``.
+        rewards: (B,) floating point.
+        group_ids: (B,) integers; equal ids are pictures of one prompt.
+        std: as for ``group_advantages``.
+        mode: as for ``optimality_probability``.
+        adv_clip_max: the bound that advantages are clipped to, and the loss is scaled by.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as those three do.
+    """
+    advantages = group_advantages(rewards, group_ids, std=std)
+    r = optimality_probability(advantages, adv_clip_max=adv_clip_max, mode=mode)
+    return nft_loss(v_theta, v_old, x_t, x0, t, r, adv_clip_max=adv_clip_max, **options)

@@ -1,0 +1,177 @@
+"""The loss in other people's training loops: whatever surrounds it, the gradients are those of the plain formula."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nft_kernels import NFTLoss, group_advantages, nft_loss, nft_loss_from_rewards, optimality_probability
+
+ROOT = Path(__file__).parents[2]
+
+
+def batch(size=6):
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(size, 4, 8, generator=g) for _ in range(3)]
+    return (*x, torch.rand(size, generator=g), torch.rand(size, generator=g))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+
+
+def plain_loss(v_theta, v_old, x_t, x0, t, r):
+    """The design's formula in eager PyTorch; autograd differentiates it."""
+    t = t.view(-1, 1, 1)
+    parts = []
+    for velocity in (v_theta, 2 * v_old - v_theta):
+        error = x_t - t * velocity - x0
+        weight = error.detach().abs().mean((1, 2)).clamp_min(1e-5)
+        parts.append(error.square().mean((1, 2)) / weight)
+    return (5 * (r * parts[0] + (1 - r) * parts[1])).mean()
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def expected():
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    return gradients(model, plain_loss(model(x_t), v_old, x_t, x0, t, r))
+
+
+def assert_close(got, wanted, **tolerance):
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_module_has_the_functions_settings():
+    x_t, x0, v_old, t, r = batch()
+    module = NFTLoss(beta=0.5, weighting="t", reduction="sum")
+    out = module(x0, v_old, x_t, x0, t, r, mask=torch.ones(1, 8))
+    same = nft_loss(x0, v_old, x_t, x0, t, r, beta=0.5, weighting="t", reduction="sum", mask=torch.ones(1, 8))
+    assert all(torch.equal(a, b) for a, b in zip(out, same, strict=True))
+    assert "beta=0.5" in repr(module) and not list(module.parameters()) and not module.state_dict()
+
+
+def test_raw_rewards_and_group_ids():
+    x_t, x0, v_old, t, _ = batch()
+    rewards, ids = torch.rand(6), torch.tensor([3, 3, 1, 1, 1, 3])
+    out = nft_loss_from_rewards(x0, v_old, x_t, x0, t, rewards, ids, std="group", adv_clip_max=2.0, beta=0.3)
+    r = optimality_probability(group_advantages(rewards, ids, std="group"), adv_clip_max=2.0)
+    assert torch.equal(out.loss, nft_loss(x0, v_old, x_t, x0, t, r, adv_clip_max=2.0, beta=0.3).loss)
+
+
+def test_eager_and_gradient_accumulation():
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    assert_close(gradients(model, nft_loss(model(x_t), v_old, x_t, x0, t, r).loss), expected())
+    for part in (slice(0, 4), slice(4, 6)):
+        loss = nft_loss(model(x_t[part]), v_old[part], x_t[part], x0[part], t[part], r[part]).loss
+        (loss * (part.stop - part.start) / 6).backward()
+    assert_close([p.grad for p in model.parameters()], expected())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_with_a_scaler(dtype):
+    """Velocities come in half precision, latents in float32; the scaler's factor leaves the gradients as they are."""
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with torch.autocast("cpu", dtype):
+        v_theta = model(x_t)
+        assert v_theta.dtype == dtype
+        out = nft_loss(v_theta, v_old.to(dtype), x_t, x0, t, r)
+    assert out.loss.dtype == torch.float32
+    scaler.scale(out.loss).backward()
+    scaler.unscale_(optimizer)
+    wide = network()
+    wanted = gradients(wide, plain_loss(wide(x_t), v_old, x_t, x0, t, r))
+    # Half precision in the network, not in the loss, is what differs.
+    for p, w in zip(model.parameters(), wanted, strict=True):
+        assert (p.grad - w).norm() <= 16 * torch.finfo(dtype).eps * w.norm()
+
+
+def test_activation_checkpointing():
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    v_theta = torch.utils.checkpoint.checkpoint(model, x_t, use_reentrant=False)
+    assert_close(gradients(model, nft_loss(v_theta, v_old, x_t, x0, t, r).loss), expected())
+    # And with the loss itself inside, which is then run twice.
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda x: nft_loss(model(x), v_old, x_t, x0, t, r).loss, x_t, use_reentrant=False
+    )
+    assert_close(gradients(model, loss), expected())
+
+
+def test_compiled_training_step():
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    step = torch.compile(
+        lambda x: nft_loss(model(x), v_old, x_t, x0, t, r).loss, fullgraph=True, backend="aot_eager"
+    )
+    assert_close(gradients(model, step(x_t)), expected())
+
+
+def test_functional_gradient():
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters):
+        return nft_loss(torch.func.functional_call(model, parameters, (x_t,)), v_old, x_t, x0, t, r).loss
+
+    got = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    assert_close([got[name] for name in parameters], expected())
+
+
+def _distributed(rank, port, sharded):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model, (x_t, x0, v_old, t, r) = network(), batch()
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    mine = slice(3 * rank, 3 * rank + 3)
+    nft_loss(model(x_t[mine]), v_old[mine], x_t[mine], x0[mine], t[mine], r[mine]).loss.backward()
+    grads = [p.grad.full_tensor() if sharded else p.grad for p in model.parameters()]
+    assert_close(grads, expected())
+    if sharded:
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        spread = DTensor.from_local(x_t, mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"v_theta: got a DTensor, accepted is a plain tensor such as its to_local"):
+            nft_loss(spread, v_old, x_t, x0, t, r)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_two_processes(sharded):
+    with torch.distributed.TCPStore("127.0.0.1", 0, is_master=True) as store:
+        port = store.port
+    torch.multiprocessing.spawn(_distributed, (port, sharded), nprocs=2)
+
+
+def test_example_runs(tmp_path):
+    pytest.importorskip("diffusers")
+    from nft.worlds.shapes.tiny import build_pipeline
+
+    build_pipeline().save_pretrained(tmp_path)
+    spec = importlib.util.spec_from_file_location("diffusers_lora", ROOT / "examples" / "diffusers_lora.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    rewards = example.main(
+        ["--model", str(tmp_path), "--epochs", "2", "--group-size", "3", "--steps", "2", "--prompts", "a red circle"]
+    )
+    assert len(rewards) == 2 and rewards[0] != rewards[1]
+
+
+def test_importing_the_kernels_needs_neither_triton_nor_diffusers():
+    code = "import sys, nft_kernels; sys.exit(bool({'triton', 'diffusers', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
