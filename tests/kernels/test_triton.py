@@ -50,25 +50,32 @@ def arguments(shape, dtype=torch.float32):
     return [*x[:4], t, r, x[4], beta, 5.0, 0.1, "adaptive"]
 
 
-def guarded(like, dtype, kept):
-    """A tensor of the layout of ``like`` full of NaN, in the middle of memory full of NaN."""
+def guarded(like, dtype, around):
+    """A tensor of the layout of ``like`` full of NaN, and the memory before and after it, full of ``around``."""
     margin, strides = 300, torch.empty_strided(like.shape, like.stride()).stride()
     span = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, strides, strict=True))
-    memory = torch.full((span + 2 * margin,), float("nan"), dtype=dtype)
-    kept.append((memory[:margin], memory[margin + span :]))
-    return memory[margin : margin + span].as_strided(like.shape, strides)
+    memory = torch.full((span + 2 * margin,), around, dtype=dtype)
+    tensor = memory[margin : margin + span].as_strided(like.shape, strides).fill_(float("nan"))
+    return tensor, (memory[:margin], memory[margin + span :])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch):
-    kept, shape = [], (2, 3, 23, 17)
+    sides, shape, nan = [], (2, 3, 23, 17), float("nan")
     model = torch.empty(shape) if layout == "dense" else torch.empty(2, 17, 23, 3).transpose(1, 3)
-    args = arguments(shape)
-    args = [guarded(model, dtype, kept).copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in args]
-    monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None: guarded(x, dtype or x.dtype, kept))
+    args = [
+        guarded(model, dtype, nan)[0].copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in arguments(shape)
+    ]
+
+    def empty_like(x, dtype=None):
+        tensor, around = guarded(x, dtype or x.dtype, 7.0)
+        sides.extend(around)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty_like", empty_like)
     x, v, u, h, t, *_ = args
-    seeds, square = torch.arange(2), torch.full((2,), float("nan"), dtype=torch.float64)
+    seeds, square = torch.arange(2), torch.full((2,), nan, dtype=torch.float64)
     backend = load(kernels)
     loss, _, grad = backend.nft_loss(*args, grad_dtype=dtype)
     noised = backend.add_noise(x, t, seeds, seeds, None, dtype)
@@ -76,7 +83,7 @@ def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch)
     row = Coefficients(0.9, [0.1, 0.2, 0.3], 0.5, 1.0, -0.5, 0.5, 4.0)
     backend.solver_step(x, v, u, None, [h, x], seeds, seeds, row, *outputs, square)
     assert all(y.isfinite().all() for y in (loss, grad, noised, *outputs, square))
-    assert all(side.isnan().all() for sides in kept for side in sides)
+    assert len(sides) == 10 and all(side.eq(7).all() for side in sides)
 
 
 def test_long_samples_and_large_batches(kernels, monkeypatch):
