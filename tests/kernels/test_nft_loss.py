@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from nft_kernels import nft_loss
 from nft_kernels.backends import load, native
+from nft_kernels.reference.nft_loss import Options
 from nft_kernels.check import KernelMismatchError, compare_nft_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -265,9 +266,10 @@ def test_compiles_whole_and_passes_opcheck(kernels):
         r,
         x[4],
         torch.ones(2, dtype=torch.float64),
-        5.0,
-        0.1,
-        "adaptive",
+        None,
+        None,
+        None,
+        *Options(kl_weight=0.1),
         False,
         kernels,
     )

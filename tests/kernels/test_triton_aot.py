@@ -40,6 +40,7 @@ def spilled(kernel, arch):
 
 def launch_all(backend, dtype, strided):
     """Call every op in the ways that lead to different kernels."""
+    from nft_kernels.reference.nft_loss import Options
     from nft_kernels.reference.solver_step import Coefficients
 
     def tensor():
@@ -48,7 +49,8 @@ def launch_all(backend, dtype, strided):
 
     x, v, u, h, g = (tensor() for _ in range(5))
     t, seeds, none = torch.ones(4), torch.zeros(4, dtype=torch.int64), x.new_empty(0)
-    backend.nft_loss(x, v, u, h, t, t, g, t.double(), 5.0, 0.1, "adaptive", grad_dtype=dtype)
+    for outer, options in ((None, Options(kl_weight=0.1)), (t.double(), Options(prediction="eps", weighting="t"))):
+        backend.nft_loss(x, v, u, h, t, t, g, t.double(), None, None, outer, options, grad_dtype=dtype)
     backend.add_noise(x, t, seeds, seeds, None, dtype)
     backend.add_noise(x, t, None, None, v, dtype)
     all_of_it, euler = Coefficients(1, [0.1, 0.2, 0.3], 0.5, 1, -0.5, 0.5, 4), Coefficients(1, [0.1], 0, 0, 1, 0.5, 1)
