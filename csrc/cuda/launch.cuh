@@ -72,6 +72,7 @@ struct Configuration {
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), const Shape& shape, const Queue& queue, Arguments&&... arguments) {
+  static_assert((sizeof(Parameters) + ...) <= 4000, "the parameters of a kernel fit in 4 KB everywhere");
   const Configuration configuration(shape, queue.stream);
   check(cudaLaunchKernelEx(&configuration.config, kernel, std::forward<Arguments>(arguments)...));
 }

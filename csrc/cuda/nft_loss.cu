@@ -30,14 +30,14 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sum
   const Affine<T> f = affine<T>(a.prediction, value(a.t, b), value(a.beta, b));
   const Pack<T> v_theta = unpack<T>(v_theta_bits, a.v_theta.dtype), v_old = unpack<T>(v_old_bits, a.v_old.dtype);
   const Pack<T> x_t = unpack<T>(x_t_bits, a.x_t.dtype), x0 = unpack<T>(x0_bits, a.x0.dtype);
-  const Pack<T> v_ref = a.has_ref ? unpack<T>(v_ref_bits, a.v_ref.dtype) : v_theta;
+  const Pack<T> v_ref = unpack<T>(v_ref_bits, a.v_ref.dtype);
   Errors<T> e;
   Sums<T> pack_sums{};
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
     T d, &positive = e.positive.v[j], &negative = e.negative.v[j], &delta = e.delta.v[j];
     errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], f, d, positive, negative);
-    delta = v_theta.v[j] - v_ref.v[j];
+    delta = a.has_ref ? v_theta.v[j] - v_ref.v[j] : 0;
     pack_sums.add(Sums<T>{std::abs(positive), std::abs(negative), positive * positive, negative * negative,
                           delta * delta, std::abs(d), std::abs(d)});
   }
@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
   __shared__ Coefficients coefficients;
   const auto cluster = cooperative_groups::this_cluster();
   const unsigned ranks = cluster.num_blocks(), rank = cluster.block_rank();
-  const int64_t b = blockIdx.x / ranks;
-  const int64_t length = (packs + ranks - 1) / ranks;
+  const int64_t b = blockIdx.x / ranks, length = (packs + ranks - 1) / ranks;
   const Slices slices{packs, ranks, length};
   const int64_t first = slices.first(rank), last = slices.last(rank);
   // Words of the same kind lie side by side, so that a warp's accesses to shared memory do not collide.

@@ -36,7 +36,7 @@ def isa() -> str:
 
 
 @functools.lru_cache
-def _cuda_why_not(index: int) -> str | None:
+def _ask_cuda(index: int) -> str | None:
     if torch.version.hip:
         return "it has no kernels for AMD GPUs"
     if not hasattr(_C, "cuda_archs"):
@@ -45,6 +45,12 @@ def _cuda_why_not(index: int) -> str | None:
     reason = _C.cuda_why_not(index)
     capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
     return f"it was built for {_C.cuda_archs} and this GPU is {capability} ({reason})" if reason else None
+
+
+@torch.compiler.assume_constant_result
+def _cuda_why_not(index: int) -> str | None:
+    """For torch.compile, which sees through a cache but not into a compiled module."""
+    return _ask_cuda(index)
 
 
 def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:
