@@ -1,7 +1,8 @@
 """Compile csrc/ into nft_kernels._C with ninja. No torch is needed: the module takes raw pointers.
 
 Environment: NFT_KERNELS_CPU=0 (pure Python), NFT_KERNELS_CUDA unset/1/0 (when nvcc is there / required / skip),
-NFT_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST (such as "8.0;9.0a"), MAX_JOBS, CXX, NVCC.
+NFT_CUDA_ARCHS or TORCH_CUDA_ARCH_LIST (such as "8.0;9.0a"), MAX_JOBS, CXX, NVCC, and NFT_KERNELS_SANITIZE (such as
+"address,undefined") for the C++ kernels' own tests.
 """
 
 import os
@@ -72,12 +73,14 @@ class NinjaBuild(build_ext):
         includes = f"-I{pybind11.get_include()} -I{get_paths()['include']} -I{ROOT / 'csrc'}"
         isas = {"baseline": ""} | (X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {})
         names = [n for n in isas if n != "baseline"]
+        wanted = os.environ.get("NFT_KERNELS_SANITIZE")
+        sanitize = f"-fsanitize={wanted} -fno-omit-frame-pointer -g" if wanted else ""
         rules = [
             f"cxx = {cxx}",
             # No contraction to fused multiply-add: where v_theta = v_old and r = 1/2 the two branches cancel exactly,
             # and every instruction set gives the same bits.
             "flags = -std=c++17 -O3 -ffp-contract=off -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall "
-            f"{includes}",
+            f"{sanitize} {includes}",
             "rule cxx",
             "  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -118,7 +121,7 @@ class NinjaBuild(build_ext):
                 compile_to(f"{source}_{isa}.o", "cxx", f"cpu/{source}.cpp", f"-DNFT_ISA={isa} {flags}")
         rules += [
             "rule link",
-            "  command = $cxx -shared -fopenmp $in -o $out $libraries",
+            f"  command = $cxx {sanitize} -shared -fopenmp $in -o $out $libraries",
             f"build {target}: link {' '.join(objects)}",
             f"  libraries = {libraries}",
         ]

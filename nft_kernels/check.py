@@ -104,7 +104,12 @@ def _check_loss(backend: str, dtype: torch.dtype, device: str) -> Comparison:
     t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], device=device)
     r = torch.tensor([0.0, 1.0, 0.5, 0.3, 0.7], device=device)
     v_theta, v_old, x_t, x0, v_ref = x
-    results = compare_nft_loss(v_theta, v_old, x_t, x0, t, r, v_ref=v_ref, kl_weight=0.01, beta=0.7, backend=backend)
+    results = []
+    for prediction, kl_space in (("v", "v"), ("x0", "x0"), ("eps", "x0")):
+        options = {"v_ref": v_ref, "kl_weight": 0.01, "beta": 0.7, "prediction": prediction, "kl_space": kl_space}
+        # An x0 prediction cannot be had from eps at t = 1.
+        results += compare_nft_loss(v_theta, v_old, x_t, x0, 0.9 * t if prediction == "eps" else t, r,
+                                    backend=backend, **options)  # fmt: skip
     return max(results, key=lambda c: c.error / c.bound)
 
 
@@ -139,29 +144,30 @@ def _check_step(backend: str, dtype: torch.dtype, device: str) -> Comparison:
 
 
 def main() -> int:
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    devices, reasons = {"reference": "cpu"}, {}
-    for backend, device in (("native", "cpu"), ("triton", gpu)):
-        reason = load(backend).why_not([torch.empty(0, device=device)])
+    gpu = ["cuda"] if torch.cuda.is_available() else []
+    candidates = [("reference", "cpu"), ("native", "cpu"), *(("native", d) for d in gpu), ("triton", (gpu or ["cpu"])[0])]
+    places, reasons = [], {}
+    for backend, device in candidates:
+        reason = None if backend == "reference" else load(backend).why_not([torch.empty(0, device=device)])
         if reason is None:
-            devices[backend] = device
+            places.append((backend, device))
         else:
-            reasons[backend] = reason
+            reasons[backend, device] = reason
     rows = []
-    for backend, device in devices.items():
+    for backend, device in places:
         for op, check in (("add_noise", _check_noise), ("nft_loss", _check_loss), ("solver_step", _check_step)):
             for dtype in _DTYPES:
                 try:
                     worst = check(backend, dtype, device)
-                    rows.append((op, backend, str(dtype)[6:], f"{worst.error:.2e}", f"{worst.bound:.2e}", worst.passed))
+                    rows.append((op, f"{backend} {device}", str(dtype)[6:], f"{worst.error:.2e}", f"{worst.bound:.2e}", worst.passed))
                 except KernelMismatchError as error:
-                    rows.append((op, backend, str(dtype)[6:], str(error), "", False))
-    line = "{:11} {:10} {:9} {:>12} {:>10}  {}"
+                    rows.append((op, f"{backend} {device}", str(dtype)[6:], str(error), "", False))
+    line = "{:11} {:13} {:9} {:>12} {:>10}  {}"
     print(line.format("op", "backend", "dtype", "worst error", "bound", "pass"))
     for row in rows:
         print(line.format(*row[:5], "yes" if row[5] else "NO"))
-    for backend, reason in reasons.items():
-        print(f"{backend} was not checked: {reason}")
+    for (backend, device), reason in reasons.items():
+        print(f"{backend} {device} was not checked: {reason}")
     return 0 if all(row[5] for row in rows) else 1
 
 

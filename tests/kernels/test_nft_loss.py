@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nft_kernels import nft_loss
+from nft_kernels import add_noise, nft_loss
 from nft_kernels.backends import load, native
 from nft_kernels.reference.nft_loss import Options
 from nft_kernels.check import KernelMismatchError, compare_nft_loss
@@ -309,3 +309,22 @@ def test_bad_input_is_named(change, error, message):
     good = dict(zip(("v_theta", "v_old", "x_t", "x0"), x, strict=False)) | {"t": t, "r": r}
     with pytest.raises(error, match=message):
         nft_loss(**(good | change))
+
+
+@pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 * 2**30, reason="needs 16 GB of memory")
+def test_a_sample_above_two_to_the_31(kernels):
+    """All tensors are one: e+- = -t x, which is 0 but for the last element, beyond the reach of 32-bit indices."""
+    if kernels == "triton" and not torch.cuda.is_available():
+        pytest.skip("the interpreter is too slow")
+    n = 2**31 + 5
+    x = torch.zeros(1, n, dtype=torch.bfloat16)
+    x[0, -1] = 1
+    leaf, t, r = x.requires_grad_(), torch.full((1,), 0.5), torch.ones(1)
+    out = nft_loss(leaf, *[x.detach()] * 3, t, r, backend=kernels)
+    out.loss.backward()
+    # w+- is clamped at 1e-5, so l+- = t^2 / n / w.
+    assert out.positive_loss.item() == pytest.approx(0.25 / n / 1e-5, rel=1e-5)
+    assert leaf.grad[0, -1].item() == pytest.approx(2 * M * 0.25 / n / 1e-5, rel=0.01)
+    assert leaf.grad[0, : 2**31].count_nonzero() == 0
+    x_t = add_noise(x.detach(), t, noise=x.detach(), backend=kernels)
+    assert x_t[0, -1] == 1 and x_t[0, :-1].count_nonzero() == 0

@@ -1,0 +1,46 @@
+"""The benchmark command: what it measures is checked, and what became slower is reported."""
+
+import json
+
+import pytest
+
+from nft_kernels import bench
+
+
+def run(tmp_path, *arguments):
+    path = tmp_path / "results.json"
+    code = bench.main([*arguments, "--batches", "2", "--seconds", "0.01", "--device", "cpu", "--json", str(path)])
+    return code, json.loads(path.read_text())
+
+
+def test_every_op_and_mode_is_checked_and_timed(tmp_path):
+    providers = ["eager", "reference", "native"]
+    code, report = run(
+        tmp_path, "--ops", "nft_loss", "add_noise", "solver_step", "--modes", *bench.MODES, "--dtypes", "float32",
+        "--providers", *providers, "--csv", str(tmp_path / "r.csv"), "--caches", "warm", "cold",
+    )  # fmt: skip
+    rows = report["results"]
+    assert code == 0 and all(row["check"] for row in rows)
+    assert {(r["op"], r["mode"]) for r in rows if r["op"] == "nft_loss"} == {("nft_loss", m) for m in bench.MODES}
+    assert {r["op"] for r in rows} == {"nft_loss", "add_noise", "solver_step"}
+    assert all(0 < r["p20"] <= r["median"] <= r["p80"] and r["over_eager"] > 0 for r in rows)
+    assert len((tmp_path / "r.csv").read_text().splitlines()) == 1 + len(rows)
+    assert {"command", "date", "device", "versions"} <= set(report)
+
+
+def test_no_speed_up_is_reported_for_wrong_numbers(tmp_path, monkeypatch):
+    right = bench.nft_loss
+    monkeypatch.setattr(bench, "nft_loss", lambda *a, **k: right(*a, **k, beta=0.9))
+    code, report = run(tmp_path, "--dtypes", "float32", "--providers", "eager", "reference")
+    wrong = next(row for row in report["results"] if row["provider"] == "reference")
+    assert code == 1 and not wrong["check"] and wrong["over_eager"] is None
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.05, 0), (1.5, 1)])
+def test_comparison_of_two_files(tmp_path, capsys, factor, code):
+    _, report = run(tmp_path, "--dtypes", "float32", "--providers", "eager")
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    report["results"][0]["median"] *= factor
+    (tmp_path / "new.json").write_text(json.dumps(report))
+    assert bench.main(["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == code
+    assert ("became" in capsys.readouterr().out) and code in (0, 1)
