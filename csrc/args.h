@@ -66,8 +66,8 @@ struct LossArgs {
 };
 
 struct NoiseArgs {
-  View x0, noise, out;
-  bool has_noise, double_math;
+  View x0, noise, out, wide;
+  bool has_noise, want_wide, double_math;
   int64_t batch, elements;
   Vector t;
   const int64_t *seed, *sample;

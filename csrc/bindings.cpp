@@ -130,9 +130,9 @@ PYBIND11_MODULE(_C, m) {
     dispatch(where, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss), NFT_CUDA(nft_loss));
   });
   m.def("add_noise", [](const Where& where, const Tensor& x0, const std::optional<Tensor>& noise,
-                        const Tensor& out, bool double_math, int64_t batch, int64_t elements,
-                        const PerSample& t, uintptr_t seed, uintptr_t sample) {
-    NoiseArgs a{view(x0), view(noise), view(out), noise.has_value(), double_math, batch,
+                        const Tensor& out, const std::optional<Tensor>& wide, bool double_math, int64_t batch,
+                        int64_t elements, const PerSample& t, uintptr_t seed, uintptr_t sample) {
+    NoiseArgs a{view(x0), view(noise), view(out), view(wide), noise.has_value(), wide.has_value(), double_math, batch,
                 elements, vector(t), pointer<int64_t>(seed), pointer<int64_t>(sample)};
     dispatch(where, a, baseline::add_noise, NFT_AVX2(add_noise), NFT_AVX512(add_noise), NFT_CUDA(add_noise));
   });

@@ -261,6 +261,7 @@ void noise(const NoiseArgs& a) {
       const T t = static_cast<T>(value(a.t, b)), keep = static_cast<T>(1 - value(a.t, b));
       for (int64_t k = 0; k < count; ++k) buf.grad[k] = keep * x0[k] + t * eps[k];
       store(a.out, b, start, count, buf.grad);
+      if (a.want_wide) store(a.wide, b, start, count, buf.grad);
     }
   }
 }

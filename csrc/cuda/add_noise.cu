@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) out.v[j] = keep * x0.v[j] + t * eps.v[j];
       store<T, kPacked>(a.out, b, pack, a.elements, out);
+      if (a.want_wide) store<T, kPacked>(a.wide, b, pack, a.elements, out);
     }
   }
 }
@@ -41,7 +42,7 @@ std::string why_not(int device) {
 
 void add_noise(const NoiseArgs& a, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  choose_variant(a.double_math, a.batch, a.elements, {&a.x0, &a.noise, &a.out}, [&](auto zero, auto is_packed) {
+  choose_variant(a.double_math, a.batch, a.elements, {&a.x0, &a.noise, &a.out, &a.wide}, [&](auto zero, auto is_packed) {
     using T = decltype(zero);
     const Slices slices = slices_of(a.batch, packs_of<T>(a.elements));
     launch(add_noise_kernel<T, is_packed.value>, shape_of(a.batch, slices), queue, a, slices);

@@ -170,15 +170,16 @@ def add_noise(
     seed: Tensor | None,
     sample: Tensor | None,
     noise: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
-    out = torch.empty_like(x0, dtype=out_dtype)
+    out: Tensor,
+    wide: Tensor,
+) -> None:
+    """Write x_t into ``out``, and into ``wide`` unless it is empty; one of ``seed`` and ``noise`` is given."""
     _C.add_noise(
         _where(x0.device),
         _describe(x0),
         _describe(noise),
         _describe(out),
+        _describe(wide if wide.numel() else None),
         compute_dtype(x0, noise) == torch.float64,
         len(x0),
         x0.numel() // len(x0),
@@ -186,7 +187,6 @@ def add_noise(
         0 if seed is None else seed.data_ptr(),
         0 if sample is None else sample.data_ptr(),
     )
-    return out
 
 
 def solver_step(

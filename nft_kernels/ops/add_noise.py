@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backends import choose, load
 from ..reference import add_noise as reference
+from ..reference import compute_dtype
 from . import _validate
+
+
+def _outputs(x0: Tensor, noise: Tensor | None, out_dtype: torch.dtype, keep_wide: bool) -> tuple[Tensor, Tensor]:
+    """Room for x_t and for its copy in the dtype it is computed in; an empty tensor where that is not wanted."""
+    dtype = compute_dtype(x0, noise)
+    return torch.empty_like(x0, dtype=out_dtype), (
+        torch.empty_like(x0, dtype=dtype) if keep_wide else x0.new_empty(0, dtype=dtype)
+    )
 
 
 def _run(
@@ -17,23 +28,26 @@ def _run(
     sample: Tensor | None,
     noise: Tensor | None,
     out_dtype: torch.dtype,
+    keep_wide: bool,
     backend: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    out, wide = _outputs(x0, noise, out_dtype, keep_wide)
     if backend != "reference":
-        return load(backend).add_noise(x0, t, seed, sample, noise, out_dtype)
+        load(backend).add_noise(x0, t, seed, sample, noise, out, wide)
+        return out, wide
     if noise is None:
         assert seed is not None and sample is not None
         noise = reference.normals(seed, sample, x0[0].numel()).view(x0.shape)
-    out = torch.empty_like(x0, dtype=out_dtype)
-    return out.copy_(reference.add_noise(x0, t, noise, out_dtype))
+    x_t = reference.add_noise(x0, t, noise, wide.dtype)
+    return out.copy_(x_t), wide.copy_(x_t) if keep_wide else wide
 
 
 _op = torch.library.custom_op("nft_kernels::add_noise", _run, mutates_args=())
 
 
 @_op.register_fake
-def _fake(x0, t, seed, sample, noise, out_dtype, backend):
-    return torch.empty_like(x0, dtype=out_dtype)
+def _fake(x0, t, seed, sample, noise, out_dtype, keep_wide, backend):
+    return _outputs(x0, noise, out_dtype, keep_wide)
 
 
 def add_noise(
@@ -43,8 +57,9 @@ def add_noise(
     seed: int | Tensor | None = None,
     noise: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    keep_wide: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Any:
     """Noise clean latents: x_t = (1-t) x0 + t eps (rectified flow, t = 1 is noise).
 
     The result carries no gradient: clean latents are data.
@@ -57,10 +72,12 @@ def add_noise(
             in and of the number of processes.
         noise: eps itself, of x0's shape. Exactly one of ``seed`` and ``noise`` must be given.
         out_dtype: dtype of x_t; that of x0 by default.
+        keep_wide: also return x_t in the dtype it is computed in, float32 unless an input is float64: the model is
+            given the first, the loss the second.
         backend: ``auto``, ``native``, ``triton`` or ``reference``.
 
     Returns:
-        x_t of x0's shape.
+        x_t of x0's shape; with ``keep_wide`` the pair of it and its wide copy.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
@@ -78,4 +95,5 @@ def add_noise(
         noise = noise.detach()
     backend = choose(backend, x0)
     run = _op if torch.compiler.is_compiling() else _run
-    return run(x0.detach(), t.detach(), seeds, sample, noise, out_dtype, backend)
+    x_t, wide = run(x0.detach(), t.detach(), seeds, sample, noise, out_dtype, keep_wide, backend)
+    return (x_t, wide) if keep_wide else x_t

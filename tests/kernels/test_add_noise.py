@@ -62,6 +62,16 @@ def test_per_sample_seeds_do_not_depend_on_the_batch(backend):
     assert not torch.equal(whole, add_noise(x0, t, seed=seeds + 1, backend=backend))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_wide_copy_is_what_the_result_was_rounded_from(backend, dtype):
+    x0, t = torch.randn(3, 4, 9).to(dtype), torch.tensor([0.2, 0.5, 0.9])
+    x_t, wide = add_noise(x0, t, seed=3, keep_wide=True, backend=backend)
+    assert wide.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(wide, add_noise(x0, t, seed=3, out_dtype=wide.dtype, backend=backend))
+    # Either neighbour: Triton's interpreter truncates where hardware rounds to nearest.
+    assert ((x_t.double() - wide.double()).abs() <= torch.finfo(dtype).eps * wide.double().abs()).all()
+
+
 def test_compiles_and_passes_opcheck(backend):
     x0, t, noise = torch.randn(2, 9), torch.rand(2), torch.randn(2, 9)
 
@@ -69,7 +79,7 @@ def test_compiles_and_passes_opcheck(backend):
         return add_noise(x, t, noise=noise, backend=backend)
 
     assert torch.equal(torch.compile(run, fullgraph=True, backend="aot_eager")(x0), run(x0))
-    args = (x0, t, None, None, noise, torch.float32, backend)
+    args = (x0, t, None, None, noise, torch.float32, True, backend)
     torch.library.opcheck(torch.ops.nft_kernels.add_noise.default, args)
 
 

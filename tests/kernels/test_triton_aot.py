@@ -51,8 +51,8 @@ def launch_all(backend, dtype, strided):
     t, seeds, none = torch.ones(4), torch.zeros(4, dtype=torch.int64), x.new_empty(0)
     for outer, options in ((None, Options(kl_weight=0.1)), (t.double(), Options(prediction="eps", weighting="t"))):
         backend.nft_loss(x, v, u, h, t, t, g, t.double(), None, None, outer, options, grad_dtype=dtype)
-    backend.add_noise(x, t, seeds, seeds, None, dtype)
-    backend.add_noise(x, t, None, None, v, dtype)
+    backend.add_noise(x, t, seeds, seeds, None, tensor(), none)
+    backend.add_noise(x, t, None, None, v, tensor(), tensor().float())
     all_of_it, euler = Coefficients(1, [0.1, 0.2, 0.3], 0.5, 1, -0.5, 0.5, 4), Coefficients(1, [0.1], 0, 0, 1, 0.5, 1)
     backend.solver_step(x, v, u, None, [h, g], seeds, seeds, all_of_it, tensor(), tensor(), tensor(), t.double())
     backend.solver_step(x, v, None, None, [], None, None, euler, tensor(), none, none, none)

@@ -18,6 +18,7 @@ def _add_noise(
     seed,
     word,
     out,
+    wide,
     elements: tl.int64,
     item_bytes: tl.constexpr,
     dtype: tl.constexpr,
@@ -31,6 +32,8 @@ def _add_noise(
     time = scalar(t, sample, dtype)
     x_t = (1 - time) * load(x0, sample, start, inside, dtype, BLOCK) + time * eps
     store(out, sample, start, inside, x_t, BLOCK)
+    if wide is not None:
+        store(wide, sample, start, inside, x_t, BLOCK)
 
 
 def add_noise(
@@ -39,10 +42,10 @@ def add_noise(
     seed: Tensor | None,
     sample: Tensor | None,
     noise: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x_t in ``out_dtype`` with x0's layout; exactly one of ``seed`` (with ``sample``) and ``noise`` is given."""
-    out = torch.empty_like(x0, dtype=out_dtype)
+    out: Tensor,
+    wide: Tensor,
+) -> None:
+    """Write x_t into ``out``, and into ``wide`` unless it is empty; one of ``seed`` and ``noise`` is given."""
     with torch.cuda.device_of(x0):
         _add_noise[blocks_of(x0)](
             view(x0),
@@ -51,8 +54,8 @@ def add_noise(
             seed,
             sample,
             view(out),
+            maybe(wide),
             x0.numel() // len(x0),
             item_bytes(x0, noise, out),
             compute(compute_dtype(x0, noise)),
         )
-    return out
