@@ -91,14 +91,15 @@ def train(
 def pretrain(
     output: Annotated[Path, typer.Argument(help="folder to write the pipeline to")],
     seed: int = 0,
-    flow_steps: int = 6000,
-    wrong_share: Annotated[float, typer.Option(help="share of pictures with another picture's caption")] = 0.5,
+    flow_steps: Annotated[int, typer.Option(help="steps on true captions")] = 8000,
+    wrong_steps: Annotated[int, typer.Option(help="steps on partly wrong captions")] = 300,
+    wrong_share: Annotated[float, typer.Option(help="share of pictures with another picture's caption")] = 0.65,
 ) -> None:
     """Make the base policy of the shapes world."""
     from .worlds.shapes.pretrain import pretrain as run
 
     try:
-        run(output, seed=seed, flow_steps=flow_steps, wrong_share=wrong_share)
+        run(output, seed=seed, flow_steps=flow_steps, wrong_steps=wrong_steps, wrong_share=wrong_share)
     except ValueError as error:
         raise _fail(error) from None
 

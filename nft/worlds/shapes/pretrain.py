@@ -138,9 +138,9 @@ def pretrain(
     pictures: int = 24_000,
     vae_steps: int = 1_000,
     flow_steps: int = 8_000,
-    wrong_steps: int = 1_000,
+    wrong_steps: int = 300,
     batch: int = 64,
-    wrong_share: float = 0.7,
+    wrong_share: float = 0.65,
 ) -> StableDiffusion3Pipeline:
     """Train the tiny pipeline and save it with ``save_pretrained`` in float16.
 
@@ -163,7 +163,7 @@ def pretrain(
         latents = _encode(pipeline, data)
         for name, share, steps, rate in (
             ("true captions", 0.0, flow_steps, 2e-3),
-            ("wrong captions", wrong_share, wrong_steps, 1e-3),
+            ("wrong captions", wrong_share, wrong_steps, 5e-4),
         ):
             captions = _captions(entries, share, rng)
             _train_flow(
