@@ -45,6 +45,8 @@ class Config(BaseModel):
     """Pictures per prompt, among which rewards are compared."""
     rollout_steps: int = Field(10, gt=0)
     rollout_solver: Solver = "euler"
+    rollout_options: dict[str, float] = {}
+    """The solver's own options, such as ``{eta: 0.5}``."""
     rollout_batch: int = Field(96, gt=0)
     max_sequence_length: int = Field(10, gt=0)
 

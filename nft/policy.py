@@ -168,6 +168,20 @@ class Policy:
         state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
 
+    @staticmethod
+    def find_adapter(folder: Path) -> Path:
+        """The folder of the trained adapter in a run, a checkpoint, or itself.
+
+        Raises:
+            FileNotFoundError: none of these.
+        """
+        for candidate in (folder, folder / "default", folder / "checkpoint" / "default"):
+            if (candidate / "adapter_model.safetensors").is_file():
+                return candidate
+        raise FileNotFoundError(
+            f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, or a folder with adapter_model.safetensors"
+        )
+
     def load_adapter(self, adapter: str, folder: Path) -> None:
         """Read one adapter that ``save_adapter`` wrote."""
         set_peft_model_state_dict(

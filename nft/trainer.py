@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nft_kernels import add_noise, group_advantages, nft_loss, optimality_probability
 from nft_kernels.check import compare_nft_loss
+from nft_kernels.solvers import table
 
 from .config import Config
 from .policy import Policy, old_policy_decay
@@ -34,6 +35,7 @@ class Trainer:
         Raises:
             FileExistsError: a folder that holds a run already, without ``resume``.
             FileNotFoundError: ``resume`` without a checkpoint, or a pipeline that cannot be loaded.
+            ValueError, TypeError: a device, resolution or solver option that cannot be used.
         """
         checkpoint = folder / "checkpoint"
         if resume and not checkpoint.is_dir():
@@ -50,6 +52,7 @@ class Trainer:
         )
         self.ema = EMAModel(self.policy.trained, decay=0.9)
         self.grid = times(config.rollout_steps, self.policy.pipeline.scheduler.config.shift)
+        table(config.rollout_solver, self.grid.tolist(), **config.rollout_options)
         self.epoch = self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -69,7 +72,7 @@ class Trainer:
         prompts = [entry["prompt"] for entry in entries]
         seeds = [rng.getrandbits(62) for _ in entries]
         with self.policy.merged("old"):
-            x0 = rollout(self.policy, prompts, seeds, self.grid, c.rollout_solver, c.rollout_batch)
+            x0 = rollout(self.policy, prompts, seeds, self.grid, c.rollout_solver, c.rollout_batch, **c.rollout_options)
         scores = self.task.score(self.policy.decode(x0), entries)
         ids = torch.arange(c.prompts_per_epoch).repeat_interleave(c.group_size)
         advantages = group_advantages(scores[:, 0], ids, std=c.advantage_std)

@@ -130,6 +130,17 @@ def test_missing_gpu_is_named(pipeline):
         Policy(settings(pipeline, "device=cuda"))
 
 
+def test_solver_options_reach_the_solver_and_are_checked_before_any_work(pipeline, tmp_path):
+    with pytest.raises(TypeError, match="eta"):
+        Trainer(settings(pipeline, "rollout_solver=euler", "rollout_options={eta: 0.5}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    latents = [
+        Trainer(settings(pipeline, "rollout_solver=ddim", f"rollout_options={{eta: {eta}}}"), tmp_path / eta).sample()
+        for eta in ("0.0", "0.9")
+    ]
+    assert not torch.equal(latents[0]["x0"], latents[1]["x0"])
+
+
 @pytest.mark.parametrize("resolution", [40, 80])
 def test_a_resolution_that_the_transformer_does_not_take_is_named(pipeline, resolution):
     with pytest.raises(ValueError, match=f"resolution: got {resolution}, accepted are multiples of 16 up to 64"):
