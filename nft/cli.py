@@ -1,4 +1,4 @@
-"""Command line: ``nft train``, ``nft pretrain``, ``nft solvers``."""
+"""Command line: ``nft train``, ``nft sample``, ``nft pretrain``, ``nft solvers``."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train(
 
     try:
         trainer = Trainer(settings, folder, resume=resume)
-    except (FileExistsError, FileNotFoundError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, ValueError, TypeError) as error:
         raise _fail(error) from None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     seen: dict[str, float] = {}
@@ -88,17 +88,78 @@ def train(
 
 
 @app.command()
+def sample(
+    prompts: Annotated[list[str] | None, typer.Argument(help="prompts, each of which is drawn")] = None,
+    file: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
+    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value setting, such as device=cuda")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="run, checkpoint or LoRA folder; none is the base")] = None,
+    solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of the first picture of every prompt")] = 0,
+    output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
+) -> None:
+    """Draw pictures of prompts."""
+    import json
+
+    from .config import ConfigError, load_config
+
+    lines = [*(prompts or [])]
+    try:
+        if file is not None:
+            lines += [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
+        settings = load_config(config, override)
+        _quieten_libraries()
+        from .policy import Policy
+
+        adapter = None if checkpoint is None else Policy.find_adapter(checkpoint)
+        if adapter is not None:
+            lora = json.loads((adapter / "adapter_config.json").read_text())
+            settings = settings.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]})
+        from nft_kernels.solvers import schedule, table
+
+        table(solver, schedule(steps))
+        policy = Policy(settings)
+    except (ConfigError, OSError, ValueError) as error:
+        raise _fail(error) from None
+    from PIL import Image
+
+    from .report import save_grid
+    from .rollout import rollout, times
+
+    if adapter is not None:
+        policy.load_adapter("default", adapter)
+    entries = [line for line in lines for _ in range(per_prompt)]
+    seeds = [seed + i for _ in lines for i in range(per_prompt)]
+    grid = times(steps, policy.pipeline.scheduler.config.shift)
+    with _console.status(f"drawing {len(entries)} pictures"), policy.merged("default"):
+        pictures = policy.decode(
+            rollout(policy, entries, seeds, grid, solver, settings.rollout_batch, guidance=guidance)
+        ).cpu()
+    output.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.numpy()).save(output / f"{i:04d}_seed{seeds[i]}.png")
+    save_grid(pictures, entries, output / "grid.png")
+    _console.print(f"{len(entries)} pictures: {output}")
+
+
+@app.command()
 def pretrain(
     output: Annotated[Path, typer.Argument(help="folder to write the pipeline to")],
     seed: int = 0,
-    flow_steps: int = 6000,
-    wrong_share: Annotated[float, typer.Option(help="share of pictures with another picture's caption")] = 0.5,
+    flow_steps: Annotated[int, typer.Option(help="steps on true captions")] = 8000,
+    wrong_steps: Annotated[int, typer.Option(help="steps on partly wrong captions")] = 300,
+    wrong_share: Annotated[float, typer.Option(help="share of pictures with another picture's caption")] = 0.65,
 ) -> None:
     """Make the base policy of the shapes world."""
     from .worlds.shapes.pretrain import pretrain as run
 
     try:
-        run(output, seed=seed, flow_steps=flow_steps, wrong_share=wrong_share)
+        run(output, seed=seed, flow_steps=flow_steps, wrong_steps=wrong_steps, wrong_share=wrong_share)
     except ValueError as error:
         raise _fail(error) from None
 

@@ -45,8 +45,10 @@ class Config(BaseModel):
     """Pictures per prompt, among which rewards are compared."""
     rollout_steps: int = Field(10, gt=0)
     rollout_solver: Solver = "euler"
+    rollout_options: dict[str, float] = {}
+    """The solver's own options, such as ``{eta: 0.5}``."""
     rollout_batch: int = Field(96, gt=0)
-    max_sequence_length: int = Field(12, gt=0)
+    max_sequence_length: int = Field(10, gt=0)
 
     timesteps_per_sample: int = Field(3, gt=0)
     """How many of the rollout's times each picture is trained on in an epoch."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,7 +43,7 @@ class Policy:
 
         Raises:
             FileNotFoundError: weights that are neither on disk nor reachable.
-            ValueError: a device that this machine lacks.
+            ValueError: a device that this machine lacks, or a resolution that the transformer does not take.
         """
         pipeline = config.pipeline
         source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
@@ -57,6 +60,10 @@ class Policy:
             raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer
+        unit = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
+        largest = unit * self.transformer.config.pos_embed_max_size
+        if config.resolution and (config.resolution % unit or config.resolution > largest):
+            raise ValueError(f"resolution: got {config.resolution}, accepted are multiples of {unit} up to {largest}")
         for module in (self.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             module.requires_grad_(False).eval()
         if self.pipeline.text_encoder_3 is not None:
@@ -100,11 +107,28 @@ class Policy:
         for parameter in self._old:
             parameter.requires_grad_(False)
 
+    @contextmanager
+    def merged(self, adapter: str) -> Iterator[None]:
+        """Evaluate with an adapter's product added to copies of the adapted weights, which saves its two extra matrix
+        products a layer. The sum is taken in float32; the base weights themselves are set aside and put back."""
+        self.use(None)
+        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
+        base = [layer.base_layer.weight.data for layer in layers]
+        try:
+            for layer, weight in zip(layers, base, strict=True):
+                layer.base_layer.weight.data = (weight.float() + layer.get_delta_weight(adapter)).to(weight.dtype)
+            yield
+        finally:
+            for layer, weight in zip(layers, base, strict=True):
+                layer.base_layer.weight.data = weight
+            self.use("default")
+
     @torch.no_grad()
     def update_old(self, decay: float) -> None:
         """theta_old <- decay theta_old + (1-decay) theta."""
         for old, new in zip(self._old, self.trained, strict=True):
             old.lerp_(new, 1 - decay)
+        self.old_is_current = decay == 0
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -143,6 +167,20 @@ class Policy:
         self.lora.save_pretrained(folder)
         state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+
+    @staticmethod
+    def find_adapter(folder: Path) -> Path:
+        """The folder of the trained adapter in a run, a checkpoint, or itself.
+
+        Raises:
+            FileNotFoundError: none of these.
+        """
+        for candidate in (folder, folder / "default", folder / "checkpoint" / "default"):
+            if (candidate / "adapter_model.safetensors").is_file():
+                return candidate
+        raise FileNotFoundError(
+            f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, or a folder with adapter_model.safetensors"
+        )
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
         """Read one adapter that ``save_adapter`` wrote."""

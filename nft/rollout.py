@@ -27,6 +27,8 @@ def rollout(
     grid: Sequence[float] | Tensor,
     solver: str,
     batch: int,
+    *,
+    guidance: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Clean latents (B, C, H, W), one per prompt and seed. Only the final latents are kept.
@@ -37,6 +39,8 @@ def rollout(
         grid: falling times from 1 to 0.
         solver: a name in ``nft_kernels.solvers.SOLVERS``.
         batch: pictures per evaluation.
+        guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step; none when
+            None. DiffusionNFT's rollouts use none.
         options: the solver's own, such as ``eta``.
 
     Raises:
@@ -51,8 +55,10 @@ def rollout(
         ones = torch.ones(count, device=policy.device)
         x = add_noise(torch.zeros(count, *policy.latent_shape, device=policy.device), ones, seed=keys)
         history: tuple[Tensor, ...] = ()
+        empty = None if guidance is None else policy.embed([""] * count)
         for i, t in enumerate(steps.times):
             v = policy.velocity(x, t * ones, embeds, pooled)
-            x, history, *_ = solver_step(steps, i, x, v, history, seed=keys)
+            v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
+            x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
         finished.append(x)
     return torch.cat(finished)

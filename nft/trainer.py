@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nft_kernels import add_noise, group_advantages, nft_loss, optimality_probability
 from nft_kernels.check import compare_nft_loss
+from nft_kernels.solvers import table
 
 from .config import Config
 from .policy import Policy, old_policy_decay
@@ -34,6 +35,7 @@ class Trainer:
         Raises:
             FileExistsError: a folder that holds a run already, without ``resume``.
             FileNotFoundError: ``resume`` without a checkpoint, or a pipeline that cannot be loaded.
+            ValueError, TypeError: a device, resolution or solver option that cannot be used.
         """
         checkpoint = folder / "checkpoint"
         if resume and not checkpoint.is_dir():
@@ -50,6 +52,7 @@ class Trainer:
         )
         self.ema = EMAModel(self.policy.trained, decay=0.9)
         self.grid = times(config.rollout_steps, self.policy.pipeline.scheduler.config.shift)
+        table(config.rollout_solver, self.grid.tolist(), **config.rollout_options)
         self.epoch = self.step = 0
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -68,8 +71,8 @@ class Trainer:
         entries = [entry for entry in chosen for _ in range(c.group_size)]
         prompts = [entry["prompt"] for entry in entries]
         seeds = [rng.getrandbits(62) for _ in entries]
-        self.policy.use("old")
-        x0 = rollout(self.policy, prompts, seeds, self.grid, c.rollout_solver, c.rollout_batch)
+        with self.policy.merged("old"):
+            x0 = rollout(self.policy, prompts, seeds, self.grid, c.rollout_solver, c.rollout_batch, **c.rollout_options)
         scores = self.task.score(self.policy.decode(x0), entries)
         ids = torch.arange(c.prompts_per_epoch).repeat_interleave(c.group_size)
         advantages = group_advantages(scores[:, 0], ids, std=c.advantage_std)
@@ -80,15 +83,18 @@ class Trainer:
         c, policy = self.config, self.policy
         embeds, pooled = policy.embed(prompts)
         x_t = add_noise(x0, t, seed=seeds)
+        v_old = v_ref = None
         with torch.no_grad():
-            policy.use("old")
-            v_old = policy.velocity(x_t, t, embeds, pooled)
-            v_ref = None
+            if not policy.old_is_current:
+                policy.use("old")
+                v_old = policy.velocity(x_t, t, embeds, pooled)
             if c.kl_weight > 0:
                 policy.use(None)
                 v_ref = policy.velocity(x_t, t, embeds, pooled)
         policy.use("default")
         v_theta = policy.velocity(x_t, t, embeds, pooled)
+        if v_old is None:
+            v_old = v_theta.detach()
         options = {
             "v_ref": v_ref,
             "beta": c.beta,
@@ -129,6 +135,7 @@ class Trainer:
             totals.setdefault("grad_norm", []).append(norm.item())
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.policy.old_is_current = False
             self.ema.step(self.policy.trained)
             self.step += 1
         self.epoch += 1
@@ -151,7 +158,7 @@ class Trainer:
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
         prompts = [entry["prompt"] for entry in entries]
         grid = times(c.eval_steps, self.policy.pipeline.scheduler.config.shift)
-        with self._averaged():
+        with self._averaged(), self.policy.merged("default"):
             x0 = rollout(self.policy, prompts, list(range(len(prompts))), grid, c.eval_solver, c.rollout_batch)
         pictures = self.policy.decode(x0)
         strict = self.task.score(pictures, entries)[:, 1]
@@ -176,6 +183,7 @@ class Trainer:
     def _load(self, checkpoint: Path) -> None:
         for adapter in ("default", "old"):
             self.policy.load_adapter(adapter, checkpoint / adapter)
+        self.policy.old_is_current = all(map(torch.equal, self.policy.trained, self.policy._old))
         state = torch.load(checkpoint / "state.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict(state["ema"])

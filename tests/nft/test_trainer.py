@@ -110,7 +110,7 @@ def test_half_precision_base_keeps_float32_adapters_and_trains(pipeline, tmp_pat
     assert {p.dtype for n, p in weights.items() if "lora" in n} == {torch.float32}
     before = parameters(trainer)
     data = trainer.sample()
-    assert data["x0"].dtype == torch.float32 and data["x0"].shape[1:] == trainer.policy.latent_shape == (4, 8, 8)
+    assert data["x0"].dtype == torch.float32 and data["x0"].shape[1:] == trainer.policy.latent_shape == (16, 4, 4)
     assert trainer.policy.decode(data["x0"]).shape[1:] == (32, 32, 3)
     trainer.optimize(data)
     assert any(not torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
@@ -130,6 +130,54 @@ def test_missing_gpu_is_named(pipeline):
         Policy(settings(pipeline, "device=cuda"))
 
 
+def test_solver_options_reach_the_solver_and_are_checked_before_any_work(pipeline, tmp_path):
+    with pytest.raises(TypeError, match="eta"):
+        Trainer(settings(pipeline, "rollout_solver=euler", "rollout_options={eta: 0.5}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    latents = [
+        Trainer(settings(pipeline, "rollout_solver=ddim", f"rollout_options={{eta: {eta}}}"), tmp_path / eta).sample()
+        for eta in ("0.0", "0.9")
+    ]
+    assert not torch.equal(latents[0]["x0"], latents[1]["x0"])
+
+
+@pytest.mark.parametrize("resolution", [40, 80])
+def test_a_resolution_that_the_transformer_does_not_take_is_named(pipeline, resolution):
+    with pytest.raises(ValueError, match=f"resolution: got {resolution}, accepted are multiples of 16 up to 64"):
+        Policy(settings(pipeline, f"resolution={resolution}"))
+
+
+def test_merged_weights_sample_as_the_adapter_does_and_leave_the_base_as_it_was(policy):
+    x, t = torch.randn(2, *policy.latent_shape), torch.tensor([0.2, 0.8])
+    embeds, pooled = policy.embed(["a red circle", "two blue squares"])
+    base = {n: p.clone() for n, p in policy.transformer.named_parameters() if "lora" not in n}
+    with torch.no_grad():
+        for p in policy.trained:
+            p.add_(0.05 * torch.randn_like(p))
+        policy.use("default")
+        adapted = policy.velocity(x, t, embeds, pooled)
+        with policy.merged("default"):
+            merged = policy.velocity(x, t, embeds, pooled)
+        policy.use(None)
+        assert (adapted - policy.velocity(x, t, embeds, pooled)).abs().max() > 1e-2
+    torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(KeyboardInterrupt), policy.merged("old"):
+        raise KeyboardInterrupt
+    now = dict(policy.transformer.named_parameters())
+    assert all(torch.equal(p, now[n]) for n, p in base.items())
+
+
+def test_old_policy_is_not_evaluated_while_it_equals_the_trained_one(pipeline, tmp_path, monkeypatch):
+    """With ``copy`` the first update of every epoch needs no forward of the old policy, and the rest do."""
+    trainer = Trainer(settings(pipeline, "old_policy=copy", "updates_per_epoch=2", "verify_kernels_steps=0"), tmp_path)
+    used, use = [], trainer.policy.use
+    monkeypatch.setattr(trainer.policy, "use", lambda adapter: (used.append((trainer.step, adapter)), use(adapter)))
+    for _ in range(2):
+        trainer.optimize(trainer.sample())
+    steps_with_old = {step for step, adapter in used if adapter == "old"}
+    assert steps_with_old == {1, 3}
+
+
 def test_eight_projections_are_adapted(policy):
     names = {n.split(".attn.")[1].split(".lora")[0] for n, _ in policy.transformer.named_parameters() if "lora" in n}
     assert names == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
@@ -138,7 +186,7 @@ def test_eight_projections_are_adapted(policy):
 @pytest.mark.parametrize("solver", ["euler", "heun", "unipc", "flow-sde"])
 def test_a_picture_depends_on_its_seed_and_prompt_only(policy, solver):
     policy.use(None)
-    prompts, seeds, grid = ["a red circle", "a cross", "two black squares"], [7, 8, 9], times(3, 1.0)
+    prompts, seeds, grid = ["a red circle", "a triangle", "two blue squares"], [7, 8, 9], times(3, 1.0)
     whole = rollout(policy, prompts, seeds, grid, solver, 3)
     alone = torch.cat([rollout(policy, prompts[i : i + 1], seeds[i : i + 1], grid, solver, 1) for i in range(3)])
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)

@@ -7,14 +7,12 @@ and ``pretrain`` makes the tiny Stable Diffusion 3 pipeline that is fine-tuned o
 SIZE = 64
 """Width and height of a picture in pixels."""
 
-SHAPES = ("circle", "square", "triangle", "cross")
+SHAPES = ("circle", "square", "triangle")
 
 COLORS = {
     "red": (222, 40, 40),
     "green": (40, 165, 70),
     "blue": (45, 85, 225),
     "yellow": (245, 205, 40),
-    "purple": (150, 60, 190),
-    "black": (25, 25, 30),
 }
 """Colour names and their RGB values."""

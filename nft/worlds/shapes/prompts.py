@@ -70,8 +70,10 @@ def split(held_out: bool) -> dict[str, list[dict[str, Any]]]:
 
 
 def sample(held_out: bool, per_group: int, seed: int = 0) -> list[dict[str, Any]]:
-    """At most ``per_group`` different prompts of each task group, drawn with ``seed``, group by group."""
+    """``per_group`` prompts of each task group, drawn with ``seed``, group by group; a group with fewer repeats them."""
     rng = random.Random(seed)
-    return [
-        entry for entries in split(held_out).values() for entry in rng.sample(entries, min(per_group, len(entries)))
-    ]
+    chosen = []
+    for entries in split(held_out).values():
+        order = rng.sample(entries, len(entries))
+        chosen += [order[i % len(order)] for i in range(per_group)]
+    return chosen

@@ -12,8 +12,8 @@ from . import COLORS, SHAPES, SIZE
 
 _OVERSAMPLE = 4
 _CELL = SIZE // 2
-_MARGIN = 2
-_DIAMETERS = (18, 24)
+_MARGIN = 3
+_DIAMETERS = (20, 24)
 _STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 

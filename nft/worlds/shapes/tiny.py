@@ -24,7 +24,7 @@ from transformers import (
 from . import SIZE
 from .prompts import split
 
-TEXT_LENGTH = 12
+TEXT_LENGTH = 10
 _CLIP_WIDTH = 32
 _JOINT_WIDTH = 2 * _CLIP_WIDTH
 
@@ -76,33 +76,33 @@ def _clip_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
-    """An untrained pipeline with random weights drawn from ``seed``: 64 px pictures, 64 image tokens."""
+    """An untrained pipeline with random weights drawn from ``seed``: 64 px pictures, 16 image tokens."""
     torch.manual_seed(seed)
     words = _words()
     clip, t5 = _clip_tokenizer(words), _t5_tokenizer(words)
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
-            sample_size=SIZE // 4,
+            sample_size=SIZE // 8,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            in_channels=16,
+            out_channels=16,
             num_layers=3,
-            attention_head_dim=24,
+            attention_head_dim=32,
             num_attention_heads=4,
             joint_attention_dim=_JOINT_WIDTH,
-            caption_projection_dim=96,
+            caption_projection_dim=128,
             pooled_projection_dim=2 * _CLIP_WIDTH,
-            pos_embed_max_size=SIZE // 8,
+            pos_embed_max_size=SIZE // 16,
             dual_attention_layers=(0,),
             qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(16, 32, 32),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(16, 32, 32, 32),
             layers_per_block=1,
-            latent_channels=4,
+            latent_channels=16,
             norm_num_groups=8,
             sample_size=SIZE,
             use_quant_conv=False,
