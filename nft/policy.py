@@ -179,7 +179,7 @@ class Policy:
             if (candidate / "adapter_model.safetensors").is_file():
                 return candidate
         raise FileNotFoundError(
-            f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, or a folder with adapter_model.safetensors"
+            f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, or a LoRA folder in PEFT's format"
         )
 
     def load_adapter(self, adapter: str, folder: Path) -> None:

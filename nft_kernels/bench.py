@@ -151,10 +151,11 @@ def build(
         # x' and the new entry of the history are written.
         moved = 6 * x.nbytes / 1e9
         return _selected(calls, wanted), lambda name: calls[name](), exact, exact.abs().max().item(), moved
-    leaf, *x = _inputs(case, device, 4)
+    leaf, v_old, x_t, clean = _inputs(case, device, 4)
+    x = (v_old, x_t, clean)
     t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
     compiled_loss = torch.compile(plain_loss)
-    losses = {
+    losses: dict[str, Callable[[Tensor], Tensor]] = {
         "eager": lambda leaf: plain_loss(leaf, *x, t, r),
         "compile": lambda leaf: compiled_loss(leaf, *x, t, r),
     } | {
@@ -279,6 +280,12 @@ def measure(
     return results
 
 
+def _cpu_name() -> str:
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
 def compare(old: Path, new: Path, threshold: float) -> list[str]:
     """What grew: one line for each case and provider whose median is more than ``threshold`` times the old one."""
 
@@ -351,7 +358,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threshold", type=float, default=1.1, help="of --compare")
     options = parser.parse_args(arguments)
     if options.compare:
-        slower = compare(*options.compare, options.threshold)
+        old, new = options.compare
+        slower = compare(old, new, options.threshold)
         print("\n".join(slower) or "nothing became slower")
         return 1 if slower else 0
     if options.threads:
@@ -366,14 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             itertools.product([op], modes, options.dtypes, options.shapes, options.batches, options.caches),
         ):
             print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
-            rows += [
-                asdict(case) | asdict(r) for r in measure(case, device, options.seconds, copy, options.providers)
-            ]
+            rows += [asdict(case) | asdict(r) for r in measure(case, device, options.seconds, copy, options.providers)]
     print(f"copy bandwidth {copy:.1f} GB/s")
     print(_markdown(rows))
     if options.json:
-        cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), platform.processor())
-        name = torch.cuda.get_device_name() if device.type == "cuda" else cpu.split(":")[-1].strip()
+        name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
         report = {
             "command": " ".join(["python -m nft_kernels.bench", *(arguments or sys.argv[1:])]),
             "date": datetime.date.today().isoformat(),

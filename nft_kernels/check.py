@@ -145,7 +145,12 @@ def _check_step(backend: str, dtype: torch.dtype, device: str) -> Comparison:
 
 def main() -> int:
     gpu = ["cuda"] if torch.cuda.is_available() else []
-    candidates = [("reference", "cpu"), ("native", "cpu"), *(("native", d) for d in gpu), ("triton", (gpu or ["cpu"])[0])]
+    candidates = [
+        ("reference", "cpu"),
+        ("native", "cpu"),
+        *(("native", d) for d in gpu),
+        ("triton", (gpu or ["cpu"])[0]),
+    ]
     places, reasons = [], {}
     for backend, device in candidates:
         reason = None if backend == "reference" else load(backend).why_not([torch.empty(0, device=device)])
@@ -159,7 +164,16 @@ def main() -> int:
             for dtype in _DTYPES:
                 try:
                     worst = check(backend, dtype, device)
-                    rows.append((op, f"{backend} {device}", str(dtype)[6:], f"{worst.error:.2e}", f"{worst.bound:.2e}", worst.passed))
+                    rows.append(
+                        (
+                            op,
+                            f"{backend} {device}",
+                            str(dtype)[6:],
+                            f"{worst.error:.2e}",
+                            f"{worst.bound:.2e}",
+                            worst.passed,
+                        )
+                    )
                 except KernelMismatchError as error:
                     rows.append((op, f"{backend} {device}", str(dtype)[6:], str(error), "", False))
     line = "{:11} {:13} {:9} {:>12} {:>10}  {}"

@@ -110,9 +110,7 @@ def test_activation_checkpointing():
 
 def test_compiled_training_step():
     model, (x_t, x0, v_old, t, r) = network(), batch()
-    step = torch.compile(
-        lambda x: nft_loss(model(x), v_old, x_t, x0, t, r).loss, fullgraph=True, backend="aot_eager"
-    )
+    step = torch.compile(lambda x: nft_loss(model(x), v_old, x_t, x0, t, r).loss, fullgraph=True, backend="aot_eager")
     assert_close(gradients(model, step(x_t)), expected())
 
 

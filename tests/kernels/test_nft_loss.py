@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from nft_kernels import add_noise, nft_loss
 from nft_kernels.backends import load, native
-from nft_kernels.reference.nft_loss import Options
 from nft_kernels.check import KernelMismatchError, compare_nft_loss
+from nft_kernels.reference.nft_loss import Options
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 M = 5.0
@@ -311,7 +311,9 @@ def test_bad_input_is_named(change, error, message):
         nft_loss(**(good | change))
 
 
-@pytest.mark.skipif(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 * 2**30, reason="needs 16 GB of memory")
+@pytest.mark.skipif(
+    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 16 * 2**30, reason="needs 16 GB of memory"
+)
 def test_a_sample_above_two_to_the_31(kernels):
     """All tensors are one: e+- = -t x, which is 0 but for the last element, beyond the reach of 32-bit indices."""
     if kernels == "triton" and not torch.cuda.is_available():

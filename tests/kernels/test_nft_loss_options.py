@@ -72,8 +72,10 @@ def make(shape, samples=None, seed=0):
 
 def compare(x, t, r, backend, dtype, **options):
     def cast(a):
-        return a.to(device=torch.get_default_device(), dtype=dtype) if a.is_floating_point() else a.to(
-            torch.get_default_device()
+        return (
+            a.to(device=torch.get_default_device(), dtype=dtype)
+            if a.is_floating_point()
+            else a.to(torch.get_default_device())
         )
 
     skip_unknown(backend, r, options)
@@ -238,9 +240,7 @@ def test_packed_sequences_equal_separate_ones(backend):
     kl_space=st.sampled_from(["v", "x0"]),
     seed=st.integers(0, 99),
 )
-def test_any_combination(
-    backend, shape, prediction, weighting, masked, r_shape, reduction, kl_weight, kl_space, seed
-):
+def test_any_combination(backend, shape, prediction, weighting, masked, r_shape, reduction, kl_weight, kl_space, seed):
     x, t, r = make(shape, seed=seed)
     t = 0.3 + 0.4 * t
     g = torch.Generator().manual_seed(seed)

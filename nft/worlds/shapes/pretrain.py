@@ -1,4 +1,4 @@
-"""Make the base policy of the shapes world: flow matching, first on true captions, then on captions that are often wrong.
+"""Make the base policy of the shapes world: flow matching on true captions, then on captions that are often wrong.
 
 A base model that had only seen true captions would leave reinforcement learning nothing to do, and one that had only
 seen wrong ones would have learnt too little to be improved. So the second, short phase gives a share of the pictures
@@ -21,7 +21,6 @@ from rich.progress import Progress
 from .prompts import GROUPS, split
 from .render import render
 from .tiny import TEXT_LENGTH, build_pipeline
-
 
 # Relations and colours that belong to one of two objects take longest to learn.
 _SHARES = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 4, "color_attr": 2}

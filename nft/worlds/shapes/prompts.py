@@ -70,7 +70,7 @@ def split(held_out: bool) -> dict[str, list[dict[str, Any]]]:
 
 
 def sample(held_out: bool, per_group: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``per_group`` prompts of each task group, drawn with ``seed``, group by group; a group with fewer repeats them."""
+    """``per_group`` prompts of each task group, drawn with ``seed``, group by group; small groups repeat theirs."""
     rng = random.Random(seed)
     chosen = []
     for entries in split(held_out).values():
