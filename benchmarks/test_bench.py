@@ -16,13 +16,15 @@ CASES = [
 @pytest.mark.parametrize("provider", ["eager", "native", "triton"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.mode}")
 def test_time(benchmark, case, provider):
-    calls, checked, exact, size, _ = build(case, DEVICE, [provider])
-    if provider not in calls:
+    work = build(case, DEVICE, [provider])
+    if provider not in work.calls:
         pytest.skip(f"{provider} does not run here")
-    assert (checked(provider).double() - exact).abs().max() <= 16 * torch.finfo(torch.float32).eps * size
+    assert (work.checked[provider]().double() - work.exact).abs().max() <= 16 * torch.finfo(
+        torch.float32
+    ).eps * work.size
 
     def run():
-        calls[provider]()
+        work.calls[provider]()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 

@@ -17,8 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,89 +105,87 @@ def _fused(device: torch.device, wanted: Sequence[str]) -> list[str]:
     return [n for n in names if n != "triton" or device.type == "cuda"]
 
 
-def build(
-    case: Case, device: torch.device, wanted: Sequence[str] = PROVIDERS
-) -> tuple[dict[str, Callable[[], Any]], Callable[[Any], Tensor], Tensor, float, float]:
-    """Calls to time by provider, how to read the tensor that is checked from what they return, its exact value, the
-    size its error is measured by, and the gigabytes that have to be moved."""
-    dtype = getattr(torch, case.dtype)
+class Work(NamedTuple):
+    """What one case needs: calls to time and to check by provider, the exact value, and what errors are measured by."""
+
     calls: dict[str, Callable[[], Any]]
-    if case.op == "add_noise":
-        x0, noise = _inputs(case, device, 2)
-        t = torch.linspace(0.1, 0.9, case.batch, device=device)
-        seeds = torch.arange(case.batch, device=device)
-        compiled = torch.compile(_plain_noise)
-        # PyTorch draws its noise as every trainer does; what is checked is the formula, on noise that is given.
-        calls = {
-            "eager": lambda: _plain_noise(x0, t, torch.randn_like(x0)),
-            "compile": lambda: compiled(x0, t, torch.randn_like(x0)),
-        } | {
-            name: lambda name=name: add_noise(x0, t, seed=seeds, backend=name)
-            for name in ("reference", *_fused(device, wanted))
-        }
-        exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
-        kept = {
-            name: (lambda: _plain_noise(x0, t, noise))
-            if name in ("eager", "compile")
-            else (lambda name=name: add_noise(x0, t, noise=noise, backend=name))
-            for name in calls
-        }
-        moved = 2 * x0.nbytes / 1e9
-        return _selected(calls, wanted), lambda name: kept[name](), exact, exact.abs().max().item(), moved
-    if case.op == "solver_step":
-        x, v, older, oldest = _inputs(case, device, 4)
-        solver = table("dpm++3M", schedule(10, shift=3.0))
-        i = next(i for i in range(len(solver.rows)) if solver.depth(i) == 2 and len(solver.rows[i].b) == 3)
-        row = solver.rows[i]
-        numbers = (row.a, *row.b, row.t)
-        compiled_step = torch.compile(_plain_step)
-        calls = {
-            "eager": lambda: _plain_step(x, v, older, oldest, *numbers),
-            "compile": lambda: compiled_step(x, v, older, oldest, *numbers),
-        } | {
-            name: lambda name=name: solver_step(solver, i, x, v, (older, oldest), backend=name).x
-            for name in ("reference", *_fused(device, wanted))
-        }
-        exact = _plain_step(*(y.double() for y in (x, v, older, oldest)), *numbers)
-        # x' and the new entry of the history are written.
-        moved = 6 * x.nbytes / 1e9
-        return _selected(calls, wanted), lambda name: calls[name](), exact, exact.abs().max().item(), moved
-    leaf, v_old, x_t, clean = _inputs(case, device, 4)
-    x = (v_old, x_t, clean)
-    t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
-    compiled_loss = torch.compile(plain_loss)
-    losses: dict[str, Callable[[Tensor], Tensor]] = {
-        "eager": lambda leaf: plain_loss(leaf, *x, t, r),
-        "compile": lambda leaf: compiled_loss(leaf, *x, t, r),
-    } | {
-        name: lambda leaf, name=name: nft_loss(leaf, *x, t, r, backend=name).loss
-        for name in ("reference", *_fused(device, wanted))
+    checked: dict[str, Callable[[], Tensor]]
+    exact: Tensor
+    size: float
+    gigabytes: float
+    """The least that has to be read and written."""
+
+
+def _noise_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
+    x0, noise = _inputs(case, device, 2)
+    t, seeds = torch.linspace(0.1, 0.9, case.batch, device=device), torch.arange(case.batch, device=device)
+    # PyTorch draws its noise as every trainer does; what is checked is the formula, on noise that is given.
+    calls: dict[str, Callable[[], Any]] = {}
+    checked: dict[str, Callable[[], Tensor]] = {}
+    for name, formula in (("eager", _plain_noise), ("compile", torch.compile(_plain_noise))):
+        calls[name] = partial(lambda formula: formula(x0, t, torch.randn_like(x0)), formula)
+        checked[name] = partial(formula, x0, t, noise)
+    for name in ("reference", *_fused(device, wanted)):
+        calls[name] = partial(add_noise, x0, t, seed=seeds, backend=name)
+        checked[name] = partial(add_noise, x0, t, noise=noise, backend=name)
+    exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
+    return Work(calls, checked, exact, exact.abs().max().item(), 2 * x0.nbytes / 1e9)
+
+
+def _step_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
+    x, v, older, oldest = _inputs(case, device, 4)
+    solver = table("dpm++3M", schedule(10, shift=3.0))
+    i = next(i for i, row in enumerate(solver.rows) if solver.depth(i) == 2 and len(row.b) == 3)
+    row = solver.rows[i]
+    numbers = (row.a, *row.b, row.t)
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(formula, x, v, older, oldest, *numbers)
+        for name, formula in (("eager", _plain_step), ("compile", torch.compile(_plain_step)))
     }
+    for name in ("reference", *_fused(device, wanted)):
+        calls[name] = partial(lambda name: solver_step(solver, i, x, v, (older, oldest), backend=name).x, name)
+    exact = _plain_step(*(y.double() for y in (x, v, older, oldest)), *numbers)
+    # x' and the new entry of the history are written.
+    return Work(calls, calls, exact, exact.abs().max().item(), 6 * x.nbytes / 1e9)
+
+
+def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
+    leaf, *others = _inputs(case, device, 4)
+    t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
+    fixed = (*others, t, r)
+    losses: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, "compile": torch.compile(plain_loss)}
+    for name in ("reference", *_fused(device, wanted)):
+        losses[name] = partial(lambda name, *tensors: nft_loss(*tensors, backend=name).loss, name)
     leaf.requires_grad_(case.mode != "no_grad")
-    wide = leaf.detach().double().requires_grad_()
-    (exact,) = torch.autograd.grad(plain_loss(wide, *(y.double() for y in x), t.double(), r.double()), wide)
 
-    def checked(name: str) -> Tensor:
-        probe = leaf.detach().clone().requires_grad_()
-        return torch.autograd.grad(losses[name](probe), probe)[0]
+    def gradient(loss: Callable[..., Tensor], v_theta: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        probe = v_theta.detach().clone().requires_grad_()
+        return torch.autograd.grad(loss(probe, *tensors), probe)[0]
 
-    def timed(loss: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+    def timed(loss: Callable[..., Tensor]) -> Callable[[], Any]:
         if case.mode in ("forward", "no_grad"):
-            return lambda: loss(leaf)
+            return lambda: loss(leaf, *fixed)
         if case.mode == "both":
-            return lambda: torch.autograd.grad(loss(leaf), leaf)
-        held = loss(leaf)
+            return lambda: torch.autograd.grad(loss(leaf, *fixed), leaf)
+        held = loss(leaf, *fixed)
         return lambda: torch.autograd.grad(held, leaf, retain_graph=True)
 
-    moved = (4 if case.mode in ("forward", "no_grad") else 5) * leaf.element_size() * leaf.numel() / 1e9
-    calls = {name: timed(losses[name]) for name in _selected(losses, wanted)}
-    # Near r = 1/2 the two branches cancel: their own size is what rounding is measured by.
-    size = exact.abs().max().item() + torch.finfo(dtype).smallest_normal
-    return calls, checked, exact, size, moved
+    exact = gradient(plain_loss, leaf.double(), [y.double() for y in fixed])
+    tensors = 4 if case.mode in ("forward", "no_grad") else 5
+    return Work(
+        {name: timed(losses[name]) for name in losses if name in wanted},
+        {name: partial(gradient, loss, leaf, fixed) for name, loss in losses.items()},
+        exact,
+        exact.abs().max().item(),
+        tensors * leaf.nbytes / 1e9,
+    )
 
 
-def _selected(calls: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    return {name: call for name, call in calls.items() if name in wanted}
+def build(case: Case, device: torch.device, wanted: Sequence[str] = PROVIDERS) -> Work:
+    """Inputs and calls of one case, for those of the wanted providers that run on the device."""
+    make = {"nft_loss": _loss_work, "add_noise": _noise_work, "solver_step": _step_work}[case.op]
+    work = make(case, device, wanted)
+    return work._replace(calls={name: call for name, call in work.calls.items() if name in wanted})
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -249,15 +248,15 @@ def measure(
     case: Case, device: torch.device, seconds: float, copy: float, wanted: Sequence[str] = PROVIDERS
 ) -> list[Result]:
     """Check and time every provider of one case."""
-    calls, checked, exact, size, moved = build(case, device, wanted)
-    eps = torch.finfo(getattr(torch, case.dtype)).eps
-    times = _time(calls, device, seconds, cold=case.cache == "cold")
+    work = build(case, device, wanted)
+    moved, eps = work.gigabytes, torch.finfo(getattr(torch, case.dtype)).eps
+    times = _time(work.calls, device, seconds, cold=case.cache == "cold")
     results = []
     for name, values in times.items():
-        passed = (checked(name).double() - exact).abs().max().item() <= 16 * eps * size
+        passed = (work.checked[name]().double() - work.exact).abs().max().item() <= 16 * eps * work.size
         values = sorted(values)
         median = statistics.median(values)
-        peak, launches = _peak_and_launches(calls[name], device)
+        peak, launches = _peak_and_launches(work.calls[name], device)
         results.append(
             Result(
                 name,

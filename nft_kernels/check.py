@@ -145,12 +145,7 @@ def _check_step(backend: str, dtype: torch.dtype, device: str) -> Comparison:
 
 def main() -> int:
     gpu = ["cuda"] if torch.cuda.is_available() else []
-    candidates = [
-        ("reference", "cpu"),
-        ("native", "cpu"),
-        *(("native", d) for d in gpu),
-        ("triton", (gpu or ["cpu"])[0]),
-    ]
+    candidates = [("reference", "cpu"), ("native", "cpu"), *(("native", d) for d in gpu), ("triton", *(gpu or ["cpu"]))]
     places, reasons = [], {}
     for backend, device in candidates:
         reason = None if backend == "reference" else load(backend).why_not([torch.empty(0, device=device)])

@@ -59,8 +59,19 @@ class NFTLoss(torch.nn.Module):
         sample_weight: Tensor | None = None,
     ) -> NFTLossOutput:
         """``nft_loss`` of these tensors under the module's settings."""
-        tensors = {"v_ref": v_ref, "mask": mask, "segments": segments, "sample_weight": sample_weight}
-        return nft_loss(v_theta, v_old, x_t, x0, t, r, **tensors, **self.settings)
+        return nft_loss(
+            v_theta,
+            v_old,
+            x_t,
+            x0,
+            t,
+            r,
+            v_ref=v_ref,
+            mask=mask,
+            segments=segments,
+            sample_weight=sample_weight,
+            **self.settings,
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

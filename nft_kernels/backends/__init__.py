@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from . import native
@@ -23,6 +24,12 @@ def load(backend: str) -> ModuleType:
     return triton
 
 
+def _why_not(backend: str, tensors: Sequence[Tensor], needs: Sequence[str]) -> str | None:
+    if torch._C._are_functorch_transforms_active():
+        return "transforms of torch.func see into plain PyTorch only"
+    return load(backend).why_not(tensors, needs)
+
+
 def choose(backend: str, *tensors: Tensor, needs: Sequence[str] = ()) -> str:
     """Resolve ``backend`` for these tensors and these uncommon options; NFT_KERNELS_BACKEND overrides ``auto``.
 
@@ -38,13 +45,13 @@ def choose(backend: str, *tensors: Tensor, needs: Sequence[str] = ()) -> str:
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = load(backend).why_not(tensors, needs)
+        reason = _why_not(backend, tensors, needs)
         if reason is not None:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
     candidates = ("native",) if tensors[0].device.type == "cpu" else ("native", "triton")
     for candidate in candidates:
-        if load(candidate).why_not(tensors, needs) is None:
+        if _why_not(candidate, tensors, needs) is None:
             return candidate
     return "reference"

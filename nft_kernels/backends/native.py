@@ -47,10 +47,13 @@ def _ask_cuda(index: int) -> str | None:
     return f"it was built for {_C.cuda_archs} and this GPU is {capability} ({reason})" if reason else None
 
 
-@torch.compiler.assume_constant_result
 def _cuda_why_not(index: int) -> str | None:
-    """For torch.compile, which sees through a cache but not into a compiled module."""
     return _ask_cuda(index)
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: it sees through a cache, but not into
+# a compiled module.
+_cuda_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:

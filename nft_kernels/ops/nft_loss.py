@@ -159,16 +159,14 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def _run(inputs: _Inputs, options: Options, backend: str, per_sample: bool) -> tuple[Tensor, Tensor]:
     """The loss, a scalar or what every sample adds to it, and the details (8, B)."""
-    others = (x if x is None or not x.requires_grad else x.detach() for x in inputs[1:])
-    inputs = _Inputs(inputs.v_theta, *others)
+    others = [x if x is None or not x.requires_grad else x.detach() for x in inputs[1:]]
+    inputs = _Inputs._make([inputs.v_theta, *others])
     if backend == "reference":
         losses, *rows = reference.nft_loss(*inputs[:-1], options)
         losses = losses / len(losses) if inputs.outer is None else losses * inputs.outer.to(losses.dtype)
         return losses if per_sample else losses.sum(), torch.stack(rows)
     want_grad = torch.is_grad_enabled() and inputs.v_theta.requires_grad
-    # Transforms such as torch.func.grad take operators, and no autograd.Function of this form.
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_compiling() or transformed or per_sample:
+    if torch.compiler.is_compiling() or per_sample:
         losses, details, _ = _op(*inputs, *options, want_grad, backend)
         return losses if per_sample else losses.sum(), details.detach()
     return _Fused.apply(backend, options, want_grad, *inputs)
@@ -202,14 +200,17 @@ def _per_token(
     batch = len(inputs.t)
     outer = torch.full_like(inputs.t, 1 / batch, dtype=torch.float64) if inputs.outer is None else inputs.outer
     tensors = _Inputs(
-        *(rows(x) for x in inputs[:4]),
-        spread(inputs.t),
-        spread(inputs.r) if inputs.r.ndim == 1 else rows(inputs.r),
-        None if inputs.v_ref is None else rows(inputs.v_ref),
-        spread(inputs.beta),
-        mask,
-        None,
-        spread(outer) * share,
+        v_theta=rows(inputs.v_theta),
+        v_old=rows(inputs.v_old),
+        x_t=rows(inputs.x_t),
+        x0=rows(x0),
+        t=spread(inputs.t),
+        r=spread(inputs.r) if inputs.r.ndim == 1 else rows(inputs.r),
+        v_ref=None if inputs.v_ref is None else rows(inputs.v_ref),
+        beta=spread(inputs.beta),
+        mask=mask,
+        segments=None,
+        outer=spread(outer) * share,
     )
     loss, details = _run(tensors, options, backend, per_sample)
     details = torch.cat([gather(details[:7] * share.to(details.dtype)), _largest(details[7], lengths, len(x0))[None]])

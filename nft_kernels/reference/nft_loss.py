@@ -4,7 +4,7 @@ The model's output p predicts the velocity v, the clean latents x0 or the noise 
 x0 prediction x0_hat = keep x_t + push p. With p+ = p_old + beta (p_theta - p_old), p- = p_old - beta (p_theta - p_old)
 and e+- = x0_hat(p+-) - x0 (for v the design's x_t - t v+- - x0),
 
-    w+- = max(mean |e+-|, 1e-5)        l+- = mean e+-^2 / w+-        policy = M mean(r e+^2 / w+ + (1-r) e-^2 / w-) / beta
+    w+- = max(mean |e+-|, 1e-5)    l+- = mean e+-^2 / w+-    policy = M mean(r e+^2 / w+ + (1-r) e-^2 / w-) / beta
 
 where a mean runs over one sample's elements (or one segment's), weighted by the mask if there is one.
 """

@@ -123,6 +123,8 @@ def test_functional_gradient():
 
     got = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
     assert_close([got[name] for name in parameters], expected())
+    with pytest.raises(RuntimeError, match="'native' cannot run: transforms of torch.func see into plain PyTorch only"):
+        torch.func.grad(lambda v: nft_loss(v, v_old, x_t, x0, t, r, backend="native").loss)(x0)
 
 
 def _distributed(rank, port, sharded):

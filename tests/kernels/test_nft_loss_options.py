@@ -1,4 +1,6 @@
-"""The loss' options against the definition, written out here sample by sample in float64 and differentiated by autograd."""
+"""The loss' options against the definition, written out here sample by sample in float64, with autograd's gradient."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def definition(
     offsets = list(range(len(x0) + 1)) if segments is None else segments.tolist()
     packed = segments is not None
     losses, policies = [], []
-    for i, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(offsets)):
         part = slice(start, end) if packed else start
         a, o, noisy, clean = p_theta[part], p_old[part], x_t[part], x0[part]
         share = r[i] if r.ndim == 1 else r.expand(x0.shape)[part]
