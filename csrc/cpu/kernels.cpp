@@ -137,11 +137,6 @@ Coefficients finish_sample(const LossArgs& a, int64_t b, const ChunkSums& sums) 
   return c;
 }
 
-int64_t grad_bytes(const LossArgs& a) {
-  const int64_t tokens = a.offsets ? a.offsets[a.batch] : a.batch;
-  return tokens * a.elements * item_size(a.grad.dtype);
-}
-
 template <typename T, bool kElementwise>
 void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, const Coefficients& c,
                 Buffers<T>& buf) {
@@ -159,9 +154,7 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
   const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
   const T positive_sign = static_cast<T>(c.positive_sign), negative_sign = static_cast<T>(c.negative_sign);
   const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
-  const bool large = grad_bytes(a) >= kLarge;
-  T* target = direct ? reinterpret_cast<T*>(sample_start(a.grad, row)) + start : nullptr;
-  T* grad = direct && !large ? target : buf.grad;
+  T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, row)) + start : buf.grad;
   auto sign = [](T x) { return static_cast<T>((x > 0) - (x < 0)); };
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
@@ -186,10 +179,7 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
         grad[k] += value;
     }
   }
-  if (!direct)
-    store(a.grad, row, start, count, grad);
-  else if (large)
-    stream(target, grad, count);
+  if (!direct) store(a.grad, row, start, count, grad);
 }
 
 template <typename T>
@@ -205,7 +195,6 @@ void reduce(const LossArgs& a) {
 // All threads share one sample, so that it is still in cache when its gradient is written in the same visit.
 template <typename T, bool kElementwise>
 void loss(const LossArgs& a) {
-  if (a.want_grad && dense(a.grad) && grad_bytes(a) >= kLarge) expect_large(a.grad, grad_bytes(a));
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
   int64_t most = 0;
   for (int64_t b = 0; b < (a.offsets ? a.batch : 1); ++b) most = std::max(most, chunks_of(part_of(a, b)));
@@ -220,7 +209,6 @@ void loss(const LossArgs& a) {
             finish_sample<T>(a, b, chunk_sums<T, kElementwise>(a, b, p.row, p.start, p.length, buf));
         if (a.want_grad) chunk_grad<T, kElementwise>(a, b, p.row, p.start, p.length, c, buf);
       }
-      finish_streaming();
     }
     return reduce<T>(a);
   }
@@ -250,7 +238,6 @@ void loss(const LossArgs& a) {
           chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(c), coefficients, buf);
       }
     }
-    finish_streaming();
   }
   reduce<T>(a);
 }

@@ -5,11 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__x86_64__)
+#if defined(__F16C__)
 #include <immintrin.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 #include "kernels.h"
@@ -150,41 +147,6 @@ void store(const View& view, int64_t b, int64_t start, int64_t count, const T* v
   } else {
     for (int64_t k = 0; k < count; ++k) store_one<T>(base, view.dtype, start + k, values[k]);
   }
-}
-
-// Outputs above this are out of cache by the time anybody reads them.
-constexpr int64_t kLarge = int64_t(16) << 20;
-
-// Copies past the caches: a store that does not go through them need not fetch the line it overwrites.
-template <typename T>
-void stream(T* target, const T* values, int64_t count) {
-  int64_t k = 0;
-#if defined(__x86_64__)
-  for (; k < count && reinterpret_cast<uintptr_t>(target + k) % 64; ++k) target[k] = values[k];
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (; k + kLine <= count; k += kLine)
-    for (int64_t i = 0; i < kLine; i += 16 / sizeof(T))
-      _mm_stream_si128(reinterpret_cast<__m128i*>(target + k + i),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + k + i)));
-#endif
-  for (; k < count; ++k) target[k] = values[k];
-}
-
-// Streamed values are visible to the next parallel region's threads.
-inline void finish_streaming() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// A large fresh output is mostly waited for page by page: ask for large pages.
-inline void expect_large(const View& view, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t(2) << 20;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(view.data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(view.data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#endif
 }
 
 template <typename T>
