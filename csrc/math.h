@@ -67,9 +67,11 @@ struct Affine {
 
 template <typename T>
 NFT_HD Affine<T> affine(int prediction, double t, double beta) {
-  const double keep = prediction == kVelocity ? 1.0 : prediction == kX0 ? 0.0 : 1 / (1 - t);
-  const double push = prediction == kVelocity ? -t : prediction == kX0 ? 1.0 : -t / (1 - t);
-  return {static_cast<T>(keep), static_cast<T>(push), static_cast<T>(push * beta)};
+  if (prediction == kVelocity) return {T(1), static_cast<T>(-t), static_cast<T>(-t * beta)};
+  if (prediction == kX0) return {T(0), T(1), static_cast<T>(beta)};
+  // Divided in T: a division of doubles takes a GPU many registers.
+  const T rest = static_cast<T>(1 - t), push = static_cast<T>(-t) / rest;
+  return {T(1) / rest, push, push * static_cast<T>(beta)};
 }
 
 // Turns a difference of predictions, squared, into that of the velocities or of the x0 predictions.

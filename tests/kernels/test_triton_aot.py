@@ -20,7 +20,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 CASES = [("bfloat16", "dense"), ("float32", "dense"), ("float32", "strided")]
-KERNELS = {"_add_noise": 2, "_differentiate": 1, "_finish": 1, "_solver_step": 2, "_sum_slices": 1}
+KERNELS = {"_add_noise": 2, "_differentiate": 2, "_finish": 2, "_solver_step": 2, "_sum_slices": 2}
 
 
 def spilled(kernel, arch):

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,7 +24,7 @@ def pipeline(tmp_path_factory):
 
 
 def pixels(path):
-    return Image.open(path).tobytes()
+    return np.asarray(Image.open(path)).astype(int)
 
 
 def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
@@ -35,12 +36,14 @@ def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
     assert result.exit_code == 0, result.output
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == ["0000_seed0.png", "0001_seed1.png", "0002_seed0.png", "0003_seed1.png", "grid.png"]
-    # One prompt and one seed make one picture, whatever else is drawn; another solver or guidance another picture.
+    # One prompt and one seed make one picture, whatever else is drawn, but for the last bit of a matrix product, which
+    # depends on the batch; another solver or guidance makes another picture.
     run(app, ["sample", "two blue squares", "--seed", "1", *common, "--output", str(tmp_path / "b")])
-    assert pixels(tmp_path / "b" / "0000_seed1.png") == pixels(tmp_path / "a" / "0003_seed1.png")
+    alone = pixels(tmp_path / "b" / "0000_seed1.png")
+    assert np.abs(alone - pixels(tmp_path / "a" / "0003_seed1.png")).max() <= 1
     for i, more in enumerate((["--solver", "heun"], ["--guidance", "4"])):
         run(app, ["sample", "two blue squares", "--seed", "1", *common, *more, "--output", str(tmp_path / str(i))])
-        assert pixels(tmp_path / str(i) / "0000_seed1.png") != pixels(tmp_path / "b" / "0000_seed1.png")
+        assert np.abs(alone - pixels(tmp_path / str(i) / "0000_seed1.png")).max() > 5
 
 
 def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
@@ -52,7 +55,8 @@ def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
         result = run(app, ["sample", "a red circle", "--set", pipeline, "--steps", "2", *more,
                            "--output", str(tmp_path / name)])  # fmt: skip
         assert result.exit_code == 0, result.output
-    assert pixels(tmp_path / "base" / "0000_seed0.png") != pixels(tmp_path / "tuned" / "0000_seed0.png")
+    base, tuned = (pixels(tmp_path / name / "0000_seed0.png") for name in ("base", "tuned"))
+    assert np.abs(base - tuned).max() > 5
 
 
 @pytest.mark.parametrize(
