@@ -105,12 +105,16 @@ def main():
         "results": rows,
     }
     (options.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
+    # More solvers than the default cycle has colours.
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab20"].colors)
     figure, axes = plt.subplots(1, len(errors), figsize=(6.5 * len(errors), 4.5), squeeze=False)
     for axis, place in zip(axes[0], errors, strict=True):
         for name in SOLVERS:
             points = [(r["evaluations"], r["error"]) for r in rows if r["place"] == place and r["solver"] == name]
             axis.plot(*zip(*points, strict=True), "o--" if table(name, schedule(4)).stochastic else "o-", label=name)
         axis.set(xlabel="evaluations of the model", xscale="log")
+        axis.set_xticks(STEPS, STEPS)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0, 0].set(yscale="log", ylabel="Wasserstein distance to the mixture")
     if options.world:
