@@ -28,7 +28,7 @@ struct ChunkSums {
   }
 };
 
-// Whether elements of a sample count alike: only then is there nothing to load for each of them.
+// Whether elements of a sample count differently, so that something has to be loaded for each of them.
 bool elementwise(const LossArgs& a) { return a.has_mask || a.r_per_element || !a.detach_weight; }
 
 Sample sample_of(const LossArgs& a, int64_t b) {
