@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..reference import compute_dtype
-from ..reference.nft_loss import PREDICTIONS, WEIGHTINGS, Options
+from ..reference.nft_loss import PREDICTIONS, WEIGHTINGS, LossInputs, Options
 from ..reference.solver_step import Coefficients
 from ._layout import collapse
 
@@ -95,22 +95,10 @@ def _per_sample(x: Tensor) -> tuple[int, int, int]:
 
 
 def nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    x_t: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    v_ref: Tensor | None,
-    beta: Tensor,
-    mask: Tensor | None,
-    segments: Tensor | None,
-    outer: Tensor | None,
-    options: Options,
-    *,
-    grad_dtype: torch.dtype | None = None,
+    inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
+    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     batch, device = len(t), x0.device
     loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
@@ -148,9 +136,9 @@ def nft_loss(
     return loss, details, grad
 
 
-def nft_loss_gradient(*args: Any, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
+def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
     """d loss / d v_theta. The per-sample values ``details`` are computed anew, in the same visit."""
-    grad = nft_loss(*args, grad_dtype=grad_dtype)[2]
+    grad = nft_loss(inputs, options, grad_dtype=grad_dtype)[2]
     assert grad is not None
     return grad
 

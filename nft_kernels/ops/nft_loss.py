@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import choose, load
 from ..reference import compute_dtype
 from ..reference import nft_loss as reference
-from ..reference.nft_loss import KL_SPACES, PREDICTIONS, WEIGHTINGS, Options
+from ..reference.nft_loss import KL_SPACES, PREDICTIONS, WEIGHTINGS, LossInputs, Options
 from . import _validate
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -41,28 +41,6 @@ class NFTLossOutput(NamedTuple):
     """Largest |v_theta - v_old|."""
 
 
-class _Inputs(NamedTuple):
-    """What every backend takes, in this order. ``outer`` (B,) is what a sample counts in the loss; None is 1 / B."""
-
-    v_theta: Tensor
-    v_old: Tensor
-    x_t: Tensor
-    x0: Tensor
-    t: Tensor
-    r: Tensor
-    v_ref: Tensor | None
-    beta: Tensor
-    mask: Tensor | None
-    segments: Tensor | None
-    outer: Tensor | None
-
-
-def _losses(details: Tensor, outer: Tensor | None, kl_weight: float) -> Tensor:
-    """What every sample adds to the loss."""
-    losses = details[0] + kl_weight * details[5]
-    return losses / len(losses) if outer is None else losses * outer.to(losses.dtype)
-
-
 def _scaled(outer: Tensor | None, grad_loss: Tensor, samples: Tensor) -> Tensor:
     grad_loss = grad_loss.double().expand(len(samples))
     return grad_loss / len(samples) if outer is None else grad_loss * outer
@@ -76,9 +54,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, options: Options, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        kernels, v_theta = load(backend), args[0]
-        ahead = want_grad and kernels.GRADIENT_AHEAD and v_theta.dtype != torch.float16
-        loss, details, ctx.grad = kernels.nft_loss(*args, options, grad_dtype=v_theta.dtype if ahead else None)
+        kernels, inputs = load(backend), LossInputs(*args)
+        dtype = inputs.v_theta.dtype
+        ahead = want_grad and kernels.GRADIENT_AHEAD and dtype != torch.float16
+        loss, details, ctx.grad = kernels.nft_loss(inputs, options, grad_dtype=dtype if ahead else None)
         ctx.save_for_backward(*args, details)
         ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(details)
@@ -88,11 +67,11 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *saved, details = ctx.saved_tensors
+        inputs = LossInputs(*saved)
         kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None
         if grad is None:
-            outer = _scaled(saved[-1], grad_loss, details[0])
-            args = (*saved[:-1], outer, ctx.options)
-            grad = kernels.nft_loss_gradient(*args, details=details, grad_dtype=saved[0].dtype)
+            inputs = inputs._replace(outer=_scaled(inputs.outer, grad_loss, details[0]))
+            grad = kernels.nft_loss_gradient(inputs, ctx.options, details=details, grad_dtype=inputs.v_theta.dtype)
         else:
             kernels.scale(grad, grad_loss)
         return (None, None, None, grad, *[None] * (len(saved) - 1))
@@ -110,8 +89,8 @@ def _op(
     x0: Tensor,
     t: Tensor,
     r: Tensor,
-    v_ref: Tensor | None,
     beta: Tensor,
+    v_ref: Tensor | None,
     mask: Tensor | None,
     segments: Tensor | None,
     outer: Tensor | None,
@@ -125,15 +104,15 @@ def _op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight)
-    tensors = _Inputs(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer)
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
     grad_dtype = _unscaled_dtype(v_theta) if want_grad else None
-    _, details, grad = load(backend).nft_loss(*tensors, options, grad_dtype=grad_dtype)
-    losses = _losses(details, outer, kl_weight)
+    _, details, grad = load(backend).nft_loss(inputs, options, grad_dtype=grad_dtype)
+    losses = reference.counted(details[0] + kl_weight * details[5], outer)
     return losses, details, grad if grad is not None else v_theta.new_empty(0)
 
 
 @_op.register_fake
-def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer, *options):
+def _fake(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer, *options):
     *_, want_grad, _ = options
     details = x0.new_empty((8, t.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
     grad = torch.empty_like(v_theta, dtype=_unscaled_dtype(v_theta)) if want_grad else v_theta.new_empty(0)
@@ -141,7 +120,7 @@ def _fake(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer, *op
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    segments = inputs[_Inputs._fields.index("segments")]
+    segments = inputs[LossInputs._fields.index("segments")]
     ctx.save_for_backward(output[2], *([] if segments is None else [segments]))
     ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
 
@@ -157,13 +136,12 @@ def _backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None,
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _run(inputs: _Inputs, options: Options, backend: str, per_sample: bool) -> tuple[Tensor, Tensor]:
+def _run(inputs: LossInputs, options: Options, backend: str, per_sample: bool) -> tuple[Tensor, Tensor]:
     """The loss, a scalar or what every sample adds to it, and the details (8, B)."""
     others = [x if x is None or not x.requires_grad else x.detach() for x in inputs[1:]]
-    inputs = _Inputs._make([inputs.v_theta, *others])
+    inputs = LossInputs._make([inputs.v_theta, *others])
     if backend == "reference":
-        losses, *rows = reference.nft_loss(*inputs[:-1], options)
-        losses = losses / len(losses) if inputs.outer is None else losses * inputs.outer.to(losses.dtype)
+        losses, *rows = reference.nft_loss(inputs, options)
         return losses if per_sample else losses.sum(), torch.stack(rows)
     want_grad = torch.is_grad_enabled() and inputs.v_theta.requires_grad
     if torch.compiler.is_compiling() or per_sample:
@@ -173,7 +151,7 @@ def _run(inputs: _Inputs, options: Options, backend: str, per_sample: bool) -> t
 
 
 def _per_token(
-    inputs: _Inputs, options: Options, backend: str, per_sample: bool, channel_dim: int
+    inputs: LossInputs, options: Options, backend: str, per_sample: bool, channel_dim: int
 ) -> tuple[Tensor, Tensor]:
     """``_run`` with every token as a sample of its own, which counts by its share of its sample's elements."""
     x0, lengths = inputs.x0, None if inputs.segments is None else inputs.segments.diff()
@@ -199,7 +177,7 @@ def _per_token(
     share = size / spread(gather(size).clamp_min(torch.finfo(torch.float64).tiny))
     batch = len(inputs.t)
     outer = torch.full_like(inputs.t, 1 / batch, dtype=torch.float64) if inputs.outer is None else inputs.outer
-    tensors = _Inputs(
+    tensors = LossInputs(
         v_theta=rows(inputs.v_theta),
         v_old=rows(inputs.v_old),
         x_t=rows(inputs.x_t),
@@ -345,7 +323,7 @@ def nft_loss(
         if needed
     ]
     options = Options(float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight)
-    inputs = _Inputs(v_theta, v_old, x_t, x0, t, r, v_ref, beta, mask, segments, outer)
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
     chosen = choose(backend, x0, needs=needs)
     if weight_per == "token":
         _validate.dimension("channel_dim", channel_dim, x0)

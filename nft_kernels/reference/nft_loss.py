@@ -24,6 +24,29 @@ PREDICTIONS = ("v", "x0", "eps")
 KL_SPACES = ("v", "x0")
 
 
+class LossInputs(NamedTuple):
+    """The tensors that every backend takes. With ``segments`` there are S samples, of which packed tensors of shape
+    (N, ...) hold the rows; else the tensors have shape (B, ...) and S is B."""
+
+    v_theta: Tensor
+    v_old: Tensor
+    x_t: Tensor
+    x0: Tensor
+    t: Tensor
+    """(S,)"""
+    r: Tensor
+    """(S,), or with as many dimensions as x0 and broadcasting to its shape."""
+    beta: Tensor
+    """(S,)"""
+    v_ref: Tensor | None = None
+    mask: Tensor | None = None
+    """Weights of the elements that broadcast to x0's shape."""
+    segments: Tensor | None = None
+    """(S + 1,) int64 offsets into the first dimension of packed tensors."""
+    outer: Tensor | None = None
+    """(S,), what a sample counts in the loss; None is 1 / S."""
+
+
 class Options(NamedTuple):
     """What does not change from sample to sample."""
 
@@ -57,24 +80,16 @@ def kl_factor(t: Tensor, prediction: str, space: str) -> Tensor:
     return factors[prediction, space].square()
 
 
-def nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    x_t: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    v_ref: Tensor | None,
-    beta: Tensor,
-    mask: Tensor | None,
-    segments: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, ...]:
-    """Loss and eight values of every sample, (B,) each, in the order of ``NFTLossOutput``; only the first has a graph.
+def counted(losses: Tensor, outer: Tensor | None) -> Tensor:
+    """What samples of these losses add to the loss."""
+    return losses / len(losses) if outer is None else losses * outer.to(losses.dtype)
 
-    ``t`` and ``beta`` have shape (B,); ``r`` too, or one that broadcasts to x0's. ``segments`` (B + 1,) holds offsets
-    into the first dimension of packed tensors. Computes in float64 if any tensor is float64, else in float32.
+
+def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
+    """What every sample adds to the loss, and its eight values in the order of ``NFTLossOutput``, (S,) each; only the
+    first has a graph. Computes in float64 if any tensor is float64, else in float32.
     """
+    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     v_theta, v_old, x_t, x0 = (x.to(dtype) for x in (v_theta, v_old, x_t, x0))
     v_old, x_t, x0 = v_old.detach(), x_t.detach(), x0.detach()
@@ -138,4 +153,4 @@ def nft_loss(
         mean(deviation),
         largest,
     )
-    return (loss, *(x.detach() for x in details))
+    return (counted(loss, outer), *(x.detach() for x in details))

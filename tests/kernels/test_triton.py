@@ -47,7 +47,7 @@ def arguments(shape, dtype=torch.float32):
     """What ``nft_loss`` of a backend takes."""
     x = [torch.randn(shape).to(dtype) for _ in range(5)]
     t, r, beta = (torch.rand(shape[0]) + k for k in (0, 0, 0.5))
-    return [*x[:4], t, r, x[4], beta, None, None, None, reference.Options(kl_weight=0.1)]
+    return reference.LossInputs(*x[:4], t, r, beta, v_ref=x[4]), reference.Options(kl_weight=0.1)
 
 
 def guarded(like, dtype, around):
@@ -64,9 +64,10 @@ def guarded(like, dtype, around):
 def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch):
     sides, shape, nan = [], (2, 3, 23, 17), float("nan")
     model = torch.empty(shape) if layout == "dense" else torch.empty(2, 17, 23, 3).transpose(1, 3)
-    args = [
-        guarded(model, dtype, nan)[0].copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in arguments(shape)
-    ]
+    inputs, options = arguments(shape)
+    inputs = reference.LossInputs._make(
+        guarded(model, dtype, nan)[0].copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in inputs
+    )
 
     def empty_like(x, dtype=None):
         tensor, around = guarded(x, dtype or x.dtype, 7.0)
@@ -74,10 +75,10 @@ def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch)
         return tensor
 
     monkeypatch.setattr(torch, "empty_like", empty_like)
-    x, v, u, h, t, *_ = args
+    x, v, u, h, t, *_ = inputs
     seeds, square = torch.arange(2), torch.full((2,), nan, dtype=torch.float64)
     backend = load(kernels)
-    loss, _, grad = backend.nft_loss(*args, grad_dtype=dtype)
+    loss, _, grad = backend.nft_loss(inputs, options, grad_dtype=dtype)
     noised = torch.empty_like(x)
     backend.add_noise(x, t, seeds, seeds, None, noised, x.new_empty(0))
     outputs = [torch.empty_like(x) for _ in range(3)]
@@ -91,10 +92,11 @@ def test_long_samples_and_large_batches(kernels, monkeypatch):
     """More slices, and more samples, than the last stage of the loss takes at once."""
     monkeypatch.setattr(sys.modules[load(kernels).nft_loss.__module__], "CELLS", 8)
     for shape in ((1, 20_000), (3, 5_000), (20, 3)):
-        args = arguments(shape)
-        loss, details, _ = load(kernels).nft_loss(*args)
-        losses, *rows = reference.nft_loss(*[x.double() if torch.is_tensor(x) else x for x in args[:-2]], args[-1])
-        for got, expected in zip((loss, *details), (losses.mean(), *rows), strict=True):
+        inputs, options = arguments(shape)
+        loss, details, _ = load(kernels).nft_loss(inputs, options)
+        wide = reference.LossInputs._make(x.double() if torch.is_tensor(x) else x for x in inputs)
+        losses, *rows = reference.nft_loss(wide, options)
+        for got, expected in zip((loss, *details), (losses.sum(), *rows), strict=True):
             torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -132,9 +134,9 @@ def test_nothing_is_timed_unless_wanted_and_never_in_a_capture(kernels, monkeypa
 
 
 def test_a_choice_that_cannot_run_says_why(kernels, monkeypatch):
-    x, cpu = arguments((2, 3)), torch.zeros(1, device="cpu")
+    x, cpu = torch.zeros(1), torch.zeros(1, device="cpu")
     monkeypatch.setenv("NFT_KERNELS_BACKEND", kernels)
-    assert choose("auto", x[0]) == kernels
+    assert choose("auto", x) == kernels
     monkeypatch.delenv("NFT_KERNELS_BACKEND")
     assert choose("auto", cpu) != kernels
     monkeypatch.setattr(load(kernels), "INTERPRETED", False)

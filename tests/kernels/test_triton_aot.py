@@ -40,7 +40,7 @@ def spilled(kernel, arch):
 
 def launch_all(backend, dtype, strided):
     """Call every op in the ways that lead to different kernels."""
-    from nft_kernels.reference.nft_loss import Options
+    from nft_kernels.reference.nft_loss import LossInputs, Options
     from nft_kernels.reference.solver_step import Coefficients
 
     def tensor():
@@ -50,7 +50,8 @@ def launch_all(backend, dtype, strided):
     x, v, u, h, g = (tensor() for _ in range(5))
     t, seeds, none = torch.ones(4), torch.zeros(4, dtype=torch.int64), x.new_empty(0)
     for outer, options in ((None, Options(kl_weight=0.1)), (t.double(), Options(prediction="eps", weighting="t"))):
-        backend.nft_loss(x, v, u, h, t, t, g, t.double(), None, None, outer, options, grad_dtype=dtype)
+        inputs = LossInputs(x, v, u, h, t, t, t.double(), v_ref=g, outer=outer)
+        backend.nft_loss(inputs, options, grad_dtype=dtype)
     backend.add_noise(x, t, seeds, seeds, None, tensor(), none)
     backend.add_noise(x, t, None, None, v, tensor(), tensor().float())
     all_of_it, euler = Coefficients(1, [0.1, 0.2, 0.3], 0.5, 1, -0.5, 0.5, 4), Coefficients(1, [0.1], 0, 0, 1, 0.5, 1)

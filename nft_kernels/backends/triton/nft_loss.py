@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import compute_dtype
-from ...reference.nft_loss import MIN_WEIGHT, Options
+from ...reference.nft_loss import MIN_WEIGHT, LossInputs, Options
 from ._common import (
     OPTIONS,
     View,
@@ -43,15 +43,15 @@ def _divide(a, b):
         return a / b
 
 
-class _Inputs(NamedTuple):
+class _Views(NamedTuple):
     v_theta: View
     v_old: View
     x_t: View
     x0: View
-    v_ref: View | None
     t: View
     r: View
     beta: View
+    v_ref: View | None
     outer: View | None
 
 
@@ -282,10 +282,9 @@ def _differentiate(
     store(grad, sample, start, inside, value, BLOCK)
 
 
-def _inputs(v_theta, v_old, x_t, x0, v_ref, t, r, beta, outer) -> _Inputs:
-    return _Inputs(
-        view(v_theta), view(v_old), view(x_t), view(x0), maybe(v_ref), view(t), view(r), view(beta), maybe(outer)
-    )
+def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
+    v_theta, v_old, x_t, x0, t, r, beta, *_, outer = inputs
+    return _Views(*map(view, (v_theta, v_old, x_t, x0, t, r, beta)), maybe(v_ref), maybe(outer))
 
 
 def _slices(batch: int, elements: int) -> tuple[int, int]:
@@ -295,36 +294,23 @@ def _slices(batch: int, elements: int) -> tuple[int, int]:
 
 
 def nft_loss(
-    v_theta: Tensor,
-    v_old: Tensor,
-    x_t: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    v_ref: Tensor | None,
-    beta: Tensor,
-    mask: None,
-    segments: None,
-    outer: Tensor | None,
-    options: Options,
-    *,
-    grad_dtype: torch.dtype | None = None,
+    inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
-    tensors = v_theta, v_old, x_t, x0, v_ref
+    tensors, x0 = (*inputs[:4], inputs.v_ref), inputs.x0
     dtype = compute_dtype(*tensors)
     batch, elements = len(x0), x0.numel() // len(x0)
     slices, length = _slices(batch, elements)
     sums = x0.new_empty(7 * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
-    inputs = _inputs(*tensors, t, r, beta, outer)
+    views = _views(inputs, inputs.v_ref)
     columns = min(CELLS, triton.next_power_of_2(slices))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](
-            inputs, sums, slices, length, options.prediction, elements, item_bytes(*tensors), compute(dtype)
+            views, sums, slices, length, options.prediction, elements, item_bytes(*tensors), compute(dtype)
         )
         _finish[(1,)](
-            inputs,
+            views,
             sums,
             details,
             loss,
@@ -343,33 +329,16 @@ def nft_loss(
         )
     if grad_dtype is None:
         return loss, details, None
-    args = *tensors[:4], t, r, v_ref, beta, mask, segments, outer, options
-    return loss, details, nft_loss_gradient(*args, details=details, grad_dtype=grad_dtype)
+    return loss, details, nft_loss_gradient(inputs, options, details=details, grad_dtype=grad_dtype)
 
 
-def nft_loss_gradient(
-    v_theta: Tensor,
-    v_old: Tensor,
-    x_t: Tensor,
-    x0: Tensor,
-    t: Tensor,
-    r: Tensor,
-    v_ref: Tensor | None,
-    beta: Tensor,
-    mask: None,
-    segments: None,
-    outer: Tensor | None,
-    options: Options,
-    *,
-    details: Tensor,
-    grad_dtype: torch.dtype,
-) -> Tensor:
+def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
     """d loss / d v_theta, from the per-sample values of the loss."""
-    grad = torch.empty_like(v_theta, dtype=grad_dtype)
-    tensors = v_theta, v_old, x_t, x0, v_ref if options.kl_weight > 0 else None
+    grad, x0 = torch.empty_like(inputs.v_theta, dtype=grad_dtype), inputs.x0
+    v_ref = inputs.v_ref if options.kl_weight > 0 else None
     with torch.cuda.device_of(x0):
         _differentiate[blocks_of(x0)](
-            _inputs(*tensors, t, r, beta, outer),
+            _views(inputs, v_ref),
             details,
             view(grad),
             exact(2 * options.adv_clip_max * len(x0) / x0.numel()),
@@ -379,7 +348,7 @@ def nft_loss_gradient(
             options.prediction,
             options.kl_space,
             x0.numel() // len(x0),
-            item_bytes(*tensors, grad),
+            item_bytes(*inputs[:4], v_ref, grad),
             compute(details.dtype),
         )
     return grad
