@@ -108,6 +108,34 @@ struct Sums {
   }
 };
 
+// Those of a sample whose elements do not count alike: also the sums of the mask, of r e+^2 and of (1-r) e-^2.
+template <typename T>
+struct WeightedSums {
+  Sums<T> all;
+  T size, positive, negative;
+
+  template <typename U>
+  NFT_HD void add(const WeightedSums<U>& o) {
+    all.add(o.all);
+    size += o.size;
+    positive += o.positive;
+    negative += o.negative;
+  }
+};
+
+// Whether there is more than one mask or r in a sample, or coefficients that take more than the plain sums.
+NFT_HD bool elementwise(const LossArgs& a) { return a.has_mask || a.r_per_element || !a.detach_weight; }
+
+// Where the elements of sample b are; packed tensors are one row, of which the samples are parts.
+struct Part {
+  int64_t row, start, length;
+};
+
+NFT_HD Part part_of(const LossArgs& a, int64_t b) {
+  if (!a.offsets) return {b, 0, a.elements};
+  return {0, a.offsets[b] * a.elements, (a.offsets[b + 1] - a.offsets[b]) * a.elements};
+}
+
 // Factors in the gradient of e+, e-, v_theta - v_ref, and, where it flows through the weights, of the errors' signs.
 struct Coefficients {
   double positive, negative, kl, positive_sign, negative_sign;
@@ -122,16 +150,16 @@ NFT_HD double branch_weight(int weighting, double mean_abs) {
   return weighting != kAdaptive ? 1.0 : mean_abs < 1e-5 ? 1e-5 : mean_abs;
 }
 
-// What one sample comes to: its details, and the gradient's coefficients before r and the mask. `size` is the sum of
-// the mask, `positive` and `negative` are the sums of r e+^2 and (1-r) e-^2.
-NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Sums<double>& s, double size,
-                           double positive, double negative, double (&details)[kDetails]) {
-  const double n = size > 0 ? size : 1.0, factor = a.adv_clip_max * time_weighting(a.weighting, sample.t) / n;
+// What one sample comes to: its details, and the gradient's coefficients before r and the mask.
+NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const WeightedSums<double>& sums,
+                           double (&details)[kDetails]) {
+  const Sums<double>& s = sums.all;
+  const double n = sums.size > 0 ? sums.size : 1.0, factor = a.adv_clip_max * time_weighting(a.weighting, sample.t) / n;
   const double positive_mean = s.positive_abs / n, negative_mean = s.negative_abs / n;
   const double w_positive = branch_weight(a.weighting, positive_mean);
   const double w_negative = branch_weight(a.weighting, negative_mean);
   const double kl = kl_factor(a.prediction, a.kl_in_x0, sample.t);
-  details[0] = factor * (positive / w_positive + negative / w_negative) / sample.beta;
+  details[0] = factor * (sums.positive / w_positive + sums.negative / w_negative) / sample.beta;
   details[1] = time_weighting(a.weighting, sample.t) * s.positive_sq / n / w_positive;
   details[2] = time_weighting(a.weighting, sample.t) * s.negative_sq / n / w_negative;
   details[3] = w_positive;
@@ -143,18 +171,18 @@ NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Sums<d
   Coefficients c{2 * common / w_positive, -2 * common / w_negative, 2 * a.kl_weight * kl * sample.outer / n, 0, 0};
   if (!a.detach_weight) {
     // The clamped weight is a constant.
-    if (w_positive == positive_mean) c.positive_sign = -common * positive / (n * w_positive * w_positive);
-    if (w_negative == negative_mean) c.negative_sign = common * negative / (n * w_negative * w_negative);
+    if (w_positive == positive_mean) c.positive_sign = -common * sums.positive / (n * w_positive * w_positive);
+    if (w_negative == negative_mean) c.negative_sign = common * sums.negative / (n * w_negative * w_negative);
   }
   return c;
 }
 
 // The same where all elements of a sample count alike; the coefficients then hold r.
-NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Sums<double>& s,
+NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Sums<double>& s, int64_t elements,
                            double (&details)[kDetails]) {
   const double r = sample.r;
-  Coefficients c = finish(a, sample, s, static_cast<double>(a.elements), r * s.positive_sq, (1 - r) * s.negative_sq,
-                          details);
+  Coefficients c =
+      finish(a, sample, {s, static_cast<double>(elements), r * s.positive_sq, (1 - r) * s.negative_sq}, details);
   c.positive *= r;
   c.negative *= 1 - r;
   return c;

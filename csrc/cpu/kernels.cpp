@@ -15,63 +15,52 @@ struct Buffers {
   alignas(64) T mask[kChunk], r[kChunk];
 };
 
-// Sums of one chunk, and those that only differ from them where elements do not count alike.
-struct ChunkSums {
-  Sums<double> all{};
-  double size = 0, positive = 0, negative = 0;
-
-  void add(const ChunkSums& o) {
-    all.add(o.all);
-    size += o.size;
-    positive += o.positive;
-    negative += o.negative;
-  }
-};
-
-// Whether elements of a sample count differently, so that something has to be loaded for each of them.
-bool elementwise(const LossArgs& a) { return a.has_mask || a.r_per_element || !a.detach_weight; }
-
 Sample sample_of(const LossArgs& a, int64_t b) {
   return {value(a.t, b), a.r_per_element ? 0.0 : value(a.r, b), value(a.beta, b),
           a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch)};
 }
 
-// Where sample b starts, and its length; packed tensors are one sample of which the samples are parts.
-struct Part {
-  int64_t row, start, length;
+// The tensors in a chunk of sample b; mask and r only where elements do not count alike.
+template <typename T>
+struct Chunk {
+  const T *v_theta, *v_old, *x_t, *x0, *mask, *r;
+  Affine<T> f;
 };
 
-Part part_of(const LossArgs& a, int64_t b) {
-  if (!a.offsets) return {b, 0, a.elements};
-  return {0, a.offsets[b] * a.elements, (a.offsets[b + 1] - a.offsets[b]) * a.elements};
+template <typename T, bool kElementwise>
+Chunk<T> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, Buffers<T>& buf) {
+  const Sample sample = sample_of(a, b);
+  Chunk<T> c{load(a.v_theta, row, start, count, buf.v_theta),
+             load(a.v_old, row, start, count, buf.v_old),
+             load(a.x_t, row, start, count, buf.x_t),
+             load(a.x0, row, start, count, buf.x0),
+             nullptr,
+             nullptr,
+             affine<T>(a.prediction, sample.t, sample.beta)};
+  if constexpr (kElementwise) {
+    c.mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
+    c.r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
+  }
+  return c;
 }
 
 template <typename T, bool kElementwise>
-ChunkSums chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, Buffers<T>& buf) {
-  const T* v_theta = load(a.v_theta, row, start, count, buf.v_theta);
-  const T* v_old = load(a.v_old, row, start, count, buf.v_old);
-  const T* x_t = load(a.x_t, row, start, count, buf.x_t);
-  const T* x0 = load(a.x0, row, start, count, buf.x0);
-  const T *mask = nullptr, *r = nullptr;
-  const Sample sample = sample_of(a, b);
-  if constexpr (kElementwise) {
-    mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
-    r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
-  }
-  const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
+WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count,
+                                Buffers<T>& buf) {
+  const Chunk<T> in = load_chunk<T, kElementwise>(a, b, row, start, count, buf);
   T pa[kLanes] = {0}, na[kLanes] = {0}, ps[kLanes] = {0}, ns[kLanes] = {0}, da[kLanes] = {0}, dm[kLanes] = {0};
   T size[kLanes] = {0}, pr[kLanes] = {0}, nr[kLanes] = {0};
   auto one = [&](int64_t k, int l) {
     T d, positive, negative, m = 1;
-    errors(v_theta[k], v_old[k], x_t[k], x0[k], f, d, positive, negative);
+    errors(in.v_theta[k], in.v_old[k], in.x_t[k], in.x0[k], in.f, d, positive, negative);
     if constexpr (kElementwise) {
-      m = mask[k];
+      m = in.mask[k];
       d = m > 0 ? d : 0;
       positive = m > 0 ? positive : 0;
       negative = m > 0 ? negative : 0;
       size[l] += m;
-      pr[l] += m * (r[k] * (positive * positive));
-      nr[l] += m * ((1 - r[k]) * (negative * negative));
+      pr[l] += m * (in.r[k] * (positive * positive));
+      nr[l] += m * ((1 - in.r[k]) * (negative * negative));
     }
     const T magnitude = std::abs(d);
     pa[l] += m * std::abs(positive);
@@ -87,7 +76,7 @@ ChunkSums chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, i
     for (int l = 0; l < kLanes; ++l) one(k + l, l);
   }
   for (int l = 0; k < count; ++k, ++l) one(k, l);
-  ChunkSums sums;
+  WeightedSums<double> sums{};
   sums.all.positive_abs = total(pa);
   sums.all.negative_abs = total(na);
   sums.all.positive_sq = total(ps);
@@ -104,9 +93,9 @@ ChunkSums chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, i
     const T* v_ref = load(a.v_ref, row, start, count, buf.v_ref);
     T kl[kLanes] = {0};
     auto add = [&](int64_t k, int l) {
-      T delta = v_theta[k] - v_ref[k], m = 1;
+      T delta = in.v_theta[k] - v_ref[k], m = 1;
       if constexpr (kElementwise) {
-        m = mask[k];
+        m = in.mask[k];
         delta = m > 0 ? delta : 0;
       }
       kl[l] += m * (delta * delta);
@@ -122,17 +111,11 @@ ChunkSums chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, i
 }
 
 template <typename T>
-Coefficients finish_sample(const LossArgs& a, int64_t b, const ChunkSums& sums) {
+Coefficients finish_sample(const LossArgs& a, int64_t b, const WeightedSums<double>& sums) {
   double details[kDetails];
   const Sample sample = sample_of(a, b);
-  Coefficients c;
-  if (elementwise(a)) {
-    c = finish(a, sample, sums.all, sums.size, sums.positive, sums.negative, details);
-  } else {
-    LossArgs whole = a;
-    whole.elements = part_of(a, b).length;
-    c = finish(whole, sample, sums.all, details);
-  }
+  const Coefficients c = elementwise(a) ? finish(a, sample, sums, details)
+                                        : finish(a, sample, sums.all, part_of(a, b).length, details);
   for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
   return c;
 }
@@ -140,17 +123,7 @@ Coefficients finish_sample(const LossArgs& a, int64_t b, const ChunkSums& sums) 
 template <typename T, bool kElementwise>
 void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, const Coefficients& c,
                 Buffers<T>& buf) {
-  const T* v_theta = load(a.v_theta, row, start, count, buf.v_theta);
-  const T* v_old = load(a.v_old, row, start, count, buf.v_old);
-  const T* x_t = load(a.x_t, row, start, count, buf.x_t);
-  const T* x0 = load(a.x0, row, start, count, buf.x0);
-  const T *mask = nullptr, *r = nullptr;
-  const Sample sample = sample_of(a, b);
-  if constexpr (kElementwise) {
-    mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
-    r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
-  }
-  const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
+  const Chunk<T> in = load_chunk<T, kElementwise>(a, b, row, start, count, buf);
   const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
   const T positive_sign = static_cast<T>(c.positive_sign), negative_sign = static_cast<T>(c.negative_sign);
   const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
@@ -159,11 +132,11 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     T d, positive, negative;
-    errors(v_theta[k], v_old[k], x_t[k], x0[k], f, d, positive, negative);
+    errors(in.v_theta[k], in.v_old[k], in.x_t[k], in.x0[k], in.f, d, positive, negative);
     if constexpr (kElementwise) {
-      const T value = r[k] * (positive_factor * positive) + (1 - r[k]) * (negative_factor * negative) +
+      const T value = in.r[k] * (positive_factor * positive) + (1 - in.r[k]) * (negative_factor * negative) +
                       positive_sign * sign(positive) + negative_sign * sign(negative);
-      grad[k] = mask[k] > 0 ? mask[k] * value : 0;
+      grad[k] = in.mask[k] > 0 ? in.mask[k] * value : 0;
     } else {
       grad[k] = positive_factor * positive + negative_factor * negative;
     }
@@ -172,9 +145,9 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
     const T* v_ref = load(a.v_ref, row, start, count, buf.v_ref);
     const T factor = static_cast<T>(c.kl);
     for (int64_t k = 0; k < count; ++k) {
-      const T value = factor * (v_theta[k] - v_ref[k]);
+      const T value = factor * (in.v_theta[k] - v_ref[k]);
       if constexpr (kElementwise)
-        grad[k] += mask[k] > 0 ? mask[k] * value : 0;
+        grad[k] += in.mask[k] > 0 ? in.mask[k] * value : 0;
       else
         grad[k] += value;
     }
@@ -213,12 +186,12 @@ void loss(const LossArgs& a) {
     return reduce<T>(a);
   }
   // Two sets, so that a thread may start the next sample while another still adds up this one.
-  std::vector<ChunkSums> partial(2 * most);
+  std::vector<WeightedSums<double>> partial(2 * most);
 #pragma omp parallel
   {
     Buffers<T> buf;
     for (int64_t b = 0; b < a.batch; ++b) {
-      ChunkSums* mine = partial.data() + (b & 1) * most;
+      WeightedSums<double>* mine = partial.data() + (b & 1) * most;
       const Part p = part_of(a, b);
       const int64_t chunks = chunks_of(p);
       auto length = [&](int64_t c) { return std::min(kChunk, p.length - c * kChunk); };
@@ -228,7 +201,7 @@ void loss(const LossArgs& a) {
       Coefficients coefficients{};
 #pragma omp single copyprivate(coefficients)
       {
-        ChunkSums sums;
+        WeightedSums<double> sums{};
         for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
         coefficients = finish_sample<T>(a, b, sums);
       }

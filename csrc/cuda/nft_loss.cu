@@ -67,7 +67,7 @@ template <typename T>
 __device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const Sums<double>& sums, bool write) {
   const Sample sample{value(a.t, b), value(a.r, b), value(a.beta, b), outer_of(a, b)};
   double details[kDetails];
-  const Coefficients c = finish(a, sample, sums, details);
+  const Coefficients c = finish(a, sample, sums, a.elements, details);
   if (write) {
 #pragma unroll
     for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
