@@ -108,7 +108,7 @@ def _op(
     grad_dtype = _unscaled_dtype(v_theta) if want_grad else None
     _, details, grad = load(backend).nft_loss(inputs, options, grad_dtype=grad_dtype)
     losses = reference.counted(details[0] + kl_weight * details[5], outer)
-    return losses, details, grad if grad is not None else v_theta.new_empty(0)
+    return losses, details[:8], grad if grad is not None else v_theta.new_empty(0)
 
 
 @_op.register_fake
@@ -333,4 +333,4 @@ def nft_loss(
         if channel_dim is not None:
             raise ValueError(f"channel_dim: got {channel_dim} with weight_per='sample', accepted is None")
         loss, details = _run(inputs, options, chosen, reduction == "none")
-    return NFTLossOutput(loss, *details.unbind())
+    return NFTLossOutput(loss, *details[:8].unbind())

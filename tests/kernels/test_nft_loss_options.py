@@ -80,7 +80,6 @@ def compare(x, t, r, backend, dtype, **options):
             else a.to(torch.get_default_device())
         )
 
-    skip_unknown(backend, r, options)
     given = {k: cast(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     narrow = [cast(a) for a in (*x, t, r)]
     wide = [a.double().cpu() for a in narrow]
@@ -101,22 +100,6 @@ def compare(x, t, r, backend, dtype, **options):
     assert grad.dtype == dtype
     close(grad, exact_grad, dtype)
     return out
-
-
-def skip_unknown(backend, r, options):
-    """Triton leaves the options that differ from element to element to the reference, and says so."""
-    per_token = options.get("weight_per") == "token"
-    unknown = {
-        "mask": options.get("mask") is not None,
-        "segments": options.get("segments") is not None and not per_token,
-        "r of more than one value a sample": r.ndim > 1,
-        "detach_weight=False": options.get("detach_weight") is False,
-    }
-    if backend == "triton" and any(unknown.values()):
-        x = torch.zeros(2, 3)
-        with pytest.raises(RuntimeError, match="its kernels do not know mask"):
-            nft_loss(x, x, x, x, x[:, 0], x[:, 0], mask=torch.ones(2, 1), backend="triton")
-        pytest.skip("Triton does not know this option")
 
 
 def close(got, exact, dtype):
@@ -178,7 +161,6 @@ def test_what_is_masked_is_not_looked_at(backend):
     short = nft_loss(*(a[..., :4].contiguous() for a in x[:4]), t, r, backend="reference")
     for a in x[:4]:
         a[..., 4:] = float("nan")
-    skip_unknown(backend, r, {"mask": mask})
     device = torch.get_default_device()
     leaf = x[0].to(device).requires_grad_()
     out = nft_loss(leaf, *(a.to(device) for a in (*x[1:4], t, r)), mask=mask.to(device), backend=backend)
@@ -216,7 +198,6 @@ def test_packed_sequences(backend, options):
 def test_packed_sequences_equal_separate_ones(backend):
     x, t, r = make((19, 8), samples=3)
     x, t, r = [a.float() for a in x], t.float(), r.float()
-    skip_unknown(backend, r, {"segments": True})
     device = torch.get_default_device()
     edges = [0, 5, 6, 19]
     out = nft_loss(

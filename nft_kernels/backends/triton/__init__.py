@@ -27,11 +27,9 @@ __all__ = ["GRADIENT_AHEAD", "add_noise", "nft_loss", "nft_loss_gradient", "solv
 
 
 def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:
-    """Why this backend cannot take the tensors with these options, or None when it can."""
+    """Why this backend cannot take the tensors, or None when it can."""
     if _PROBLEM is not None:
         return _PROBLEM
-    if needs:
-        return f"its kernels do not know {', '.join(needs)}"
     device = tensors[0].device.type
     if device == "cpu" and not INTERPRETED:
         return "CPU tensors need TRITON_INTERPRET=1, set before the backend is first used"

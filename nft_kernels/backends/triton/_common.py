@@ -77,7 +77,8 @@ def tuned(kernel: Any) -> Any:
     The default is a fixed choice, so nothing is timed. NFT_KERNELS_TRITON_CONFIG sets another one, and
     NFT_KERNELS_AUTOTUNE=1 times several for every new size of samples or mix of dtypes and keeps the best on disk.
     """
-    key, prune = ["elements", "item_bytes", "dtype"], {"early_config_prune": _allowed}
+    key = [name for name in ("elements", "item_bytes", "dtype", "GENERAL") if name in kernel.arg_names]
+    prune = {"early_config_prune": _allowed}
     return triton.autotune(_configs(), key, prune_configs_by=prune, cache_results=True)(kernel)
 
 

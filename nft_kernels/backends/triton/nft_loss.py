@@ -1,6 +1,8 @@
 """The loss in two launches, sums over slices of samples and all that follows from them, and the gradient in a third.
 
 Sums are taken in a fixed order and stay on the device: reruns give the same bits, and a CUDA graph can hold it all.
+
+GENERAL kernels know what the common ones leave out: masks, r per element, segments, and gradients through the weights.
 """
 
 from typing import NamedTuple
@@ -49,9 +51,12 @@ class _Views(NamedTuple):
     x_t: View
     x0: View
     t: View
-    r: View
     beta: View
+    r: View | None
+    r_elements: View | None
     v_ref: View | None
+    mask: View | None
+    segments: Tensor | None
     outer: View | None
 
 
@@ -94,17 +99,45 @@ def _outer(inputs, sample, batch):
 
 
 @triton.jit
-def _errors(inputs, sample, start, inside, dtype: tl.constexpr, PREDICTION: tl.constexpr, BLOCK: tl.constexpr):
+def _errors(inputs, sample, row, start, inside, dtype: tl.constexpr, PREDICTION: tl.constexpr, BLOCK: tl.constexpr):
     """p_theta, d = p_theta - p_old, and what the errors e+- = base +- step consist of."""
-    p_theta = load(inputs.v_theta, sample, start, inside, dtype, BLOCK)
-    p_old = load(inputs.v_old, sample, start, inside, dtype, BLOCK)
-    x_t = load(inputs.x_t, sample, start, inside, dtype, BLOCK)
-    x0 = load(inputs.x0, sample, start, inside, dtype, BLOCK)
+    p_theta = load(inputs.v_theta, row, start, inside, dtype, BLOCK)
+    p_old = load(inputs.v_old, row, start, inside, dtype, BLOCK)
+    x_t = load(inputs.x_t, row, start, inside, dtype, BLOCK)
+    x0 = load(inputs.x0, row, start, inside, dtype, BLOCK)
     keep, push = _affine(scalar(inputs.t, sample, dtype), PREDICTION)
     d = p_theta - p_old
     if PREDICTION != "v":
         x_t = keep * x_t
     return p_theta, d, (x_t - x0) + push * p_old, (push * scalar(inputs.beta, sample, dtype)) * d
+
+
+@triton.jit
+def _weights(inputs, sample, row, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """The mask, which is 0 outside, and r."""
+    weight = inside.to(dtype)
+    if inputs.mask is not None:
+        weight = load(inputs.mask, row, start, inside, dtype, BLOCK)
+    if inputs.r_elements is not None:
+        return weight, load(inputs.r_elements, row, start, inside, dtype, BLOCK)
+    else:
+        return weight, tl.zeros((BLOCK,), dtype) + scalar(inputs.r, sample, dtype)
+
+
+@triton.jit
+def _slice(inputs, program, slices, length, elements):
+    """Sample of a slice, the row of the tensors that holds it, its first element there, and where it ends."""
+    sample = (program // slices).to(tl.int64)
+    place_in_sample = (program % slices).to(tl.int64)
+    if inputs.segments is None:
+        first = place_in_sample * length
+        return sample, sample, first, tl.minimum(first + length, elements)
+    else:
+        # Packed tensors are one row. Only the device knows how long a segment is: all have equally many slices.
+        begin = tl.load(inputs.segments + sample) * elements
+        end = tl.load(inputs.segments + sample + 1) * elements
+        first = begin + place_in_sample * tl.cdiv(end - begin, slices)
+        return sample, sample * 0, first, tl.minimum(first + tl.cdiv(end - begin, slices), end)
 
 
 @triton.jit
@@ -119,8 +152,8 @@ def _time_weighting(t, WEIGHTING: tl.constexpr):
 
 @triton.jit
 def _of(kind: tl.constexpr, table):
-    """One row of a table of 8."""
-    return tl.sum(tl.where((tl.arange(0, 8) == kind)[:, None], table, 0), 0)
+    """One row of a table."""
+    return tl.sum(tl.where((tl.arange(0, table.shape[0]) == kind)[:, None], table, 0), 0)
 
 
 @triton.jit
@@ -137,16 +170,15 @@ def _sum_slices(
     slices: tl.int32,
     length: tl.int64,
     PREDICTION: tl.constexpr,
+    GENERAL: tl.constexpr,
     elements: tl.int64,
     item_bytes: tl.constexpr,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program for each slice of ``length`` elements of one sample; ``sums`` is (7, B, slices)."""
+    """One program for each slice of one sample; ``sums`` is (7, B, slices), or (10, B, slices) if GENERAL."""
     program = tl.program_id(0)
-    sample = (program // slices).to(tl.int64)
-    first = (program % slices).to(tl.int64) * length
-    end = tl.minimum(first + length, elements)
+    sample, row, first, end = _slice(inputs, program, slices, length, elements)
     positive_abs = tl.zeros((BLOCK,), dtype)
     negative_abs = tl.zeros((BLOCK,), dtype)
     positive_square = tl.zeros((BLOCK,), dtype)
@@ -154,20 +186,35 @@ def _sum_slices(
     kl = tl.zeros((BLOCK,), dtype)
     deviation = tl.zeros((BLOCK,), dtype)
     largest = tl.zeros((BLOCK,), dtype)
+    size = tl.zeros((BLOCK,), dtype)
+    positive_share = tl.zeros((BLOCK,), dtype)
+    negative_share = tl.zeros((BLOCK,), dtype)
     for start in range(first, end, BLOCK):
         inside = tl.arange(0, BLOCK) < end - start
-        v_theta, d, base, step = _errors(inputs, sample, start, inside, dtype, PREDICTION, BLOCK)
+        v_theta, d, base, step = _errors(inputs, sample, row, start, inside, dtype, PREDICTION, BLOCK)
         positive = base + step
         negative = base - step
-        positive_abs += tl.abs(positive)
-        negative_abs += tl.abs(negative)
-        positive_square += positive * positive
-        negative_square += negative * negative
-        deviation += tl.abs(d)
+        weight = 1
+        if GENERAL:
+            weight, r = _weights(inputs, sample, row, start, inside, dtype, BLOCK)
+            # Padding may hold anything, NaN included.
+            positive = tl.where(weight > 0, positive, 0)
+            negative = tl.where(weight > 0, negative, 0)
+            d = tl.where(weight > 0, d, 0)
+            size += weight
+            positive_share += weight * (r * (positive * positive))
+            negative_share += weight * ((1 - r) * (negative * negative))
+        positive_abs += weight * tl.abs(positive)
+        negative_abs += weight * tl.abs(negative)
+        positive_square += weight * (positive * positive)
+        negative_square += weight * (negative * negative)
+        deviation += weight * tl.abs(d)
         largest = tl.maximum(largest, tl.abs(d))
         if inputs.v_ref is not None:
-            delta = v_theta - load(inputs.v_ref, sample, start, inside, dtype, BLOCK)
-            kl += delta * delta
+            delta = v_theta - load(inputs.v_ref, row, start, inside, dtype, BLOCK)
+            if GENERAL:
+                delta = tl.where(weight > 0, delta, 0)
+            kl += weight * (delta * delta)
     plane = tl.num_programs(0).to(tl.int64)
     sums += program
     tl.store(sums, tl.sum(positive_abs, 0))
@@ -177,6 +224,10 @@ def _sum_slices(
     tl.store(sums + 4 * plane, tl.sum(kl, 0))
     tl.store(sums + 5 * plane, tl.sum(deviation, 0))
     tl.store(sums + 6 * plane, tl.max(largest, 0))
+    if GENERAL:
+        tl.store(sums + 7 * plane, tl.sum(size, 0))
+        tl.store(sums + 8 * plane, tl.sum(positive_share, 0))
+        tl.store(sums + 9 * plane, tl.sum(negative_share, 0))
 
 
 @triton.jit
@@ -193,39 +244,54 @@ def _finish(
     WEIGHTING: tl.constexpr,
     PREDICTION: tl.constexpr,
     KL_SPACE: tl.constexpr,
+    GENERAL: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Per-sample values and the loss, in float64 and by one program: there are only a few numbers a sample."""
+    """Per-sample values and the loss, in float64 and by one program: there are only a few numbers a sample.
+
+    GENERAL adds three rows to ``details`` for the gradient: the sum of the mask, and the means of r e+^2, (1-r) e-^2.
+    """
     dtype: tl.constexpr = loss.dtype.element_ty
-    kind = tl.arange(0, 8)
-    n = elements.to(tl.float64)
+    kinds: tl.constexpr = 10 if GENERAL else 7
+    table_rows: tl.constexpr = 16 if GENERAL else 8
+    kind = tl.arange(0, table_rows)
     clip = number(adv_clip_max, tl.float64)
     total = tl.zeros((ROWS,), tl.float64)
     for first in range(0, batch, ROWS):
         row = first + tl.arange(0, ROWS)
         # Rows past the end repeat the last sample.
         sample = tl.minimum(row, batch - 1)
-        table = tl.zeros((8, ROWS, COLUMNS), tl.float64)
+        table = tl.zeros((table_rows, ROWS, COLUMNS), tl.float64)
         for column in range(0, slices, COLUMNS):
             slice = column + tl.arange(0, COLUMNS)
             at = (kind[:, None, None] * batch + sample[None, :, None]) * slices + slice[None, None, :]
-            inside = (kind < 7)[:, None, None] & (slice < slices)[None, None, :]
+            inside = (kind < kinds)[:, None, None] & (slice < slices)[None, None, :]
             value = tl.load(sums + at, inside, other=0).to(tl.float64)
             table = tl.where(kind[:, None, None] == 6, tl.maximum(table, value), table + value)
         largest = _of(6, tl.max(table, 2))
         table = tl.sum(table, 2)
         t = scalar(inputs.t, sample, tl.float64)
-        r = scalar(inputs.r, sample, tl.float64)
+        if GENERAL:
+            # A sample whose mask is empty counts as nothing, not as NaN.
+            n = tl.where(_of(7, table) > 0, _of(7, table), 1)
+            positive_share = _of(8, table) / n
+            negative_share = _of(9, table) / n
+        else:
+            n = elements.to(tl.float64)
+            r = scalar(inputs.r, sample, tl.float64)
+            positive_share = r * (_of(2, table) / n)
+            negative_share = (1 - r) * (_of(3, table) / n)
         positive_weight = tl.full((ROWS,), 1, tl.float64)
         negative_weight = positive_weight
         if WEIGHTING == "adaptive":
             positive_weight = _at_least(_MIN_WEIGHT, _of(0, table) / n)
             negative_weight = _at_least(_MIN_WEIGHT, _of(1, table) / n)
-        factor = _time_weighting(t, WEIGHTING) / n
-        positive = factor * _of(2, table) / positive_weight
-        negative = factor * _of(3, table) / negative_weight
-        policy = clip * (r * positive + (1 - r) * negative) / scalar(inputs.beta, sample, tl.float64)
+        factor = _time_weighting(t, WEIGHTING)
+        positive = factor * (_of(2, table) / n) / positive_weight
+        negative = factor * (_of(3, table) / n) / negative_weight
+        policy = positive_share / positive_weight + negative_share / negative_weight
+        policy = clip * factor * policy / scalar(inputs.beta, sample, tl.float64)
         kl = _of(4, table) / n
         if inputs.v_ref is not None:
             kl *= _kl_factor(t, PREDICTION, KL_SPACE)
@@ -241,8 +307,90 @@ def _finish(
         tl.store(details + 5 * batch + row, kl.to(dtype), wanted)
         tl.store(details + 6 * batch + row, deviation.to(dtype), wanted)
         tl.store(details + 7 * batch + row, largest.to(dtype), wanted)
+        if GENERAL:
+            tl.store(details + 8 * batch + row, n.to(dtype), wanted)
+            tl.store(details + 9 * batch + row, positive_share.to(dtype), wanted)
+            tl.store(details + 10 * batch + row, negative_share.to(dtype), wanted)
         total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * kl) * _outer(inputs, sample, batch), 0)
     tl.store(loss, tl.sum(total, 0).to(dtype))
+
+
+@triton.jit
+def _sign(x):
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def _through_weight(factor, share, weight):
+    """Factor of the error's sign in the gradient through w, which where it is clamped is a constant."""
+    return tl.where(weight > _MIN_WEIGHT, -_divide(0.5 * factor * share, weight * weight), 0)
+
+
+@triton.jit
+def _coefficients(
+    inputs,
+    details,
+    policy_factor,
+    kl_factor,
+    batch,
+    sample,
+    WEIGHTING: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    KL_SPACE: tl.constexpr,
+    GENERAL: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Factors in one sample's gradient: of e+ and e-, before r if GENERAL; of v_theta - v_ref; of the errors' signs."""
+    outer = _outer(inputs, sample, batch).to(dtype)
+    t = scalar(inputs.t, sample, dtype)
+    _, push = _affine(t, PREDICTION)
+    positive_weight = tl.load(details + 3 * batch + sample)
+    negative_weight = tl.load(details + 4 * batch + sample)
+    factor = outer * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
+    kl = outer * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE)
+    if GENERAL:
+        n = tl.load(details + 8 * batch + sample)
+        factor = _divide(factor, n)
+        positive_sign = _through_weight(factor, tl.load(details + 9 * batch + sample), positive_weight)
+        negative_sign = _through_weight(factor, tl.load(details + 10 * batch + sample), negative_weight)
+        positive, negative = _divide(factor, positive_weight), _divide(factor, negative_weight)
+        return positive, negative, _divide(kl, n), positive_sign, negative_sign
+    else:
+        r = scalar(inputs.r, sample, dtype)
+        positive = _divide(factor * r, positive_weight)
+        negative = _divide(factor * (1 - r), negative_weight)
+        return positive, negative, kl, factor * 0, factor * 0
+
+
+@triton.jit
+def _gradient(
+    inputs,
+    coefficients,
+    sample,
+    row,
+    start,
+    inside,
+    PREDICTION: tl.constexpr,
+    GENERAL: tl.constexpr,
+    DETACHED: tl.constexpr,
+    dtype: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    positive, negative, kl, positive_sign, negative_sign = coefficients
+    if GENERAL:
+        weight, r = _weights(inputs, sample, row, start, inside, dtype, BLOCK)
+        positive *= r
+        negative *= 1 - r
+    v_theta, _, base, step = _errors(inputs, sample, row, start, inside, dtype, PREDICTION, BLOCK)
+    # That is positive * e+ - negative * e-, in a form that is exactly 0 where r = 1/2 and d = 0.
+    value = (positive - negative) * base + (positive + negative) * step
+    if not DETACHED:
+        value += positive_sign * _sign(base + step) - negative_sign * _sign(base - step)
+    if inputs.v_ref is not None:
+        value += kl * (v_theta - load(inputs.v_ref, row, start, inside, dtype, BLOCK))
+    if GENERAL:
+        value = tl.where(weight > 0, weight * value, 0)
+    return value
 
 
 @tuned
@@ -254,41 +402,83 @@ def _differentiate(
     policy_factor,
     kl_factor,
     batch: tl.int64,
+    slices: tl.int32,
     WEIGHTING: tl.constexpr,
     PREDICTION: tl.constexpr,
     KL_SPACE: tl.constexpr,
+    GENERAL: tl.constexpr,
+    DETACHED: tl.constexpr,
     elements: tl.int64,
     item_bytes: tl.constexpr,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``grad`` from the weights w+ and w-, which are rows 3 and 4 of ``details``."""
+    """``grad`` from the rows of ``details`` that hold w+ and w-, and if GENERAL from those after the eighth.
+
+    One program for each block, or for each slice of a segment.
+    """
     # Backwards, as what the sums read last may still be in cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    sample, start, inside = place(program, elements, BLOCK)
-    outer = _outer(inputs, sample, batch).to(dtype)
-    t = scalar(inputs.t, sample, dtype)
-    r = scalar(inputs.r, sample, dtype)
-    _, push = _affine(t, PREDICTION)
-    factor = outer * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
-    positive = _divide(factor * r, tl.load(details + 3 * batch + sample))
-    negative = _divide(factor * (1 - r), tl.load(details + 4 * batch + sample))
-    v_theta, _, base, step = _errors(inputs, sample, start, inside, dtype, PREDICTION, BLOCK)
-    # That is positive * e+ - negative * e-, in a form that is exactly 0 where r = 1/2 and d = 0.
-    value = (positive - negative) * base + (positive + negative) * step
-    if inputs.v_ref is not None:
-        v_ref = load(inputs.v_ref, sample, start, inside, dtype, BLOCK)
-        value += outer * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE) * (v_theta - v_ref)
-    store(grad, sample, start, inside, value, BLOCK)
+    if inputs.segments is None:
+        sample, start, inside = place(program, elements, BLOCK)
+        coefficients = _coefficients(
+            inputs, details, policy_factor, kl_factor, batch, sample, WEIGHTING, PREDICTION, KL_SPACE, GENERAL, dtype
+        )
+        value = _gradient(
+            inputs, coefficients, sample, sample, start, inside, PREDICTION, GENERAL, DETACHED, dtype, BLOCK
+        )
+        store(grad, sample, start, inside, value, BLOCK)
+    else:
+        sample, row, first, end = _slice(inputs, program, slices, 0, elements)
+        coefficients = _coefficients(
+            inputs, details, policy_factor, kl_factor, batch, sample, WEIGHTING, PREDICTION, KL_SPACE, GENERAL, dtype
+        )
+        for start in range(first, end, BLOCK):
+            inside = tl.arange(0, BLOCK) < end - start
+            value = _gradient(
+                inputs, coefficients, sample, row, start, inside, PREDICTION, GENERAL, DETACHED, dtype, BLOCK
+            )
+            store(grad, row, start, inside, value, BLOCK)
+
+
+def _view(x: Tensor | None, inputs: LossInputs) -> View | None:
+    """View of a tensor that broadcasts to x0's shape; packed ones are one row."""
+    if x is None:
+        return None
+    x = x.expand(inputs.x0.shape)
+    return view(x if inputs.segments is None else x[None])
 
 
 def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
-    v_theta, v_old, x_t, x0, t, r, beta, *_, outer = inputs
-    return _Views(*map(view, (v_theta, v_old, x_t, x0, t, r, beta)), maybe(v_ref), maybe(outer))
+    one = inputs.r.ndim == 1
+    return _Views(
+        *(_view(x, inputs) for x in inputs[:4]),
+        view(inputs.t),
+        view(inputs.beta),
+        view(inputs.r) if one else None,
+        None if one else _view(inputs.r, inputs),
+        _view(v_ref, inputs),
+        _view(inputs.mask, inputs),
+        inputs.segments,
+        maybe(inputs.outer),
+    )
 
 
-def _slices(batch: int, elements: int) -> tuple[int, int]:
-    """Slices per sample and their length: enough to fill a chip, and so short that float32 sums stay accurate."""
+def _general(inputs: LossInputs, options: Options) -> bool:
+    each = inputs.mask is not None or inputs.r.ndim > 1
+    return each or inputs.segments is not None or not options.detach_weight
+
+
+def _bytes(inputs: LossInputs, *more: Tensor | None) -> int:
+    return item_bytes(*inputs[:4], inputs.mask, inputs.r if inputs.r.ndim > 1 else None, *more)
+
+
+def _slices(inputs: LossInputs) -> tuple[int, int]:
+    """Slices per sample and their length: enough to fill a chip, and so short that float32 sums stay accurate.
+
+    The slices of a segment, of which only the device knows the length, have that length on average.
+    """
+    batch, elements = len(inputs.t), triton.cdiv(inputs.x0.numel(), len(inputs.t))
     length = 1024 * min(32, triton.cdiv(batch * elements, 2048 * 1024))
     return triton.cdiv(elements, length), length
 
@@ -296,18 +486,29 @@ def _slices(batch: int, elements: int) -> tuple[int, int]:
 def nft_loss(
     inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
-    tensors, x0 = (*inputs[:4], inputs.v_ref), inputs.x0
-    dtype = compute_dtype(*tensors)
-    batch, elements = len(x0), x0.numel() // len(x0)
-    slices, length = _slices(batch, elements)
-    sums = x0.new_empty(7 * batch * slices, dtype=dtype)
-    details, loss = x0.new_empty((8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
+    """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given.
+
+    More rows may follow the eight, which ``nft_loss_gradient`` needs.
+    """
+    x0, batch, general = inputs.x0, len(inputs.t), _general(inputs, options)
+    dtype = compute_dtype(*inputs[:4], inputs.v_ref)
+    elements = x0.numel() // len(x0)
+    slices, length = _slices(inputs)
+    sums = x0.new_empty((10 if general else 7) * batch * slices, dtype=dtype)
+    details, loss = x0.new_empty((11 if general else 8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
     views = _views(inputs, inputs.v_ref)
     columns = min(CELLS, triton.next_power_of_2(slices))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](
-            views, sums, slices, length, options.prediction, elements, item_bytes(*tensors), compute(dtype)
+            views,
+            sums,
+            slices,
+            length,
+            options.prediction,
+            general,
+            elements,
+            _bytes(inputs, inputs.v_ref),
+            compute(dtype),
         )
         _finish[(1,)](
             views,
@@ -322,6 +523,7 @@ def nft_loss(
             options.weighting,
             options.prediction,
             options.kl_space,
+            general,
             min(CELLS // columns, triton.next_power_of_2(batch)),
             columns,
             num_warps=8,
@@ -334,21 +536,27 @@ def nft_loss(
 
 def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
     """d loss / d v_theta, from the per-sample values of the loss."""
-    grad, x0 = torch.empty_like(inputs.v_theta, dtype=grad_dtype), inputs.x0
-    v_ref = inputs.v_ref if options.kl_weight > 0 else None
+    grad, x0, batch = torch.empty_like(inputs.v_theta, dtype=grad_dtype), inputs.x0, len(inputs.t)
+    v_ref, general = inputs.v_ref if options.kl_weight > 0 else None, _general(inputs, options)
+    slices, elements = _slices(inputs)[0], x0.numel() // len(x0)
+    # The general kernel divides by the sum of the mask.
+    n = 1 if general else elements
     with torch.cuda.device_of(x0):
-        _differentiate[blocks_of(x0)](
+        _differentiate[blocks_of(x0) if inputs.segments is None else (batch * slices,)](
             _views(inputs, v_ref),
             details,
-            view(grad),
-            exact(2 * options.adv_clip_max * len(x0) / x0.numel()),
-            exact(2 * options.kl_weight * len(x0) / x0.numel()),
-            len(x0),
+            _view(grad, inputs),
+            exact(2 * options.adv_clip_max / n),
+            exact(2 * options.kl_weight / n),
+            batch,
+            slices,
             options.weighting,
             options.prediction,
             options.kl_space,
-            x0.numel() // len(x0),
-            item_bytes(*inputs[:4], v_ref, grad),
+            general,
+            options.detach_weight,
+            elements,
+            _bytes(inputs, v_ref, grad),
             compute(details.dtype),
         )
     return grad
