@@ -141,6 +141,14 @@ struct Coefficients {
   double positive, negative, kl, positive_sign, negative_sign;
 };
 
+// d loss / d v_theta of an element with an r of its own, without its mask and the KL term.
+template <typename T>
+NFT_HD T policy_gradient(const Coefficients& c, T r, T positive, T negative) {
+  auto sign = [](T x) { return static_cast<T>((x > 0) - (x < 0)); };
+  return r * (static_cast<T>(c.positive) * positive) + (1 - r) * (static_cast<T>(c.negative) * negative) +
+         static_cast<T>(c.positive_sign) * sign(positive) + static_cast<T>(c.negative_sign) * sign(negative);
+}
+
 NFT_HD double time_weighting(int weighting, double t) {
   return weighting == kTime ? t : weighting == kTimeSquared ? t * t : 1.0;
 }

@@ -125,17 +125,14 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
                 Buffers<T>& buf) {
   const Chunk<T> in = load_chunk<T, kElementwise>(a, b, row, start, count, buf);
   const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
-  const T positive_sign = static_cast<T>(c.positive_sign), negative_sign = static_cast<T>(c.negative_sign);
   const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
   T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, row)) + start : buf.grad;
-  auto sign = [](T x) { return static_cast<T>((x > 0) - (x < 0)); };
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     T d, positive, negative;
     errors(in.v_theta[k], in.v_old[k], in.x_t[k], in.x0[k], in.f, d, positive, negative);
     if constexpr (kElementwise) {
-      const T value = in.r[k] * (positive_factor * positive) + (1 - in.r[k]) * (negative_factor * negative) +
-                      positive_sign * sign(positive) + negative_sign * sign(negative);
+      const T value = policy_gradient(c, in.r[k], positive, negative);
       grad[k] = in.mask[k] > 0 ? in.mask[k] * value : 0;
     } else {
       grad[k] = positive_factor * positive + negative_factor * negative;

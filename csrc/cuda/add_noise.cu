@@ -14,15 +14,16 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
     const int64_t seed = a.has_noise ? 0 : a.seed[b], sample = a.has_noise ? 0 : a.sample[b];
     const T t = static_cast<T>(value(a.t, b)), keep = static_cast<T>(1 - value(a.t, b));
     for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
-      const Bits x0_bits = fetch<T, kPacked>(a.x0, b, pack, a.elements);
+      const Place place{b, pack * kPack<T>, a.elements};
+      const Bits x0_bits = fetch<T, kPacked>(a.x0, place);
       const Pack<T> eps =
-          a.has_noise ? load<T, kPacked>(a.noise, b, pack, a.elements) : draw<T>(seed, sample, pack);
+          a.has_noise ? load<T, kPacked>(a.noise, place) : draw<T>(seed, sample, pack);
       const Pack<T> x0 = unpack<T>(x0_bits, a.x0.dtype);
       Pack<T> out;
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) out.v[j] = keep * x0.v[j] + t * eps.v[j];
-      store<T, kPacked>(a.out, b, pack, a.elements, out);
-      if (a.want_wide) store<T, kPacked>(a.wide, b, pack, a.elements, out);
+      store<T, kPacked>(a.out, place, out);
+      if (a.want_wide) store<T, kPacked>(a.wide, place, out);
     }
   }
 }

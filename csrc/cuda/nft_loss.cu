@@ -1,5 +1,7 @@
 // The loss and its gradient. Where a thread-block cluster can hold a sample's errors, one launch reads every input
 // once; elsewhere a first launch adds up slices of samples and a second reads the inputs again for the gradient.
+// kGeneral kernels, always in two launches, know what the common ones leave out: masks, r per element, segments, and
+// gradients through the weights.
 #include <cooperative_groups.h>
 
 #include <map>
@@ -16,12 +18,29 @@ namespace {
 template <typename T>
 struct Errors {
   Pack<T> positive, negative, delta;  // e+, e- and v_theta - v_ref
+  Pack<T> mask, r;                    // kGeneral only
 };
 
+template <typename T, bool kGeneral>
+using SumsOf = std::conditional_t<kGeneral, WeightedSums<T>, Sums<T>>;
+
+// Past the end of the sample the mask is zero.
+template <typename T>
+__device__ void load_weights(const LossArgs& a, int64_t b, const Place& place, Errors<T>& e) {
+  const T r = a.r_per_element ? T(0) : static_cast<T>(value(a.r, b));
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) {
+    e.mask.v[j] = place.first + j < place.end ? T(1) : T(0);
+    e.r.v[j] = r;
+  }
+  if (a.has_mask) e.mask = load<T, false>(a.mask, place);
+  if (a.r_per_element) e.r = load<T, false>(a.r_elements, place);
+}
+
 // Past the end of the sample all inputs are zero, and so is what they add to the sums.
-template <typename T, bool kPacked>
-__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sums<T>& sums) {
-  auto fetch_of = [&](const View& view) { return fetch<T, kPacked>(view, b, pack, a.elements); };
+template <typename T, bool kPacked, bool kGeneral>
+__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& place, SumsOf<T, kGeneral>& sums) {
+  auto fetch_of = [&](const View& view) { return fetch<T, kPacked>(view, place); };
   const Bits v_theta_bits = fetch_of(a.v_theta), v_old_bits = fetch_of(a.v_old), x_t_bits = fetch_of(a.x_t);
   const Bits x0_bits = fetch_of(a.x0);
   Bits v_ref_bits{};
@@ -32,14 +51,25 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sum
   const Pack<T> x_t = unpack<T>(x_t_bits, a.x_t.dtype), x0 = unpack<T>(x0_bits, a.x0.dtype);
   const Pack<T> v_ref = unpack<T>(v_ref_bits, a.v_ref.dtype);
   Errors<T> e;
-  Sums<T> pack_sums{};
+  if constexpr (kGeneral) load_weights(a, b, place, e);
+  SumsOf<T, kGeneral> pack_sums{};
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
     T d, &positive = e.positive.v[j], &negative = e.negative.v[j], &delta = e.delta.v[j];
     errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], f, d, positive, negative);
     delta = a.has_ref ? v_theta.v[j] - v_ref.v[j] : 0;
-    pack_sums.add(Sums<T>{std::abs(positive), std::abs(negative), positive * positive, negative * negative,
-                          delta * delta, std::abs(d), std::abs(d)});
+    if constexpr (kGeneral) {
+      const T m = e.mask.v[j], r = e.r.v[j];
+      // Padding may hold anything, NaN included.
+      if (!(m > 0)) d = positive = negative = delta = 0;
+      pack_sums.add(WeightedSums<T>{
+          {m * std::abs(positive), m * std::abs(negative), m * (positive * positive), m * (negative * negative),
+           m * (delta * delta), m * std::abs(d), std::abs(d)},
+          m, m * (r * (positive * positive)), m * ((1 - r) * (negative * negative))});
+    } else {
+      pack_sums.add(Sums<T>{std::abs(positive), std::abs(negative), positive * positive, negative * negative,
+                            delta * delta, std::abs(d), std::abs(d)});
+    }
   }
   sums.add(pack_sums);
   return e;
@@ -47,27 +77,35 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, int64_t pack, Sum
 
 NFT_HD bool with_kl(const LossArgs& a) { return a.has_ref && a.kl_weight > 0; }
 
-template <typename T, bool kPacked>
-__device__ void store_gradient(const LossArgs& a, int64_t b, int64_t pack, const Errors<T>& e, const Coefficients& c) {
+template <typename T, bool kPacked, bool kGeneral>
+__device__ void store_gradient(const LossArgs& a, const Place& place, const Errors<T>& e, const Coefficients& c) {
   const T positive = static_cast<T>(c.positive), negative = static_cast<T>(c.negative), kl = static_cast<T>(c.kl);
   Pack<T> grad;
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
-    grad.v[j] = positive * e.positive.v[j] + negative * e.negative.v[j];
+    if constexpr (kGeneral)
+      grad.v[j] = policy_gradient(c, e.r.v[j], e.positive.v[j], e.negative.v[j]);
+    else
+      grad.v[j] = positive * e.positive.v[j] + negative * e.negative.v[j];
     if (with_kl(a)) grad.v[j] += kl * e.delta.v[j];
+    if constexpr (kGeneral) grad.v[j] *= e.mask.v[j];
   }
-  store<T, kPacked>(a.grad, b, pack, a.elements, grad);
+  store<T, kPacked>(a.grad, place, grad);
 }
 
 __device__ double outer_of(const LossArgs& a, int64_t b) {
   return a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch);
 }
 
-template <typename T>
-__device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const Sums<double>& sums, bool write) {
+template <typename T, bool kGeneral>
+__device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const SumsOf<double, kGeneral>& sums, bool write) {
   const Sample sample{value(a.t, b), value(a.r, b), value(a.beta, b), outer_of(a, b)};
   double details[kDetails];
-  const Coefficients c = finish(a, sample, sums, a.elements, details);
+  Coefficients c;
+  if constexpr (kGeneral)
+    c = finish(a, sample, sums, details);
+  else
+    c = finish(a, sample, sums, a.elements, details);
   if (write) {
 #pragma unroll
     for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
@@ -129,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
 
   Sums<T> sums{};
   for (int64_t pack = first + threadIdx.x; pack < last; pack += blockDim.x) {
-    const Errors<T> e = load_errors<T, kPacked>(a, b, pack, sums);
+    const Errors<T> e = load_errors<T, kPacked, false>(a, b, {b, pack * kPack<T>, a.elements}, sums);
     if (!a.want_grad) continue;
     hold(0, pack, e.positive);
     hold(1, pack, e.negative);
@@ -142,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
     Sums<double> of_rank{};
     if (threadIdx.x < ranks) of_rank = *cluster.map_shared_rank(&block_sums, threadIdx.x);
     of_rank = warp_total(of_rank);
-    if (threadIdx.x == 0) coefficients = finish_sample<T>(a, b, of_rank, rank == 0);
+    if (threadIdx.x == 0) coefficients = finish_sample<T, false>(a, b, of_rank, rank == 0);
   }
   __syncthreads();
   // A block must not end, and its shared memory with it, while others read its sums.
@@ -152,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
     for (int64_t pack = first + threadIdx.x; pack < last; pack += blockDim.x) {
       Errors<T> e{recall(0, pack), recall(1, pack), {}};
       if (with_kl(a)) e.delta = recall(2, pack);
-      store_gradient<T, kPacked>(a, b, pack, e, c);
+      store_gradient<T, kPacked, false>(a, {b, pack * kPack<T>, a.elements}, e, c);
     }
   }
   if (rank == 0) count_sample<T>(a, finished);
@@ -160,45 +198,63 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
 #endif
 }
 
+// Where sample b is and how it is cut, into at most `slices.splits`: only the device knows how long a segment is.
+template <typename T, bool kGeneral>
+__device__ Part part_and_slices(const LossArgs& a, int64_t b, const Slices& slices, Slices& mine) {
+  mine = slices;
+  if constexpr (kGeneral) {
+    const Part part = part_of(a, b);
+    if (a.offsets) mine = slices_of(a.batch, packs_of<T>(part.length));
+    return part;
+  }
+  return {b, 0, a.elements};
+}
+
 // First of two launches: the sums of every slice.
-template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
-    slice_sums(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices, Sums<double>* partial,
-               unsigned long long* finished) {
-  __shared__ Sums<double> warps[kWarps];
+template <typename T, bool kPacked, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
+    slice_sums(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices,
+               SumsOf<double, kGeneral>* partial, unsigned long long* finished) {
+  __shared__ SumsOf<double, kGeneral> warps[kWarps];
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // the second launch counts
   for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
     const int64_t b = item / slices.splits, split = item % slices.splits;
-    Sums<T> sums{};
-    for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x)
-      load_errors<T, kPacked>(a, b, pack, sums);
-    const Sums<double> total = block_total(sums, warps);
+    Slices mine;
+    const Part part = part_and_slices<T, kGeneral>(a, b, slices, mine);
+    if (kGeneral && split >= mine.splits) continue;
+    SumsOf<T, kGeneral> sums{};
+    for (int64_t pack = mine.first(split) + threadIdx.x; pack < mine.last(split); pack += blockDim.x)
+      load_errors<T, kPacked, kGeneral>(a, b, place_of<T>(part, pack), sums);
+    const SumsOf<double, kGeneral> total = block_total(sums, warps);
     if (threadIdx.x == 0) partial[item] = total;
   }
 }
 
 // Second of two launches: every block adds up its sample's slices, which takes less than to wait for another to do it.
-template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+template <typename T, bool kPacked, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
     slice_gradients(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices,
-                    const Sums<double>* partial, unsigned long long* finished) {
+                    const SumsOf<double, kGeneral>* partial, unsigned long long* finished) {
   __shared__ Coefficients coefficients;
   for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
     const int64_t b = item / slices.splits, split = item % slices.splits;
-    if (split > 0 && !a.want_grad) continue;
+    Slices mine;
+    const Part part = part_and_slices<T, kGeneral>(a, b, slices, mine);
+    if (split > 0 && (!a.want_grad || (kGeneral && split >= mine.splits))) continue;
     __syncthreads();  // the last item's coefficients may still be in use
     if (threadIdx.x < 32) {
-      Sums<double> sums{};
-      for (int64_t i = threadIdx.x; i < slices.splits; i += 32) sums.add(partial[b * slices.splits + i]);
+      SumsOf<double, kGeneral> sums{};
+      for (int64_t i = threadIdx.x; i < mine.splits; i += 32) sums.add(partial[b * slices.splits + i]);
       sums = warp_total(sums);
-      if (threadIdx.x == 0) coefficients = finish_sample<T>(a, b, sums, split == 0);
+      if (threadIdx.x == 0) coefficients = finish_sample<T, kGeneral>(a, b, sums, split == 0);
     }
     __syncthreads();
     if (a.want_grad) {
       const Coefficients c = coefficients;
-      for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
-        Sums<T> unused{};
-        store_gradient<T, kPacked>(a, b, pack, load_errors<T, kPacked>(a, b, pack, unused), c);
+      for (int64_t pack = mine.first(split) + threadIdx.x; pack < mine.last(split); pack += blockDim.x) {
+        const Place place = place_of<T>(part, pack);
+        SumsOf<T, kGeneral> unused{};
+        store_gradient<T, kPacked, kGeneral>(a, place, load_errors<T, kPacked, kGeneral>(a, b, place, unused), c);
       }
     }
     if (split == 0) count_sample<T>(a, finished);
@@ -213,10 +269,11 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
   for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
     const int64_t b = item / slices.splits, split = item % slices.splits;
     for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
-      Pack<T> x = load<T, kPacked>(a.tensor, b, pack, a.elements);
+      const Place place{b, pack * kPack<T>, a.elements};
+      Pack<T> x = load<T, kPacked>(a.tensor, place);
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) x.v[j] *= factor;
-      store<T, kPacked>(a.tensor, b, pack, a.elements, x);
+      store<T, kPacked>(a.tensor, place, x);
     }
   }
 }
@@ -278,33 +335,41 @@ Shape cluster_shape(const LossArgs& a, int64_t packs, const ClusterLimits& limit
   return shape;
 }
 
+template <typename T, bool kPacked, bool kGeneral>
+void loss_in_slices(const LossArgs& a, const Queue& queue, const Slices& slices) {
+  auto* finished = static_cast<unsigned long long*>(queue.workspace);
+  auto* partial = reinterpret_cast<SumsOf<double, kGeneral>*>(finished + 1);
+  launch(slice_sums<T, kPacked, kGeneral>, shape_of(a.batch, slices), queue, a, slices, partial, finished);
+  launch(slice_gradients<T, kPacked, kGeneral>, shape_of(a.batch, slices), queue, a, slices, partial, finished);
+}
+
 }  // namespace
 
 size_t workspace_size(int64_t batch) {
-  return sizeof(unsigned long long) + static_cast<size_t>(batch + kBlocks) * sizeof(Sums<double>);
+  return sizeof(unsigned long long) + static_cast<size_t>(batch + kBlocks) * sizeof(WeightedSums<double>);
 }
 
 void nft_loss(const LossArgs& a, const Queue& queue) {
   const DeviceGuard guard(queue.device);
-  auto* finished = static_cast<unsigned long long*>(queue.workspace);
-  auto* partial = reinterpret_cast<Sums<double>*>(finished + 1);
   const std::vector<const View*> views{&a.v_theta, &a.v_old, &a.x_t, &a.x0, &a.v_ref, &a.grad};
-  choose_variant(a.double_math, a.batch, a.elements, views, [&](auto zero, auto is_packed) {
+  // Segments start at whole rows of `elements`, so that their packs are aligned where those of a row are.
+  choose_variant(a.double_math, a.offsets ? 1 : a.batch, a.elements, views, [&](auto zero, auto is_packed) {
     using T = decltype(zero);
     constexpr bool kPacked = is_packed.value;
     const int64_t packs = packs_of<T>(a.elements);
+    const Slices slices = slices_of(a.batch, packs);
+    if (a.offsets || elementwise(a)) {
+      const Slices most{packs, most_splits(a.batch), kThreads};
+      return loss_in_slices<T, kPacked, true>(a, queue, a.offsets ? most : slices);
+    }
     const auto in_clusters = loss_in_clusters<T, kPacked>;
     const Shape clusters = cluster_shape(a, packs, cluster_limits(in_clusters, queue.device));
-    if (clusters.blocks > 0) {
-      // Zeroed here and not by the last block for the next call: CUDA graphs captured in one stream would share a
-      // counter that is kept, and they may replay at the same time.
-      check(cudaMemsetAsync(finished, 0, sizeof *finished, static_cast<cudaStream_t>(queue.stream)));
-      launch(in_clusters, clusters, queue, a, packs, finished);
-      return;
-    }
-    const Slices slices = slices_of(a.batch, packs);
-    launch(slice_sums<T, kPacked>, shape_of(a.batch, slices), queue, a, slices, partial, finished);
-    launch(slice_gradients<T, kPacked>, shape_of(a.batch, slices), queue, a, slices, partial, finished);
+    if (clusters.blocks == 0) return loss_in_slices<T, kPacked, false>(a, queue, slices);
+    // Zeroed here and not by the last block for the next call: CUDA graphs captured in one stream would share a
+    // counter that is kept, and they may replay at the same time.
+    auto* finished = static_cast<unsigned long long*>(queue.workspace);
+    check(cudaMemsetAsync(finished, 0, sizeof *finished, static_cast<cudaStream_t>(queue.stream)));
+    launch(in_clusters, clusters, queue, a, packs, finished);
   });
 }
 

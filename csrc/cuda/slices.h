@@ -35,9 +35,12 @@ struct Slices {
   }
 };
 
-// kBlocks slices or a few more, unless the threads of a block would lack packs. At most batch + kBlocks of them.
+// Of one sample, so that the batch has kBlocks slices or a few more.
+NFT_HD int64_t most_splits(int64_t batch) { return (kBlocks + batch - 1) / batch; }
+
+// That many slices, unless the threads of a block would lack packs. At most batch + kBlocks of them.
 NFT_HD Slices slices_of(int64_t batch, int64_t packs) {
-  const int64_t wanted = (kBlocks + batch - 1) / batch, useful = (packs + kThreads - 1) / kThreads;
+  const int64_t wanted = most_splits(batch), useful = (packs + kThreads - 1) / kThreads;
   const int64_t most = wanted < useful ? wanted : useful, length = (packs + most - 1) / most;
   return {packs, (packs + length - 1) / length, length};
 }

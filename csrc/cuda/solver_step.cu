@@ -21,9 +21,10 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
     const int64_t seed = drawn ? a.seed[b] : 0, sample = drawn ? a.sample[b] : 0;
     Sum<T> square{};
     for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
-      Bits x_bits = fetch<T, kPacked>(a.x, b, pack, a.elements), v_bits = fetch<T, kPacked>(a.v, b, pack, a.elements);
+      const Place place{b, pack * kPack<T>, a.elements};
+      Bits x_bits = fetch<T, kPacked>(a.x, place), v_bits = fetch<T, kPacked>(a.v, place);
       Bits u_bits{};
-      if (a.guided) u_bits = fetch<T, kPacked>(a.v_uncond, b, pack, a.elements);
+      if (a.guided) u_bits = fetch<T, kPacked>(a.v_uncond, place);
       const Pack<T> x = unpack<T>(x_bits, a.x.dtype);
       Pack<T> v = unpack<T>(v_bits, a.v.dtype), out, written;
       if (a.guided) {
@@ -36,20 +37,20 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
         written.v[j] = p * x.v[j] + q * v.v[j];
         out.v[j] = keep * x.v[j] + first * written.v[j];
       }
-      if (a.want_h) store<T, kPacked>(a.h, b, pack, a.elements, written);
+      if (a.want_h) store<T, kPacked>(a.h, place, written);
       if (a.want_x0) {
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) written.v[j] = x.v[j] - time * v.v[j];
-        store<T, kPacked>(a.x0, b, pack, a.elements, written);
+        store<T, kPacked>(a.x0, place, written);
       }
       for (int i = 1; i < a.terms; ++i) {
-        const Pack<T> older = load<T, kPacked>(a.history[i], b, pack, a.elements);
+        const Pack<T> older = load<T, kPacked>(a.history[i], place);
         const T weight = static_cast<T>(a.b[i]);
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) out.v[j] += weight * older.v[j];
       }
       if (noisy) {
-        const Pack<T> z = drawn ? draw<T>(seed, sample, pack) : load<T, kPacked>(a.noise, b, pack, a.elements);
+        const Pack<T> z = drawn ? draw<T>(seed, sample, pack) : load<T, kPacked>(a.noise, place);
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) {
           out.v[j] += deviation * z.v[j];
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
           if (pack * kPack<T> + j < a.elements) square.value += z.v[j] * z.v[j];
         }
       }
-      store<T, kPacked>(a.out, b, pack, a.elements, out);
+      store<T, kPacked>(a.out, place, out);
     }
     if (squares == nullptr) continue;
     const Sum<double> total = block_total(square, warps);

@@ -30,6 +30,16 @@ __device__ inline void set_word(Bits& bits, int i, uint4 word) {
   bits.v[4 * i + 3] = word.w;
 }
 
+// A row of a tensor, a pack's first element in it, and where the sample that it belongs to ends.
+struct Place {
+  int64_t row, first, end;
+};
+
+template <typename T>
+NFT_HD Place place_of(const Part& part, int64_t pack) {
+  return {part.row, part.start + pack * kPack<T>, part.start + part.length};
+}
+
 // Where item j of the pack at `run` lies.
 __device__ inline int64_t item_offset(const View& view, const Run& run, int64_t first, int j) {
   if (j >= run.length) return run_at(view, first + j).offset;
@@ -38,21 +48,20 @@ __device__ inline int64_t item_offset(const View& view, const Run& run, int64_t 
 
 // Items past the end of the sample read as zero. kPacked: the view is packed<T>.
 template <typename T, bool kPacked>
-__device__ Bits fetch(const View& view, int64_t b, int64_t pack, int64_t elements) {
+__device__ Bits fetch(const View& view, const Place& place) {
   const int size = item_size(view.dtype);
-  const char* base = sample_start(view, b);
-  const int64_t first = pack * kPack<T>;
+  const char* base = sample_start(view, place.row);
   Bits bits{};
   if constexpr (kPacked) {
-    const uint4* words = reinterpret_cast<const uint4*>(base + first * size);
+    const uint4* words = reinterpret_cast<const uint4*>(base + place.first * size);
     set_word(bits, 0, words[0]);
     if (size == 4) set_word(bits, 1, words[1]);
   } else {
-    const Run run = run_at(view, first);
+    const Run run = run_at(view, place.first);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      if (first + j >= elements) break;
-      const char* item = base + item_offset(view, run, first, j) * size;
+      if (place.first + j >= place.end) break;
+      const char* item = base + item_offset(view, run, place.first, j) * size;
       if (size == 2) {
         bits.v[j / 2] |= static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(item)) << (16 * (j % 2));
       } else if (size == 4) {
@@ -93,8 +102,8 @@ __device__ Pack<T> unpack(const Bits& bits, int dtype) {
 }
 
 template <typename T, bool kPacked>
-__device__ Pack<T> load(const View& view, int64_t b, int64_t pack, int64_t elements) {
-  return unpack<T>(fetch<T, kPacked>(view, b, pack, elements), view.dtype);
+__device__ Pack<T> load(const View& view, const Place& place) {
+  return unpack<T>(fetch<T, kPacked>(view, place), view.dtype);
 }
 
 template <typename T>
@@ -105,12 +114,11 @@ __device__ uint16_t half_bits(T value, int dtype) {
 
 // Writes nothing past the end of the sample.
 template <typename T, bool kPacked>
-__device__ void store(const View& view, int64_t b, int64_t pack, int64_t elements, const Pack<T>& values) {
+__device__ void store(const View& view, const Place& place, const Pack<T>& values) {
   const int size = item_size(view.dtype);
-  char* base = sample_start(view, b);
-  const int64_t first = pack * kPack<T>;
+  char* base = sample_start(view, place.row);
   if constexpr (kPacked) {
-    uint4* words = reinterpret_cast<uint4*>(base + first * size);
+    uint4* words = reinterpret_cast<uint4*>(base + place.first * size);
     Bits bits{};
     if (size == 4) {
 #pragma unroll
@@ -123,11 +131,11 @@ __device__ void store(const View& view, int64_t b, int64_t pack, int64_t element
     }
     words[0] = word(bits, 0);
   } else {
-    const Run run = run_at(view, first);
+    const Run run = run_at(view, place.first);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      if (first + j >= elements) break;
-      char* item = base + item_offset(view, run, first, j) * size;
+      if (place.first + j >= place.end) break;
+      char* item = base + item_offset(view, run, place.first, j) * size;
       switch (view.dtype) {
         case kFloat32: *reinterpret_cast<float*>(item) = static_cast<float>(values.v[j]); break;
         case kFloat64: *reinterpret_cast<double*>(item) = static_cast<double>(values.v[j]); break;

@@ -20,7 +20,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 CASES = [("bfloat16", "dense"), ("float32", "dense"), ("float32", "strided")]
-KERNELS = {"_add_noise": 2, "_differentiate": 2, "_finish": 2, "_solver_step": 2, "_sum_slices": 2}
+KERNELS = {"_add_noise": 2, "_differentiate": 4, "_finish": 4, "_solver_step": 2, "_sum_slices": 4}
 
 
 def spilled(kernel, arch):
@@ -49,8 +49,14 @@ def launch_all(backend, dtype, strided):
 
     x, v, u, h, g = (tensor() for _ in range(5))
     t, seeds, none = torch.ones(4), torch.zeros(4, dtype=torch.int64), x.new_empty(0)
-    for outer, options in ((None, Options(kl_weight=0.1)), (t.double(), Options(prediction="eps", weighting="t"))):
-        inputs = LossInputs(x, v, u, h, t, t, t.double(), v_ref=g, outer=outer)
+    plain = LossInputs(x, v, u, h, t, t, t.double(), v_ref=g)
+    mask, segments = torch.ones(4, 1, 64, 64), torch.tensor([0, 1, 4])
+    for inputs, options in (
+        (plain, Options(kl_weight=0.1)),
+        (plain._replace(outer=t.double()), Options(prediction="eps", weighting="t")),
+        (plain._replace(r=mask, mask=mask), Options(kl_weight=0.1, detach_weight=False)),
+        (plain._replace(t=t[:2], r=x.float(), beta=t[:2], mask=mask, segments=segments), Options(detach_weight=False)),
+    ):
         backend.nft_loss(inputs, options, grad_dtype=dtype)
     backend.add_noise(x, t, seeds, seeds, None, tensor(), none)
     backend.add_noise(x, t, None, None, v, tensor(), tensor().float())

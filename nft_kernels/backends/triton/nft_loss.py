@@ -32,7 +32,7 @@ from ._common import (
 )
 
 _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
-# Samples times slices that ``_finish`` takes at once.
+# Samples times slices that ``_finish`` takes at once; it has twice the numbers of each if GENERAL.
 CELLS = 512
 
 
@@ -136,8 +136,10 @@ def _slice(inputs, program, slices, length, elements):
         # Packed tensors are one row. Only the device knows how long a segment is: all have equally many slices.
         begin = tl.load(inputs.segments + sample) * elements
         end = tl.load(inputs.segments + sample + 1) * elements
-        first = begin + place_in_sample * tl.cdiv(end - begin, slices)
-        return sample, sample * 0, first, tl.minimum(first + tl.cdiv(end - begin, slices), end)
+        # A multiple of 16, so that wide accesses stay aligned.
+        length = tl.cdiv(end - begin, slices * 16) * 16
+        first = begin + place_in_sample * length
+        return sample, sample * 0, first, tl.minimum(first + length, end)
 
 
 @triton.jit
@@ -275,23 +277,22 @@ def _finish(
         if GENERAL:
             # A sample whose mask is empty counts as nothing, not as NaN.
             n = tl.where(_of(7, table) > 0, _of(7, table), 1)
-            positive_share = _of(8, table) / n
-            negative_share = _of(9, table) / n
         else:
             n = elements.to(tl.float64)
-            r = scalar(inputs.r, sample, tl.float64)
-            positive_share = r * (_of(2, table) / n)
-            negative_share = (1 - r) * (_of(3, table) / n)
         positive_weight = tl.full((ROWS,), 1, tl.float64)
         negative_weight = positive_weight
         if WEIGHTING == "adaptive":
             positive_weight = _at_least(_MIN_WEIGHT, _of(0, table) / n)
             negative_weight = _at_least(_MIN_WEIGHT, _of(1, table) / n)
-        factor = _time_weighting(t, WEIGHTING)
-        positive = factor * (_of(2, table) / n) / positive_weight
-        negative = factor * (_of(3, table) / n) / negative_weight
-        policy = positive_share / positive_weight + negative_share / negative_weight
-        policy = clip * factor * policy / scalar(inputs.beta, sample, tl.float64)
+        factor = _time_weighting(t, WEIGHTING) / n
+        positive = factor * _of(2, table) / positive_weight
+        negative = factor * _of(3, table) / negative_weight
+        if GENERAL:
+            policy = factor * (_of(8, table) / positive_weight + _of(9, table) / negative_weight)
+        else:
+            r = scalar(inputs.r, sample, tl.float64)
+            policy = r * positive + (1 - r) * negative
+        policy = clip * policy / scalar(inputs.beta, sample, tl.float64)
         kl = _of(4, table) / n
         if inputs.v_ref is not None:
             kl *= _kl_factor(t, PREDICTION, KL_SPACE)
@@ -309,8 +310,8 @@ def _finish(
         tl.store(details + 7 * batch + row, largest.to(dtype), wanted)
         if GENERAL:
             tl.store(details + 8 * batch + row, n.to(dtype), wanted)
-            tl.store(details + 9 * batch + row, positive_share.to(dtype), wanted)
-            tl.store(details + 10 * batch + row, negative_share.to(dtype), wanted)
+            tl.store(details + 9 * batch + row, (_of(8, table) / n).to(dtype), wanted)
+            tl.store(details + 10 * batch + row, (_of(9, table) / n).to(dtype), wanted)
         total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * kl) * _outer(inputs, sample, batch), 0)
     tl.store(loss, tl.sum(total, 0).to(dtype))
 
@@ -497,7 +498,8 @@ def nft_loss(
     sums = x0.new_empty((10 if general else 7) * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((11 if general else 8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
     views = _views(inputs, inputs.v_ref)
-    columns = min(CELLS, triton.next_power_of_2(slices))
+    cells = CELLS // 2 if general else CELLS
+    columns = min(cells, triton.next_power_of_2(slices))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](
             views,
@@ -524,7 +526,7 @@ def nft_loss(
             options.prediction,
             options.kl_space,
             general,
-            min(CELLS // columns, triton.next_power_of_2(batch)),
+            min(cells // columns, triton.next_power_of_2(batch)),
             columns,
             num_warps=8,
             **OPTIONS,
