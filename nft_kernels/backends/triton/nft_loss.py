@@ -32,7 +32,7 @@ from ._common import (
 )
 
 _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
-# Samples times slices that ``_finish`` takes at once; it has twice the numbers of each if GENERAL.
+# Samples times slices that ``_finish`` takes at once.
 CELLS = 512
 
 
@@ -288,7 +288,13 @@ def _finish(
         positive = factor * _of(2, table) / positive_weight
         negative = factor * _of(3, table) / negative_weight
         if GENERAL:
-            policy = factor * (_of(8, table) / positive_weight + _of(9, table) / negative_weight)
+            positive_share = _of(8, table) / n
+            negative_share = _of(9, table) / n
+            tl.store(details + 8 * batch + row, n.to(dtype), row < batch)
+            tl.store(details + 9 * batch + row, positive_share.to(dtype), row < batch)
+            tl.store(details + 10 * batch + row, negative_share.to(dtype), row < batch)
+            policy = positive_share / positive_weight + negative_share / negative_weight
+            policy *= _time_weighting(t, WEIGHTING)
         else:
             r = scalar(inputs.r, sample, tl.float64)
             policy = r * positive + (1 - r) * negative
@@ -308,10 +314,6 @@ def _finish(
         tl.store(details + 5 * batch + row, kl.to(dtype), wanted)
         tl.store(details + 6 * batch + row, deviation.to(dtype), wanted)
         tl.store(details + 7 * batch + row, largest.to(dtype), wanted)
-        if GENERAL:
-            tl.store(details + 8 * batch + row, n.to(dtype), wanted)
-            tl.store(details + 9 * batch + row, (_of(8, table) / n).to(dtype), wanted)
-            tl.store(details + 10 * batch + row, (_of(9, table) / n).to(dtype), wanted)
         total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * kl) * _outer(inputs, sample, batch), 0)
     tl.store(loss, tl.sum(total, 0).to(dtype))
 
@@ -498,8 +500,7 @@ def nft_loss(
     sums = x0.new_empty((10 if general else 7) * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((11 if general else 8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
     views = _views(inputs, inputs.v_ref)
-    cells = CELLS // 2 if general else CELLS
-    columns = min(cells, triton.next_power_of_2(slices))
+    columns = min(CELLS, triton.next_power_of_2(slices))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](
             views,
@@ -526,7 +527,7 @@ def nft_loss(
             options.prediction,
             options.kl_space,
             general,
-            min(cells // columns, triton.next_power_of_2(batch)),
+            min(CELLS // columns, triton.next_power_of_2(batch)),
             columns,
             num_warps=8,
             **OPTIONS,
