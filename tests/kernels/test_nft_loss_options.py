@@ -1,5 +1,6 @@
 """The loss' options against the definition, written out here sample by sample in float64, with autograd's gradient."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nft_kernels import nft_loss
+from nft_kernels import check, nft_loss
 
 M = 5.0
 
@@ -209,6 +210,79 @@ def test_packed_sequences_equal_separate_ones(backend):
         )
         for got, expected in zip(out[1:], alone[1:], strict=True):
             torch.testing.assert_close(got[i].cpu(), expected[0])
+
+
+def random(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(3), device="cpu")
+
+
+def edges(*offsets):
+    return torch.tensor(offsets, device="cpu")
+
+
+LONG = {
+    "mask per token": ((2, 8, 24, 24), {"mask": (random(2, 1, 24, 24) - 0.3).relu()}),
+    "boolean mask": ((2, 3, 43, 37), {"mask": random(2, 3, 43, 37) < 0.6}),
+    "r per element": ((2, 8, 24, 24), {"r": random(2, 8, 24, 24), "kl_weight": 0.1}),
+    "gradient through the weight": ((2, 8, 24, 24), {"detach_weight": False, "beta": 0.3}),
+    "all but segments": (
+        (2, 3, 43, 37),
+        {"mask": (random(3, 1, 37) - 0.3).relu(), "r": random(2, 1, 43, 37), "kl_weight": 0.1, "detach_weight": False},
+    ),
+    "segments": ((60, 3, 64), {"segments": edges(0, 1, 40, 60), "kl_weight": 0.1}),
+    "segments that are not aligned": ((60, 63), {"segments": edges(0, 9, 10, 60), "detach_weight": False}),
+    "all": (
+        (60, 4, 64),
+        {"segments": edges(0, 2, 41, 60), "mask": (random(60, 1, 64) - 0.3).relu(), "r": random(60, 4, 1),
+         "kl_weight": 0.1, "detach_weight": False, "prediction": "eps"},
+    ),
+}  # fmt: skip
+
+
+def long_case(name, dtype):
+    """The positional arguments of ``nft_loss`` and its options, on the default device."""
+    shape, options = LONG[name]
+    x, t, r = make(shape, samples=len(options["segments"]) - 1 if "segments" in options else None)
+    device = torch.get_default_device()
+    options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    if "kl_weight" in options:
+        options["v_ref"] = x[4].to(device, dtype)
+    r = options.pop("r", r.to(device).float())
+    return [*(a.to(device, dtype) for a in x[:4]), t.to(device).float(), r], options
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", LONG)
+def test_long_samples_keep_the_error_bound(kernels, name, dtype, monkeypatch):
+    """More elements than a kernel takes at once, and the bound of the design: 4 ulp, or twice the plain formula's."""
+    args, options = long_case(name, dtype)
+    # The check would cast the offsets.
+    monkeypatch.setattr(check, "nft_loss", partial(nft_loss, segments=options.pop("segments", None)))
+    check.compare_nft_loss(*args, **options, backend=kernels)
+
+
+def test_reruns_of_all_options_give_the_same_bits(kernels):
+    (v_theta, *args), options = long_case("all", torch.float32)
+    runs = []
+    for _ in range(2):
+        leaf = v_theta.clone().requires_grad_()
+        out = nft_loss(leaf, *args, **options, backend=kernels)
+        runs.append([*out, *torch.autograd.grad(out.loss, leaf)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("detach_weight", [True, False])
+def test_a_sample_that_is_masked_out_counts_as_nothing(backend, detach_weight):
+    x, t, r = make((3, 4, 6))
+    x, (t, r) = ([a.to(torch.get_default_device(), torch.float32) for a in tensors] for tensors in (x, (t, r)))
+    mask = torch.ones(3, 4, 6)
+    mask[1] = 0
+    leaf = x[0].requires_grad_()
+    out = nft_loss(leaf, *x[1:4], t, r, mask=mask, detach_weight=detach_weight, backend=backend)
+    out.loss.backward()
+    alone = nft_loss(*(a[::2] for a in x[:4]), t[::2], r[::2], detach_weight=detach_weight, backend="reference")
+    torch.testing.assert_close(out.loss * 3, alone.loss * 2)
+    assert out.policy_loss[1] == 0 and leaf.grad[1].eq(0).all() and leaf.grad[::2].ne(0).all()
 
 
 @settings(max_examples=25, deadline=None)
