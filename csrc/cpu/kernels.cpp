@@ -1,4 +1,6 @@
 // The loss and the forward process on the CPU, compiled once per instruction set (NFT_ISA names the namespace).
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -8,6 +10,8 @@
 namespace nft {
 namespace NFT_ISA {
 namespace {
+
+constexpr int64_t kSamplesPerThread = 4;
 
 template <typename T>
 struct Buffers {
@@ -162,22 +166,27 @@ void reduce(const LossArgs& a) {
   *static_cast<T*>(a.loss) = static_cast<T>(a.outer.data ? sum : sum / static_cast<double>(a.batch));
 }
 
-// All threads share one sample, so that it is still in cache when its gradient is written in the same visit.
+// A sample's gradient is written in the same visit that sums its errors, while it is still in cache. Either every thread
+// has samples of its own, or, where there are too few, all threads share one sample at a time; the bits are the same.
 template <typename T, bool kElementwise>
 void loss(const LossArgs& a) {
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
+  auto length = [](const Part& part, int64_t c) { return std::min(kChunk, part.length - c * kChunk); };
   int64_t most = 0;
   for (int64_t b = 0; b < (a.offsets ? a.batch : 1); ++b) most = std::max(most, chunks_of(part_of(a, b)));
-  if (most == 1) {
+  if (most == 1 || a.batch >= kSamplesPerThread * omp_get_max_threads()) {
 #pragma omp parallel
     {
       Buffers<T> buf;
 #pragma omp for schedule(static)
       for (int64_t b = 0; b < a.batch; ++b) {
         const Part p = part_of(a, b);
-        const Coefficients c =
-            finish_sample<T>(a, b, chunk_sums<T, kElementwise>(a, b, p.row, p.start, p.length, buf));
-        if (a.want_grad) chunk_grad<T, kElementwise>(a, b, p.row, p.start, p.length, c, buf);
+        WeightedSums<double> sums{};
+        for (int64_t c = 0; c < chunks_of(p); ++c)
+          sums.add(chunk_sums<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf));
+        const Coefficients coefficients = finish_sample<T>(a, b, sums);
+        for (int64_t c = 0; a.want_grad && c < chunks_of(p); ++c)
+          chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
       }
     }
     return reduce<T>(a);
@@ -191,10 +200,9 @@ void loss(const LossArgs& a) {
       WeightedSums<double>* mine = partial.data() + (b & 1) * most;
       const Part p = part_of(a, b);
       const int64_t chunks = chunks_of(p);
-      auto length = [&](int64_t c) { return std::min(kChunk, p.length - c * kChunk); };
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < chunks; ++c)
-        mine[c] = chunk_sums<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(c), buf);
+        mine[c] = chunk_sums<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
       Coefficients coefficients{};
 #pragma omp single copyprivate(coefficients)
       {
@@ -205,7 +213,7 @@ void loss(const LossArgs& a) {
       if (a.want_grad) {
 #pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < chunks; ++c)
-          chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(c), coefficients, buf);
+          chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
       }
     }
   }
@@ -239,13 +247,17 @@ void noise(const NoiseArgs& a) {
 }  // namespace
 
 void nft_loss(const LossArgs& args) {
+  if (args.want_grad) expect_writes(args.grad, args.batch, args.elements);
   if (elementwise(args))
     args.double_math ? loss<double, true>(args) : loss<float, true>(args);
   else
     args.double_math ? loss<double, false>(args) : loss<float, false>(args);
 }
 
-void add_noise(const NoiseArgs& args) { args.double_math ? noise<double>(args) : noise<float>(args); }
+void add_noise(const NoiseArgs& args) {
+  expect_writes(args.out, args.batch, args.elements);
+  args.double_math ? noise<double>(args) : noise<float>(args);
+}
 
 }  // namespace NFT_ISA
 }  // namespace nft
