@@ -149,6 +149,13 @@ void store(const View& view, int64_t b, int64_t start, int64_t count, const T* v
   }
 }
 
+// Where the chunk's values may be computed: the tensor's own memory when `store` would only copy them there.
+template <typename T>
+T* place(const View& view, int64_t b, int64_t start, T* buffer) {
+  const bool same = view.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
+  return dense(view) && same ? reinterpret_cast<T*>(sample_start(view, b)) + start : buffer;
+}
+
 template <typename T>
 double total(const T* lanes) {
   double sum = 0;
