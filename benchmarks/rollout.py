@@ -2,8 +2,8 @@
 
 The plain way is ``StableDiffusion3Pipeline`` called with prompts, with the policy as an unmerged PEFT adapter; ours is
 ``nft.rollout.rollout``, merging included. Both draw the same prompts with as many Euler steps without guidance, decode
-them, and take turns. ``nft`` reuses the embeddings of prompts that it has seen, as in an epoch; ``--fresh`` forgets them
-before every turn.
+them, and take turns. ``nft`` reuses the embeddings of prompts that it has seen, as in an epoch; ``--fresh`` forgets
+them before every turn.
 """
 
 import argparse
