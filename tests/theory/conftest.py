@@ -8,9 +8,10 @@ from nft.worlds.mixture import Mixture, Rewarded
 
 @pytest.fixture(autouse=True)
 def float64():
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test_reward_grows_under_every_solver_as_beta_shrinks(line, name, r):
     assert all(after > before for before, after in pairwise([old, *rewards])), rewards
     tilt = [tilted_reward(world, 2 / beta) for beta in (math.inf, *BETAS)]
     # Weak guidance gains what the tilt gains, but for the error of 20 steps.
-    assert rewards[0] - old == pytest.approx((tilt[1] - tilt[0]).item(), rel=0.06)
+    assert rewards[0] - old == pytest.approx((tilt[1] - tilt[0]).item(), rel=0.05)
 
 
 def test_reward_under_stochastic_ddim_rises_as_under_the_tilt_by_its_variance(line):

@@ -33,14 +33,14 @@ def outcomes(world, x, t):
     return x0.reshape(-1, d), probability.reshape(-1), r.reshape(-1)
 
 
-def expected_loss(v_theta, v_old, world, x, t, **options):
+def expected_loss(v_theta, v_old, world, x, t, v_ref=None, **options):
     """The sum over x of E[loss | x_t = x]."""
     x0, probability, r = outcomes(world, x, t)
-    v_theta, v_old, x = (y.repeat_interleave(len(x0) // len(x), 0) for y in (v_theta, v_old, x))
-    if "v_ref" in options:
-        options["v_ref"] = options["v_ref"].repeat_interleave(len(x0) // len(options["v_ref"]), 0)
-    times = torch.full((len(x0),), t)
-    return loss_of(v_theta, v_old, x, x0, times, r, sample_weight=probability, reduction="sum", **options).loss
+    v_theta, v_old, v_ref, x = (
+        None if y is None else y.repeat_interleave(len(x0) // len(x), 0) for y in (v_theta, v_old, v_ref, x)
+    )
+    options |= {"v_ref": v_ref, "sample_weight": probability, "reduction": "sum"}
+    return loss_of(v_theta, v_old, x, x0, torch.full((len(x0),), t), r, **options).loss
 
 
 def minimise(loss, start):
