@@ -20,30 +20,25 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
+from nft.worlds.mixture import Mixture
 from nft_kernels import solver_step
 from nft_kernels.solvers import SOLVERS, schedule, table
 
-MEANS, SCALES, SHARES = np.array([-1.5, 0.5, 2.0]), np.array([0.3, 0.5, 0.2]), np.array([0.3, 0.5, 0.2])
+MIXTURE = Mixture(
+    shares=torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64),
+    means=torch.tensor([[-1.5], [0.5], [2.0]], dtype=torch.float64),
+    deviations=torch.tensor([[0.3], [0.5], [0.2]], dtype=torch.float64),
+)
 STEPS = (2, 3, 5, 8, 12, 20, 40)
-
-
-def velocity(x, t):
-    """E[eps - x0 | x_t = x] of the mixture: every component is Gaussian, weighted by its posterior probability."""
-    variance = (1 - t) ** 2 * SCALES**2 + t**2
-    centred = x[:, None] - (1 - t) * MEANS
-    log_weight = np.log(SHARES) - centred**2 / (2 * variance) - np.log(variance) / 2
-    weight = np.exp(log_weight - log_weight.max(1, keepdims=True))
-    weight /= weight.sum(1, keepdims=True)
-    slope = (t - (1 - t) * SCALES**2) / variance
-    return (weight * (slope * centred - MEANS)).sum(1)
 
 
 def quantiles(levels):
     """Of the mixture, by bisection of its distribution function."""
+    shares, means, deviations = (x.flatten().numpy() for x in (MIXTURE.shares, MIXTURE.means, MIXTURE.deviations))
     low, high = np.full_like(levels, -10.0), np.full_like(levels, 10.0)
     for _ in range(60):
         middle = (low + high) / 2
-        above = (SHARES * norm.cdf((middle[:, None] - MEANS) / SCALES)).sum(1) > levels
+        above = (shares * norm.cdf((middle[:, None] - means) / deviations)).sum(1) > levels
         low, high = np.where(above, low, middle), np.where(above, middle, high)
     return (low + high) / 2
 
@@ -53,8 +48,7 @@ def mixture_error(solver, count=20_000):
     levels = (np.arange(count) + 0.5) / count
     x, history = torch.from_numpy(norm.ppf(levels))[:, None], ()
     for i, t in enumerate(solver.times):
-        v = torch.from_numpy(velocity(x[:, 0].numpy(), t))[:, None]
-        x, history, *_ = solver_step(solver, i, x, v, history, seed=0)
+        x, history, *_ = solver_step(solver, i, x, MIXTURE.velocity(x, t), history, seed=0)
     return float(np.abs(np.sort(x[:, 0].numpy()) - quantiles(levels)).mean())
 
 

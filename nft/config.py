@@ -48,6 +48,8 @@ class Config(BaseModel):
     rollout_options: dict[str, float] = {}
     """The solver's own options, such as ``{eta: 0.5}``."""
     rollout_batch: int = Field(96, gt=0)
+    compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
+    """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
     max_sequence_length: int = Field(10, gt=0)
 
     timesteps_per_sample: int = Field(3, gt=0)

@@ -35,6 +35,15 @@ def old_policy_decay(schedule: str, step: int) -> float:
     raise ValueError(f"schedule: got {schedule!r}, accepted are copy, linear_0.5, delayed_0.999")
 
 
+def blocks(count: int, size: int, unit: int) -> Iterator[list[int]]:
+    """Indices 0 .. ``count`` - 1 in blocks of ``size``, the last one filled up with its last index to a multiple of
+    ``unit``: a matrix product rounds differently for another number of rows, and a sample's result must not depend on
+    how many were evaluated with it."""
+    for start in range(0, count, size):
+        index = list(range(start, min(start + size, count)))
+        yield index + index[-1:] * (-len(index) % unit)
+
+
 class Policy:
     """Velocities under a chosen adapter, prompt embeddings and decoding of one pipeline."""
 
@@ -71,8 +80,9 @@ class Policy:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device: got {config.device!r}, but this machine has no usable GPU; accepted is cpu")
         self.pipeline.to(self.device)
-        # Half precision shows in decoded pictures.
-        self.pipeline.vae.to(torch.float32)
+        self.pipeline.vae.to(memory_format=torch.channels_last)
+        # Beyond the size that the VAE was trained on, a picture is decoded in overlapping tiles.
+        self.pipeline.vae.enable_tiling()
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.lora = LoraConfig(
@@ -86,6 +96,12 @@ class Policy:
         for parameter in (*self.trained, *self._old):
             parameter.data = parameter.data.float()
         self.update_old(0.0)
+        self._adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
+        self._merged: list[Tensor] = []
+        self._forward = self.transformer
+        self._rollout_forward = (
+            torch.compile(self.transformer, mode=config.compile_rollout) if config.compile_rollout else self.transformer
+        )
         self._resolution = config.resolution
         self._max_sequence_length = config.max_sequence_length
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
@@ -110,16 +126,22 @@ class Policy:
     @contextmanager
     def merged(self, adapter: str) -> Iterator[None]:
         """Evaluate with an adapter's product added to copies of the adapted weights, which saves its two extra matrix
-        products a layer. The sum is taken in float32; the base weights themselves are set aside and put back."""
+        products a layer. The sum is taken in float32; the base weights themselves are set aside and put back. The
+        copies stay at one address for as long as the policy lives, so that a captured CUDA graph remains valid."""
         self.use(None)
-        layers = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
-        base = [layer.base_layer.weight.data for layer in layers]
+        base = [layer.base_layer.weight.data for layer in self._adapted]
+        if not self._merged:
+            self._merged = [torch.empty_like(weight) for weight in base]
         try:
-            for layer, weight in zip(layers, base, strict=True):
-                layer.base_layer.weight.data = (weight.float() + layer.get_delta_weight(adapter)).to(weight.dtype)
+            for layer, weight, copy in zip(self._adapted, base, self._merged, strict=True):
+                with torch.no_grad():
+                    copy.copy_(weight.float() + layer.get_delta_weight(adapter))
+                layer.base_layer.weight.data = copy
+            self._forward = self._rollout_forward
             yield
         finally:
-            for layer, weight in zip(layers, base, strict=True):
+            self._forward = self.transformer
+            for layer, weight in zip(self._adapted, base, strict=True):
                 layer.base_layer.weight.data = weight
             self.use("default")
 
@@ -134,17 +156,20 @@ class Policy:
     def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Prompt embeddings (B, L, D) and pooled embeddings (B, P); every distinct prompt is encoded once."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
-        if missing:
+        for index in blocks(len(missing), 8, 8):
+            part = [missing[i] for i in index]
             embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                missing, None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
+                part, None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
             )
-            self._embeddings.update(zip(missing, zip(embeds, pooled, strict=True), strict=True))
+            self._embeddings.update(zip(part, zip(embeds, pooled, strict=True), strict=True))
         rows = [self._embeddings[p] for p in prompts]
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 
     def velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
         """v(x_t, t) of the adapter in use in the pipeline's dtype; t (B,) in [0, 1], never rounded to an integer."""
-        return self.transformer(x_t.to(self.dtype), embeds, pooled, 1000 * t, return_dict=False)[0]
+        v = self._forward(x_t.to(self.dtype), embeds, pooled, 1000 * t, return_dict=False)[0]
+        # A CUDA graph writes its next result over this one, which a multistep solver still needs.
+        return v if self._forward is self.transformer else v.clone()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -155,11 +180,13 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, H, W, 3) uint8 of clean latents, decoded 64 at a time."""
+        """Pictures (B, H, W, 3) uint8 of clean latents, decoded 16 at a time."""
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        pictures = torch.cat([vae.decode(part).sample for part in latents.split(64)])
-        return ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        latents = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).to(vae.dtype)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        decoded = torch.cat([vae.decode(latents[index]).sample for index in blocks(len(latents), 16, 16)])
+        pictures = (decoded[: len(latents)].float() / 2 + 0.5).clamp(0, 1) * 255
+        return pictures.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def save_adapter(self, adapter: str, folder: Path) -> None:
         """Write one adapter in PEFT's format."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from nft_kernels import add_noise, solver_step
 from nft_kernels.solvers import schedule, table
 
-from .policy import Policy
+from .policy import Policy, blocks
 
 
 def times(steps: int, shift: float) -> Tensor:
@@ -38,7 +38,8 @@ def rollout(
         prompts, seeds: one of each per picture; all its noise depends on its seed only.
         grid: falling times from 1 to 0.
         solver: a name in ``nft_kernels.solvers.SOLVERS``.
-        batch: pictures per evaluation.
+        batch: pictures per evaluation. A picture does not depend on it on a CPU; on a GPU it does by rounding, and the
+            last batch is filled up so that all pictures go through the same shapes.
         guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step; none when
             None. DiffusionNFT's rollouts use none.
         options: the solver's own, such as ``eta``.
@@ -47,11 +48,14 @@ def rollout(
         ValueError, TypeError: a solver, grid or option that does not fit, named.
     """
     steps = table(solver, [float(t) for t in grid], **options)
+    batch = min(batch, len(prompts))
+    # A multiple of 8 rows gives the same bits on the CPU; a GPU gives them for the same number of rows only.
+    unit = 8 if policy.device.type == "cpu" else batch
     finished = []
-    for start in range(0, len(prompts), batch):
-        part = slice(start, start + batch)
-        embeds, pooled = policy.embed(prompts[part])
-        count, keys = len(embeds), torch.tensor(seeds[part], device=policy.device)
+    for index in blocks(len(prompts), batch + -batch % unit, unit):
+        count, part = len(index), [prompts[i] for i in index]
+        embeds, pooled = policy.embed(part)
+        keys = torch.tensor([seeds[i] for i in index], device=policy.device)
         ones = torch.ones(count, device=policy.device)
         x = add_noise(torch.zeros(count, *policy.latent_shape, device=policy.device), ones, seed=keys)
         history: tuple[Tensor, ...] = ()
@@ -61,4 +65,4 @@ def rollout(
             v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
             x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
         finished.append(x)
-    return torch.cat(finished)
+    return torch.cat(finished)[: len(prompts)]

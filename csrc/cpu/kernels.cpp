@@ -24,23 +24,24 @@ Sample sample_of(const LossArgs& a, int64_t b) {
           a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch)};
 }
 
-// The tensors in a chunk of sample b; mask and r only where elements do not count alike.
-template <typename T>
+// The tensors in a chunk of sample b, kept as S; mask and r only where elements do not count alike.
+template <typename T, typename S>
 struct Chunk {
-  const T *v_theta, *v_old, *x_t, *x0, *mask, *r;
+  const S *v_theta, *v_old, *x_t, *x0;
+  const T *mask, *r;
   Affine<T> f;
 };
 
-template <typename T, bool kElementwise>
-Chunk<T> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, Buffers<T>& buf) {
+template <typename T, typename S, bool kElementwise>
+Chunk<T, S> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, Buffers<T>& buf) {
   const Sample sample = sample_of(a, b);
-  Chunk<T> c{load(a.v_theta, row, start, count, buf.v_theta),
-             load(a.v_old, row, start, count, buf.v_old),
-             load(a.x_t, row, start, count, buf.x_t),
-             load(a.x0, row, start, count, buf.x0),
-             nullptr,
-             nullptr,
-             affine<T>(a.prediction, sample.t, sample.beta)};
+  Chunk<T, S> c{source<T, S>(a.v_theta, row, start, count, buf.v_theta),
+                source<T, S>(a.v_old, row, start, count, buf.v_old),
+                source<T, S>(a.x_t, row, start, count, buf.x_t),
+                source<T, S>(a.x0, row, start, count, buf.x0),
+                nullptr,
+                nullptr,
+                affine<T>(a.prediction, sample.t, sample.beta)};
   if constexpr (kElementwise) {
     c.mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
     c.r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
@@ -48,15 +49,15 @@ Chunk<T> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start, in
   return c;
 }
 
-template <typename T, bool kElementwise>
+template <typename T, typename S, bool kElementwise>
 WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count,
                                 Buffers<T>& buf) {
-  const Chunk<T> in = load_chunk<T, kElementwise>(a, b, row, start, count, buf);
+  const Chunk<T, S> in = load_chunk<T, S, kElementwise>(a, b, row, start, count, buf);
   T pa[kLanes] = {0}, na[kLanes] = {0}, ps[kLanes] = {0}, ns[kLanes] = {0}, da[kLanes] = {0}, dm[kLanes] = {0};
   T size[kLanes] = {0}, pr[kLanes] = {0}, nr[kLanes] = {0};
   auto one = [&](int64_t k, int l) {
     T d, positive, negative, m = 1;
-    errors(in.v_theta[k], in.v_old[k], in.x_t[k], in.x0[k], in.f, d, positive, negative);
+    errors<T>(get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]), in.f, d, positive, negative);
     if constexpr (kElementwise) {
       m = in.mask[k];
       d = m > 0 ? d : 0;
@@ -94,10 +95,10 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
     sums.negative = total(nr);
   }
   if (a.has_ref) {
-    const T* v_ref = load(a.v_ref, row, start, count, buf.v_ref);
+    const S* v_ref = source<T, S>(a.v_ref, row, start, count, buf.v_ref);
     T kl[kLanes] = {0};
     auto add = [&](int64_t k, int l) {
-      T delta = in.v_theta[k] - v_ref[k], m = 1;
+      T delta = get(in.v_theta[k]) - get(v_ref[k]), m = 1;
       if constexpr (kElementwise) {
         m = in.mask[k];
         delta = m > 0 ? delta : 0;
@@ -124,17 +125,16 @@ Coefficients finish_sample(const LossArgs& a, int64_t b, const WeightedSums<doub
   return c;
 }
 
-template <typename T, bool kElementwise>
+template <typename T, typename S, bool kElementwise>
 void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, const Coefficients& c,
                 Buffers<T>& buf) {
-  const Chunk<T> in = load_chunk<T, kElementwise>(a, b, row, start, count, buf);
+  const Chunk<T, S> in = load_chunk<T, S, kElementwise>(a, b, row, start, count, buf);
   const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
-  const bool direct = dense(a.grad) && a.grad.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
-  T* grad = direct ? reinterpret_cast<T*>(sample_start(a.grad, row)) + start : buf.grad;
+  T* grad = place(a.grad, row, start, buf.grad);
 #pragma omp simd
   for (int64_t k = 0; k < count; ++k) {
     T d, positive, negative;
-    errors(in.v_theta[k], in.v_old[k], in.x_t[k], in.x0[k], in.f, d, positive, negative);
+    errors<T>(get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]), in.f, d, positive, negative);
     if constexpr (kElementwise) {
       const T value = policy_gradient(c, in.r[k], positive, negative);
       grad[k] = in.mask[k] > 0 ? in.mask[k] * value : 0;
@@ -143,17 +143,17 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
     }
   }
   if (a.has_ref && a.kl_weight > 0) {
-    const T* v_ref = load(a.v_ref, row, start, count, buf.v_ref);
+    const S* v_ref = source<T, S>(a.v_ref, row, start, count, buf.v_ref);
     const T factor = static_cast<T>(c.kl);
     for (int64_t k = 0; k < count; ++k) {
-      const T value = factor * (in.v_theta[k] - v_ref[k]);
+      const T value = factor * (get(in.v_theta[k]) - get(v_ref[k]));
       if constexpr (kElementwise)
         grad[k] += in.mask[k] > 0 ? in.mask[k] * value : 0;
       else
         grad[k] += value;
     }
   }
-  if (!direct) store(a.grad, row, start, count, grad);
+  if (grad == buf.grad) store(a.grad, row, start, count, grad);
 }
 
 template <typename T>
@@ -168,7 +168,7 @@ void reduce(const LossArgs& a) {
 
 // A sample's gradient is written in the same visit that sums its errors, while it is still in cache. Either every thread
 // has samples of its own, or, where there are too few, all threads share one sample at a time; the bits are the same.
-template <typename T, bool kElementwise>
+template <typename T, typename S, bool kElementwise>
 void loss(const LossArgs& a) {
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
   auto length = [](const Part& part, int64_t c) { return std::min(kChunk, part.length - c * kChunk); };
@@ -183,10 +183,10 @@ void loss(const LossArgs& a) {
         const Part p = part_of(a, b);
         WeightedSums<double> sums{};
         for (int64_t c = 0; c < chunks_of(p); ++c)
-          sums.add(chunk_sums<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf));
+          sums.add(chunk_sums<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf));
         const Coefficients coefficients = finish_sample<T>(a, b, sums);
         for (int64_t c = 0; a.want_grad && c < chunks_of(p); ++c)
-          chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
+          chunk_grad<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
       }
     }
     return reduce<T>(a);
@@ -202,7 +202,7 @@ void loss(const LossArgs& a) {
       const int64_t chunks = chunks_of(p);
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < chunks; ++c)
-        mine[c] = chunk_sums<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
+        mine[c] = chunk_sums<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
       Coefficients coefficients{};
 #pragma omp single copyprivate(coefficients)
       {
@@ -213,7 +213,7 @@ void loss(const LossArgs& a) {
       if (a.want_grad) {
 #pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < chunks; ++c)
-          chunk_grad<T, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
+          chunk_grad<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
       }
     }
   }
@@ -244,14 +244,24 @@ void noise(const NoiseArgs& a) {
   }
 }
 
+// Whether the tensors can be read, and the gradient written, without buffers.
+bool all_bf16(const LossArgs& a) {
+  return plain_bf16(a.v_theta) && plain_bf16(a.v_old) && plain_bf16(a.x_t) && plain_bf16(a.x0) &&
+         (!a.has_ref || plain_bf16(a.v_ref)) && (!a.want_grad || plain_bf16(a.grad));
+}
+
 }  // namespace
 
 void nft_loss(const LossArgs& args) {
   if (args.want_grad) expect_writes(args.grad, args.batch, args.elements);
   if (elementwise(args))
-    args.double_math ? loss<double, true>(args) : loss<float, true>(args);
+    args.double_math ? loss<double, double, true>(args) : loss<float, float, true>(args);
+  else if (args.double_math)
+    loss<double, double, false>(args);
+  else if (all_bf16(args))
+    loss<float, uint16_t, false>(args);
   else
-    args.double_math ? loss<double, false>(args) : loss<float, false>(args);
+    loss<float, float, false>(args);
 }
 
 void add_noise(const NoiseArgs& args) {

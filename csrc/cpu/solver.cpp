@@ -8,10 +8,58 @@ namespace nft {
 namespace NFT_ISA {
 namespace {
 
+// All tensors of a row fit the first-level cache together.
+constexpr int64_t kStepChunk = 1024;
+
 template <typename T>
 struct Buffers {
-  alignas(64) T x[kChunk], v[kChunk], other[kChunk], combined[kChunk], h[kChunk], out[kChunk];
+  alignas(64) T x[kStepChunk], v[kStepChunk], other[kStepChunk], h[kStepChunk], out[kStepChunk], older[3][kStepChunk];
 };
+
+// h = p x + q v and out = keep x + sum_j b[j] h_j for up to three older entries, in one loop for each number of them.
+template <typename T, int kOlder, typename S>
+void combine(const StepArgs& a, const S* __restrict x, const S* __restrict v, const S* const* older, int64_t count,
+             S* __restrict h, S* __restrict out) {
+  const T keep = static_cast<T>(a.a), first = static_cast<T>(a.b[0]), p = static_cast<T>(a.p), q = static_cast<T>(a.q);
+  const T b1 = static_cast<T>(a.b[1]), b2 = static_cast<T>(a.b[2]), b3 = static_cast<T>(a.b[3]);
+  const S *__restrict h1 = older[0], *__restrict h2 = older[1], *__restrict h3 = older[2];
+  for (int64_t k = 0; k < count; ++k) {
+    const T state = get(x[k]), newest = p * state + q * get(v[k]);
+    T sum = keep * state + first * newest;
+    if (kOlder > 0) sum += b1 * get(h1[k]);
+    if (kOlder > 1) sum += b2 * get(h2[k]);
+    if (kOlder > 2) sum += b3 * get(h3[k]);
+    set(h[k], newest);
+    set(out[k], sum);
+  }
+}
+
+template <typename T, typename S>
+void combine(const StepArgs& a, int older_count, const S* x, const S* v, const S* const* older, int64_t count, S* h,
+             S* out) {
+  switch (older_count) {
+    case 0: combine<T, 0>(a, x, v, older, count, h, out); break;
+    case 1: combine<T, 1>(a, x, v, older, count, h, out); break;
+    case 2: combine<T, 2>(a, x, v, older, count, h, out); break;
+    default: combine<T, 3>(a, x, v, older, count, h, out);
+  }
+}
+
+// Whether a row is only h and out of bfloat16 tensors without gaps, which then need no buffers.
+bool all_bf16(const StepArgs& a) {
+  bool all = !a.guided && !a.want_x0 && a.c == 0 && a.terms <= 4;
+  all = all && plain_bf16(a.x) && plain_bf16(a.v) && plain_bf16(a.out) && (!a.want_h || plain_bf16(a.h));
+  for (int j = 1; j < a.terms; ++j) all = all && plain_bf16(a.history[j]);
+  return all;
+}
+
+void bf16_chunk(const StepArgs& a, int64_t b, int64_t start, int64_t count) {
+  const auto at = [&](const View& view) { return reinterpret_cast<uint16_t*>(sample_start(view, b)) + start; };
+  uint16_t unwanted[kStepChunk];
+  const uint16_t* older[3] = {};
+  for (int j = 1; j < a.terms; ++j) older[j - 1] = at(a.history[j]);
+  combine<float, uint16_t>(a, a.terms - 1, at(a.x), at(a.v), older, count, a.want_h ? at(a.h) : unwanted, at(a.out));
+}
 
 // Returns the sum of z^2 where it is wanted.
 template <typename T>
@@ -21,25 +69,25 @@ double step_chunk(const StepArgs& a, int64_t b, int64_t start, int64_t count, Bu
   if (a.guided) {
     const T* v_uncond = load(a.v_uncond, b, start, count, buf.other);
     const T guidance = static_cast<T>(a.guidance);
-    for (int64_t k = 0; k < count; ++k) buf.combined[k] = v_uncond[k] + guidance * (v[k] - v_uncond[k]);
-    v = buf.combined;
+    for (int64_t k = 0; k < count; ++k) buf.v[k] = v_uncond[k] + guidance * (v[k] - v_uncond[k]);
+    v = buf.v;
   }
-  const T keep = static_cast<T>(a.a), first = static_cast<T>(a.b[0]), p = static_cast<T>(a.p), q = static_cast<T>(a.q);
-  T *h = buf.h, *out = buf.out;
-  for (int64_t k = 0; k < count; ++k) {
-    h[k] = p * x[k] + q * v[k];
-    out[k] = keep * x[k] + first * h[k];
-  }
-  if (a.want_h) store(a.h, b, start, count, h);
+  T* h = a.want_h ? place(a.h, b, start, buf.h) : buf.h;
+  T* out = place(a.out, b, start, buf.out);
+  const T* older[3] = {};
+  const int near = std::min(a.terms - 1, 3);
+  for (int j = 0; j < near; ++j) older[j] = load(a.history[j + 1], b, start, count, buf.older[j]);
+  combine<T, T>(a, near, x, v, older, count, h, out);
+  if (a.want_h && h == buf.h) store(a.h, b, start, count, h);
   if (a.want_x0) {
     const T t = static_cast<T>(a.t);
-    for (int64_t k = 0; k < count; ++k) h[k] = x[k] - t * v[k];
-    store(a.x0, b, start, count, h);
+    for (int64_t k = 0; k < count; ++k) buf.h[k] = x[k] - t * v[k];
+    store(a.x0, b, start, count, buf.h);
   }
-  for (int j = 1; j < a.terms; ++j) {
-    const T* older = load(a.history[j], b, start, count, buf.other);
+  for (int j = 4; j < a.terms; ++j) {
+    const T* far = load(a.history[j], b, start, count, buf.other);
     const T weight = static_cast<T>(a.b[j]);
-    for (int64_t k = 0; k < count; ++k) out[k] += weight * older[k];
+    for (int64_t k = 0; k < count; ++k) out[k] += weight * far[k];
   }
   double square = 0;
   if (a.c > 0) {
@@ -59,21 +107,27 @@ double step_chunk(const StepArgs& a, int64_t b, int64_t start, int64_t count, Bu
       square = total(lanes);
     }
   }
-  store(a.out, b, start, count, out);
+  if (out == buf.out) store(a.out, b, start, count, out);
   return square;
 }
 
 template <typename T>
 void step(const StepArgs& a) {
-  const int64_t chunks = (a.elements + kChunk - 1) / kChunk;
+  const int64_t chunks = (a.elements + kStepChunk - 1) / kStepChunk;
+  const bool direct = all_bf16(a);
   std::vector<double> squares(a.z_square ? a.batch * chunks : 0);
 #pragma omp parallel
   {
     Buffers<T> buf;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < a.batch * chunks; ++item) {
-      const int64_t b = item / chunks, start = item % chunks * kChunk;
-      const double square = step_chunk<T>(a, b, start, std::min(kChunk, a.elements - start), buf);
+      const int64_t b = item / chunks, start = item % chunks * kStepChunk;
+      const int64_t count = std::min(kStepChunk, a.elements - start);
+      if (direct) {
+        bf16_chunk(a, b, start, count);
+        continue;
+      }
+      const double square = step_chunk<T>(a, b, start, count, buf);
       if (a.z_square) squares[item] = square;
     }
   }
@@ -87,7 +141,11 @@ void step(const StepArgs& a) {
 
 }  // namespace
 
-void solver_step(const StepArgs& args) { args.double_math ? step<double>(args) : step<float>(args); }
+void solver_step(const StepArgs& args) {
+  expect_writes(args.out, args.batch, args.elements);
+  if (args.want_h) expect_writes(args.h, args.batch, args.elements);
+  args.double_math ? step<double>(args) : step<float>(args);
+}
 
 }  // namespace NFT_ISA
 }  // namespace nft

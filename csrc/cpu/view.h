@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -163,6 +164,33 @@ inline void expect_writes(const View& view, int64_t batch, int64_t elements) {
   const uintptr_t end = (first + static_cast<uintptr_t>(batch * elements) * item_size(view.dtype)) / kPage * kPage;
   if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Where the chunk's values may be computed: the tensor's own memory when `store` would only copy them there.
+template <typename T>
+T* place(const View& view, int64_t b, int64_t start, T* buffer) {
+  const bool same = view.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64);
+  return dense(view) && same ? reinterpret_cast<T*>(sample_start(view, b)) + start : buffer;
+}
+
+// How a value is kept in memory: as it is computed with, or as the bits of a bfloat16.
+inline float get(float value) { return value; }
+inline double get(double value) { return value; }
+inline float get(uint16_t bits) { return from_bf16(bits); }
+inline void set(float& target, float value) { target = value; }
+inline void set(double& target, double value) { target = value; }
+inline void set(uint16_t& target, float value) { target = to_bf16(value); }
+
+inline bool plain_bf16(const View& view) { return dense(view) && view.dtype == kBFloat16; }
+
+// The chunk as S: with T's own type that of any tensor, converted into the buffer where it must be; with another that
+// of a dense tensor of it. Memory answers several streams in one loop faster than one after the other.
+template <typename T, typename S>
+const S* source(const View& view, int64_t b, int64_t start, int64_t count, T* buffer) {
+  if constexpr (std::is_same_v<S, T>)
+    return load(view, b, start, count, buffer);
+  else
+    return reinterpret_cast<const S*>(sample_start(view, b)) + start;
 }
 
 template <typename T>

@@ -1,0 +1,102 @@
+"""The rollout engine: what a picture depends on, and what it leaves as it was."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from nft.config import load_config
+from nft.policy import Policy
+from nft.rollout import rollout, times
+from nft.worlds.shapes.prompts import sample
+from nft.worlds.shapes.tiny import build_pipeline
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [entry["prompt"] for entry in sample(held_out=True, per_group=11)][:64]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(load_config("shapes"))
+
+
+def draw(policy, part, batch, solver="dpm++2M"):
+    with policy.merged("old"):
+        x0 = rollout(policy, PROMPTS[part], list(range(64))[part], times(4, 1.0), solver, batch)
+    return policy.decode(x0)
+
+
+def test_pictures_are_the_same_for_any_batch_size(policy):
+    assert len(set(PROMPTS)) > 20
+    for solver in ("dpm++2M", "heun", "flow-sde"):
+        expected = draw(policy, slice(None), 64, solver)
+        assert torch.equal(draw(policy, slice(None), 7, solver), expected)
+        assert torch.equal(
+            torch.cat([draw(policy, slice(i, i + 1), 1, solver) for i in range(0, 64, 9)]), expected[::9]
+        )
+    assert expected.float().std() > 10
+
+
+def test_pictures_are_the_same_in_two_processes(policy, tmp_path):
+    """Each draws an uneven part in an interpreter of its own, with a thread count of its own."""
+    code = (
+        "import sys, torch; from tests.nft.test_rollout import *\n"
+        "begin, end, threads, path = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]\n"
+        "torch.set_num_threads(threads)\n"
+        "torch.save(draw(Policy(load_config('shapes')), slice(begin, end), 64), path)"
+    )
+    parts = [(0, 29, 1), (29, 64, 2)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", code, *map(str, part), str(tmp_path / f"{part[0]}.pt")], cwd=ROOT)
+        for part in parts
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    halves = [torch.load(tmp_path / f"{part[0]}.pt") for part in parts]
+    assert torch.equal(torch.cat(halves), draw(policy, slice(None), 64))
+
+
+def test_base_weights_are_bitwise_the_same_after_a_thousand_epochs(tmp_path):
+    build_pipeline().save_pretrained(tmp_path)
+    policy = Policy(load_config("shapes", [f"pipeline={tmp_path}", "dtype=bfloat16", "lora_rank=2"]))
+    base = {name: p.clone() for name, p in policy.transformer.named_parameters() if "lora" not in name}
+    addresses = set()
+    for _ in range(1000):
+        with torch.no_grad():
+            torch._foreach_add_(policy.trained, 1e-3)
+        policy.update_old(0.5)
+        with policy.merged("old"):
+            weight = policy.transformer.transformer_blocks[0].attn.to_q.base_layer.weight
+            addresses.add(weight.data_ptr())
+    assert len(addresses) == 1
+    assert not torch.equal(weight, policy._merged[0])
+    now = dict(policy.transformer.named_parameters())
+    assert all(torch.equal(p, now[name]) for name, p in base.items())
+
+
+def test_a_picture_beyond_the_size_of_the_decoder_is_decoded_in_tiles(policy, monkeypatch):
+    vae, sizes = policy.pipeline.vae, []
+    decoder = vae.decoder.forward
+    monkeypatch.setattr(vae.decoder, "forward", lambda x, *args: (sizes.append(x.shape[-1]), decoder(x, *args))[1])
+    limit = vae.config.sample_size // policy.pipeline.vae_scale_factor
+    assert policy.decode(torch.zeros(1, 16, 2 * limit, 2 * limit)).shape == (1, 128, 128, 3)
+    assert max(sizes) <= limit < 2 * limit
+
+
+def test_compiled_rollouts_draw_what_eager_ones_do(tmp_path, monkeypatch):
+    build_pipeline().save_pretrained(tmp_path)
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda module, mode: (compiled.append(mode), compile(module, backend="aot_eager"))[1]
+    )
+    pictures = []
+    for extra in ([], ["compile_rollout=default"]):
+        torch.manual_seed(0)
+        policy = Policy(load_config("shapes", [f"pipeline={tmp_path}", "lora_rank=2", *extra]))
+        with policy.merged("old"):
+            pictures.append(rollout(policy, PROMPTS[:3], [1, 2, 3], times(3, 1.0), "unipc", 8))
+    assert compiled == ["default"]
+    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-5)
