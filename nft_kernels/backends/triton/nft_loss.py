@@ -444,24 +444,26 @@ def _differentiate(
             store(grad, row, start, inside, value, BLOCK)
 
 
-def _view(x: Tensor | None, inputs: LossInputs) -> View | None:
+def _view(x: Tensor, inputs: LossInputs) -> View:
     """View of a tensor that broadcasts to x0's shape; packed ones are one row."""
-    if x is None:
-        return None
     x = x.expand(inputs.x0.shape)
     return view(x if inputs.segments is None else x[None])
 
 
 def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
-    one = inputs.r.ndim == 1
+    v_theta, v_old, x_t, x0 = (_view(x, inputs) for x in inputs[:4])
+    r_elements, r = (None, view(inputs.r)) if inputs.r.ndim == 1 else (_view(inputs.r, inputs), None)
     return _Views(
-        *(_view(x, inputs) for x in inputs[:4]),
+        v_theta,
+        v_old,
+        x_t,
+        x0,
         view(inputs.t),
         view(inputs.beta),
-        view(inputs.r) if one else None,
-        None if one else _view(inputs.r, inputs),
-        _view(v_ref, inputs),
-        _view(inputs.mask, inputs),
+        r,
+        r_elements,
+        None if v_ref is None else _view(v_ref, inputs),
+        None if inputs.mask is None else _view(inputs.mask, inputs),
         inputs.segments,
         maybe(inputs.outer),
     )
