@@ -88,7 +88,7 @@ __device__ void store_gradient(const LossArgs& a, const Place& place, const Erro
     else
       grad.v[j] = positive * e.positive.v[j] + negative * e.negative.v[j];
     if (with_kl(a)) grad.v[j] += kl * e.delta.v[j];
-    if constexpr (kGeneral) grad.v[j] *= e.mask.v[j];
+    if constexpr (kGeneral) grad.v[j] = e.mask.v[j] > 0 ? e.mask.v[j] * grad.v[j] : 0;
   }
   store<T, kPacked>(a.grad, place, grad);
 }

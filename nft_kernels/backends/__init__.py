@@ -24,14 +24,14 @@ def load(backend: str) -> ModuleType:
     return triton
 
 
-def _why_not(backend: str, tensors: Sequence[Tensor], needs: Sequence[str]) -> str | None:
+def _why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func see into plain PyTorch only"
-    return load(backend).why_not(tensors, needs)
+    return load(backend).why_not(tensors)
 
 
-def choose(backend: str, *tensors: Tensor, needs: Sequence[str] = ()) -> str:
-    """Resolve ``backend`` for these tensors and these uncommon options; NFT_KERNELS_BACKEND overrides ``auto``.
+def choose(backend: str, *tensors: Tensor) -> str:
+    """Resolve ``backend`` for these tensors; NFT_KERNELS_BACKEND overrides ``auto``.
 
     Raises:
         ValueError: an unknown name.
@@ -45,13 +45,13 @@ def choose(backend: str, *tensors: Tensor, needs: Sequence[str] = ()) -> str:
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = _why_not(backend, tensors, needs)
+        reason = _why_not(backend, tensors)
         if reason is not None:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
     candidates = ("native",) if tensors[0].device.type == "cpu" else ("native", "triton")
     for candidate in candidates:
-        if _why_not(candidate, tensors, needs) is None:
+        if _why_not(candidate, tensors) is None:
             return candidate
     return "reference"

@@ -56,13 +56,13 @@ def _cuda_why_not(index: int) -> str | None:
 _cuda_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:
-    """Why this backend cannot take the tensors with these options, or None when it can."""
+def why_not(tensors: Sequence[Tensor]) -> str | None:
+    """Why this backend cannot take the tensors, or None when it can."""
     if _C is None:
         return f"the compiled module is not installed ({_IMPORT_ERROR})"
     device = tensors[0].device
     if device.type == "cuda":
-        return f"its CUDA kernels do not know {', '.join(needs)}" if needs else _cuda_why_not(device.index)
+        return _cuda_why_not(device.index)
     return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors"
 
 

@@ -312,19 +312,9 @@ def nft_loss(
         outer = outer / outer.sum() if reduction == "mean" else outer
     elif reduction != "mean":
         outer = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
-    needs = [
-        name
-        for name, needed in (
-            ("mask", mask is not None),
-            ("segments", segments is not None and weight_per == "sample"),
-            ("r of more than one value a sample", r.ndim > 1),
-            ("detach_weight=False", not detach_weight),
-        )
-        if needed
-    ]
     options = Options(float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight)
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
-    chosen = choose(backend, x0, needs=needs)
+    chosen = choose(backend, x0)
     if weight_per == "token":
         _validate.dimension("channel_dim", channel_dim, x0)
         assert channel_dim is not None

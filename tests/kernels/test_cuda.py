@@ -3,6 +3,20 @@
 import pytest
 import torch
 
+# Collected here as well, where ``backend`` and ``kernels`` are those of a GPU.
+from test_nft_loss_options import (  # noqa: F401
+    test_a_sample_that_is_masked_out_counts_as_nothing,
+    test_any_combination,
+    test_long_samples_keep_the_error_bound,
+    test_mask,
+    test_option,
+    test_packed_sequences,
+    test_packed_sequences_equal_separate_ones,
+    test_r_per_token_and_element,
+    test_reruns_of_all_options_give_the_same_bits,
+    test_what_is_masked_is_not_looked_at,
+)
+
 from nft_kernels import add_noise, nft_loss, solver_step
 from nft_kernels.backends import native
 from nft_kernels.check import compare_nft_loss
@@ -26,6 +40,22 @@ SHAPES = [
     (2, 16, 21, 60, 104),  # a video
     (70_000, 16),
 ]
+
+
+@pytest.fixture(scope="module", params=["native"])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["native"])
+def kernels(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def default_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def inputs(shape, dtype=torch.float32, seed=0):
@@ -104,9 +134,11 @@ def test_nothing_is_written_around_the_outputs(elements, monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", guarded)
     loss_and_gradient(x, t, r)
+    every = {"mask": x[2].abs(), "segments": torch.tensor([0, 1, 3]), "detach_weight": False}
+    loss_and_gradient(x, t[:2], x[3].abs().clamp_max(1), **every)
     add_noise(x[0], t, seed=1, backend="native")
     solver_step(table("flow-sde", schedule(4)), 1, x[0], x[1], seed=1, x0=True, backend="native")
-    assert len(buffers) >= 4
+    assert len(buffers) >= 5
     assert all(b[:256].eq(7).all() and b[-256:].eq(7).all() for b in buffers)
 
 

@@ -93,7 +93,7 @@ def compare(x, t, r, backend, dtype, **options):
     }
     exact_ref = {} if not options.get("kl_weight") else {"p_ref": wide[4]}
     exact, policies = definition(exact_leaf, *wide[1:4], *wide[5:], **exact_ref, **exact_options)
-    seed = torch.linspace(0.5, 1.5, exact.numel(), dtype=torch.float64).view(exact.shape)
+    seed = torch.linspace(0.5, 1.5, exact.numel(), dtype=torch.float64, device="cpu").view(exact.shape)
     (grad,) = torch.autograd.grad(out.loss, leaf, seed.to(out.loss))
     (exact_grad,) = torch.autograd.grad(exact, exact_leaf, seed)
     close(out.loss, exact, torch.float32 if dtype != torch.float64 else dtype)

@@ -65,8 +65,12 @@ def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch)
     sides, shape, nan = [], (2, 3, 23, 17), float("nan")
     model = torch.empty(shape) if layout == "dense" else torch.empty(2, 17, 23, 3).transpose(1, 3)
     inputs, options = arguments(shape)
-    inputs = reference.LossInputs._make(
-        guarded(model, dtype, nan)[0].copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in inputs
+    every = inputs._replace(r=torch.rand(shape), mask=torch.rand(shape), segments=torch.arange(3))
+    inputs, every = (
+        reference.LossInputs._make(
+            guarded(model, dtype, nan)[0].copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in tensors
+        )
+        for tensors in (inputs, every)
     )
 
     def empty_like(x, dtype=None):
@@ -79,13 +83,14 @@ def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch)
     seeds, square = torch.arange(2), torch.full((2,), nan, dtype=torch.float64)
     backend = load(kernels)
     loss, _, grad = backend.nft_loss(inputs, options, grad_dtype=dtype)
+    general_loss, _, general_grad = backend.nft_loss(every, options._replace(detach_weight=False), grad_dtype=dtype)
     noised = torch.empty_like(x)
     backend.add_noise(x, t, seeds, seeds, None, noised, x.new_empty(0))
     outputs = [torch.empty_like(x) for _ in range(3)]
     row = Coefficients(0.9, [0.1, 0.2, 0.3], 0.5, 1.0, -0.5, 0.5, 4.0)
     backend.solver_step(x, v, u, None, [h, x], seeds, seeds, row, *outputs, square)
-    assert all(y.isfinite().all() for y in (loss, grad, noised, *outputs, square))
-    assert len(sides) == 10 and all(side.eq(7).all() for side in sides)
+    assert all(y.isfinite().all() for y in (loss, grad, general_loss, general_grad, noised, *outputs, square))
+    assert len(sides) == 12 and all(side.eq(7).all() for side in sides)
 
 
 def test_long_samples_and_large_batches(kernels, monkeypatch):

@@ -26,7 +26,7 @@ GRADIENT_AHEAD = False
 __all__ = ["GRADIENT_AHEAD", "add_noise", "nft_loss", "nft_loss_gradient", "solver_step", "why_not"]
 
 
-def why_not(tensors: Sequence[Tensor], needs: Sequence[str] = ()) -> str | None:
+def why_not(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take the tensors, or None when it can."""
     if _PROBLEM is not None:
         return _PROBLEM

@@ -423,19 +423,17 @@ def _differentiate(
     # Backwards, as what the sums read last may still be in cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     if inputs.segments is None:
-        sample, start, inside = place(program, elements, BLOCK)
-        coefficients = _coefficients(
-            inputs, details, policy_factor, kl_factor, batch, sample, WEIGHTING, PREDICTION, KL_SPACE, GENERAL, dtype
-        )
-        value = _gradient(
-            inputs, coefficients, sample, sample, start, inside, PREDICTION, GENERAL, DETACHED, dtype, BLOCK
-        )
-        store(grad, sample, start, inside, value, BLOCK)
+        sample, first, inside = place(program, elements, BLOCK)
+        row = sample
     else:
         sample, row, first, end = _slice(inputs, program, slices, 0, elements)
-        coefficients = _coefficients(
-            inputs, details, policy_factor, kl_factor, batch, sample, WEIGHTING, PREDICTION, KL_SPACE, GENERAL, dtype
-        )
+    coefficients = _coefficients(
+        inputs, details, policy_factor, kl_factor, batch, sample, WEIGHTING, PREDICTION, KL_SPACE, GENERAL, dtype
+    )
+    if inputs.segments is None:
+        value = _gradient(inputs, coefficients, sample, row, first, inside, PREDICTION, GENERAL, DETACHED, dtype, BLOCK)
+        store(grad, row, first, inside, value, BLOCK)
+    else:
         for start in range(first, end, BLOCK):
             inside = tl.arange(0, BLOCK) < end - start
             value = _gradient(
@@ -444,24 +442,25 @@ def _differentiate(
             store(grad, row, start, inside, value, BLOCK)
 
 
-def _view(x: Tensor | None, inputs: LossInputs) -> View | None:
-    """View of a tensor that broadcasts to x0's shape; packed ones are one row."""
-    if x is None:
-        return None
-    x = x.expand(inputs.x0.shape)
+def _view(x: Tensor, inputs: LossInputs) -> View:
+    """View of a tensor of x0's shape; packed ones are one row."""
     return view(x if inputs.segments is None else x[None])
 
 
 def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
-    one = inputs.r.ndim == 1
+    v_theta, v_old, x_t, x0 = (_view(x, inputs) for x in inputs[:4])
+    one_r = inputs.r.ndim == 1
     return _Views(
-        *(_view(x, inputs) for x in inputs[:4]),
+        v_theta,
+        v_old,
+        x_t,
+        x0,
         view(inputs.t),
         view(inputs.beta),
-        view(inputs.r) if one else None,
-        None if one else _view(inputs.r, inputs),
-        _view(v_ref, inputs),
-        _view(inputs.mask, inputs),
+        view(inputs.r) if one_r else None,
+        None if one_r else _view(inputs.r.expand(inputs.x0.shape), inputs),
+        None if v_ref is None else _view(v_ref, inputs),
+        None if inputs.mask is None else _view(inputs.mask.expand(inputs.x0.shape), inputs),
         inputs.segments,
         maybe(inputs.outer),
     )
