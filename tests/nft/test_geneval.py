@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from nft.data.geneval import CLASSES, COLORS, COUNTS, GROUPS, generate
+from nft.rewards.base import score
 from nft.rewards.detector import GenEvalReward
 
 
@@ -80,7 +81,7 @@ def reward(tmp_path_factory):
     size = {"height": 32, "width": 32}
     image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
     CLIPProcessor(image_processor, tokenizer).save_pretrained(clip)
-    return GenEvalReward("cpu", detector, clip)
+    return GenEvalReward(detector, clip)
 
 
 def entry(tag, *include, **more):
@@ -90,17 +91,18 @@ def entry(tag, *include, **more):
 def test_saved_networks_load_and_score(reward):
     pictures = torch.randint(0, 256, (3, 48, 64, 3), dtype=torch.uint8)
     asked = [entry("single_object", {"class": name}) for name in ("dog", "cat", "bus")]
-    verdicts = reward(pictures, asked)
-    assert len(verdicts) == 3 and all(v.strict in (0, 1) and 0 <= v.partial <= 1 for v in verdicts)
+    scored = score(reward, pictures, ["a photo"] * 3, asked)
+    assert scored.score.shape == (3,) and set(scored.details) == {"strict", "correct"}
+    assert all(value in (0, 1) for value in [*scored.details["strict"], *scored.details["correct"]])
 
 
 def segments(*found):
     """What the processor returns for (class, score, left, top, right, bottom) on 40 x 40 pixels."""
     masks = torch.zeros(len(found), 40, 40)
     info = []
-    for i, (name, score, left, top, right, bottom) in enumerate(found):
+    for i, (name, confidence, left, top, right, bottom) in enumerate(found):
         masks[i, top:bottom, left:right] = 1
-        info.append({"id": i, "label_id": CLASSES.index(name), "score": score})
+        info.append({"id": i, "label_id": CLASSES.index(name), "score": confidence})
     return {"segmentation": masks, "segments_info": info}
 
 
@@ -143,4 +145,4 @@ def test_colour_is_the_nearest_text_to_the_crop_on_grey(reward):
 
 def test_missing_weights_are_named():
     with pytest.raises(FileNotFoundError, match="hf download /nowhere"):
-        GenEvalReward("cpu", "/nowhere")
+        GenEvalReward("/nowhere")
