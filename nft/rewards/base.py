@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,19 +28,19 @@ class RewardError(RuntimeError):
 class Reward(Protocol):
     """Scores pictures. Subclass it and write ``__call__``; the attributes say what the reward is and needs."""
 
-    range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    range: tuple[float, float] = (-math.inf, math.inf)
     """Lowest and highest possible score; a score outside is an error."""
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: tuple[str, ...] = ()
     """Keys that every picture's metadata must hold."""
-    packages: ClassVar[tuple[str, ...]] = ()
+    packages: tuple[str, ...] = ()
     """Importable packages beyond nft's own."""
-    extra: ClassVar[str] = ""
+    extra: str = ""
     """The optional extra that installs ``packages``."""
-    uses_device: ClassVar[bool] = False
+    uses_device: bool = False
     """Whether the constructor takes ``device``."""
-    threaded: ClassVar[bool] = False
+    threaded: bool = False
     """Whether it waits for a device or a network most of the time; the others run in processes of their own."""
-    batch: ClassVar[int] = 16
+    batch: int = 16
     """Pictures per call."""
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored | Tensor:

@@ -85,7 +85,7 @@ class UnifiedReward(Reward):
                 time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
             try:
                 response = self.client.post(f"{self.url}/chat/completions", json=body)
-            except httpx.TransportError as error:
+            except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
                 problem = f"{type(error).__name__} {error}"
                 continue
             if response.status_code == 200:
