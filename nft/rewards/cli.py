@@ -38,7 +38,7 @@ def rewards() -> None:
     Console().print(listing)
 
 
-def _options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """``NAME.KEY=VALUE`` settings by reward."""
     import yaml
 
@@ -83,7 +83,7 @@ def reward_server(
         raise typer.Exit(2) from None
     try:
         token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
-        options = _options(settings or [], names)
+        options = reward_options(settings or [], names)
         # A module's ``a:B`` is not a path of an address.
         served = {name.rpartition(":")[2]: load(name, device=device, **options[name]) for name in names}
     except (ValueError, OSError, RewardError) as error:

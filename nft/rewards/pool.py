@@ -88,7 +88,7 @@ class _Processes:
                 continue
             details = {name: torch.from_numpy(values) for name, values in found["details"].items()}
             return Scored(torch.from_numpy(found["score"]), details)
-        raise RewardError(f"reward {self.spec.reward}: its process died {_TRIES} times")
+        raise RewardError(f"reward {self.spec.reward}: its process died in {_TRIES} tries")
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
@@ -166,16 +166,21 @@ class Scorer:
 
     def _send(self, batch: _Batch, name: str) -> None:
         batch.running += 1
-        assert batch.pictures is not None
-        future = self._threads[name].submit(self._workers[name], batch.pictures, batch.prompts, batch.metadata)
+        future = self._threads[name].submit(self._score, batch, name)
         future.add_done_callback(partial(self._finished, batch, name))
+
+    def _score(self, batch: _Batch, name: str) -> Scored:
+        # What waits behind a failure would only wait for the same server again.
+        if name in self._errors:
+            raise self._errors[name]
+        return self._workers[name](batch.pictures, batch.prompts, batch.metadata)
 
     def _finished(self, batch: _Batch, name: str, future: Future[Scored]) -> None:
         with self._changed:
             batch.running -= 1
             error = None if future.cancelled() else future.exception()
             if error is not None:
-                self._errors[name] = error if isinstance(error, Exception) else RewardError(repr(error))
+                self._errors.setdefault(name, error if isinstance(error, Exception) else RewardError(repr(error)))
             elif not future.cancelled():
                 batch.scores[name] = future.result()
             if len(batch.scores) == len(self._workers):
