@@ -185,10 +185,14 @@ class Evaluation:
             for j in range(per_prompt)
         ]
 
+    def missing(self) -> list[tuple[Entry, int, Path]]:
+        """Entry, seed and file of every picture that is not there yet."""
+        return [job for name in self.entries for job in self._jobs(name) if not job[2].exists()]
+
     def draw(self, draw: Draw, batch: int, on_batch: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Draw the pictures that are not there yet, ``batch`` at a time, and tell how many are done."""
         jobs = [job for name in self.entries for job in self._jobs(name)]
-        missing = [job for job in jobs if not job[2].exists()]
+        missing = self.missing()
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
             pictures = draw([entry["prompt"] for entry, _, _ in part], [seed for _, seed, _ in part]).cpu()
@@ -240,7 +244,6 @@ class Evaluation:
         judge = registry.load(options.pop("reward", reward), device=device, **options)
         for start in range(len(lines), len(jobs), batch):
             part = jobs[start : start + batch]
-            # A picture at a time where sizes differ; one checkpoint draws one size.
             pictures = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB")) for _, _, path in part]))
             scored = score(judge, pictures, [entry["prompt"] for entry, _, _ in part], [entry for entry, _, _ in part])
             with self._scores_path(name, reward).open("a") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,7 +69,10 @@ def evaluate(
     folder = output or Path("evals") / suite
     try:
         files = {name: Path(path) for name, path in _pairs(prompts, "--prompts").items()}
-        subject = str(checkpoint.resolve()) if checkpoint else "base"
+        if suite not in SUITES:
+            raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+        run = load_config(config or SUITES[suite].config, overrides)
+        subject = _subject(run.pipeline, checkpoint)
         evaluation = Evaluation(suite, folder, subject=subject, files=files, limit=limit)
         other = None
         if baseline is not None:
@@ -76,9 +80,9 @@ def evaluate(
             other = Evaluation(suite, baseline, subject=begun["subject"], files=files, limit=limit)
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
-        run = load_config(config or chosen.config, overrides)
         _quieten_libraries()
-        _draw(console, evaluation, run, checkpoint)
+        if evaluation.missing():
+            _draw(console, evaluation, run, checkpoint)
         with console.status("") as status:
             evaluation.score(options, device=run.device, on_reward=lambda name: status.update(f"scoring: {name}"))
         results = evaluation.results(other)
@@ -87,6 +91,16 @@ def evaluate(
         raise typer.Exit(2) from None
     _print(console, evaluation, results, other is not None)
     console.print(f"pictures, scores and results: {folder}")
+
+
+def _subject(pipeline: str, checkpoint: Path | None) -> str:
+    """What is evaluated, by content: a run's checkpoint changes as it is trained on."""
+    from .policy import Policy
+
+    if checkpoint is None:
+        return pipeline
+    weights = Policy.find_adapter(checkpoint) / "adapter_model.safetensors"
+    return f"{pipeline} with {checkpoint}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()}"
 
 
 def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) -> None:
