@@ -1,5 +1,8 @@
 """GenEval on COCO: prompts, and the detector on tiny networks of the real classes."""
 
+import math
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +24,7 @@ from transformers import (
 from nft.data.geneval import CLASSES, COLORS, COUNTS, GROUPS, generate
 from nft.rewards.base import score
 from nft.rewards.detector import GenEvalReward
+from nft.rewards.geneval import Detection, benchmark, directions, judge
 
 
 def test_prompts_fit_their_metadata_and_seed():
@@ -146,3 +150,127 @@ def test_colour_is_the_nearest_text_to_the_crop_on_grey(reward):
 def test_missing_weights_are_named():
     with pytest.raises(FileNotFoundError, match="hf download /nowhere"):
         GenEvalReward("/nowhere")
+
+
+# --- the rule, written out here from its description ---
+
+
+def seen_from(box, target):
+    """The direction rule on plain floats: offsets of the centres, less a tenth of the summed sizes, over the distance
+    of the centres."""
+    found = set()
+    sides = ((0, 2, "left of", "right of"), (1, 3, "above", "below"))
+    offsets = [(box[a] + box[b]) / 2 - (target[a] + target[b]) / 2 for a, b, *_ in sides]
+    distance = math.sqrt(offsets[0] ** 2 + offsets[1] ** 2)
+    for (a, b, low, high), offset in zip(sides, offsets, strict=True):
+        beyond = abs(offset) - 0.1 * ((box[b] - box[a]) + (target[b] - target[a]))
+        if beyond >= 1e-3 and beyond > 0.5 * distance:
+            found.add(low if offset < 0 else high)
+    return found
+
+
+def by_confidence(detections, name):
+    return sorted((d for d in detections if d.name == name), key=lambda d: d.confidence, reverse=True)
+
+
+def asked_for(item, chosen, anchors):
+    if any("color" in item and d.color != item["color"] for d in chosen):
+        return False
+    if "position" in item:
+        where, index = item["position"]
+        return anchors[index] is not None and all(
+            where in seen_from(a.box, b.box) for a in chosen for b in anchors[index]
+        )
+    return True
+
+
+def at_least(detections, entry):
+    anchors = []
+    for item in entry["include"]:
+        chosen = by_confidence(detections, item["class"])[: item["count"]]
+        fits = len(chosen) == item["count"] and asked_for(item, chosen, anchors)
+        anchors.append(chosen if fits else None)
+    excluded = [len(by_confidence(detections, x["class"])) >= x["count"] for x in entry["exclude"]]
+    return all(a is not None for a in anchors) and not any(excluded)
+
+
+def exactly(detections, entry):
+    exact = all(len(by_confidence(detections, x["class"])) == x["count"] for x in entry["include"])
+    return exact and at_least(detections, entry)
+
+
+def random_case(rng):
+    size = rng.choice([16, 64, 512])
+    detections = []
+    for _ in range(rng.randint(0, 6)):
+        x, y, w, h = (rng.randint(0, size) if size == 16 else size * rng.random() for _ in range(4))
+        color = rng.choice(["red", "blue", "blue"])
+        detections.append(Detection(rng.choice("ab"), (x, y, x + w, y + h), rng.random(), color))
+    include = []
+    for i in range(rng.randint(1, 3)):
+        item = {"class": rng.choice("abbac"[: 4 + (rng.random() < 0.2)]), "count": rng.choice([1, 1, 2, 3])}
+        if rng.random() < 0.4:
+            item["color"] = rng.choice(["red", "blue"])
+        if i and rng.random() < 0.6:
+            item["position"] = [rng.choice(["left of", "right of", "above", "below"]), rng.randrange(i)]
+        include.append(item)
+    exclude = [{"class": rng.choice("ab"), "count": rng.randint(2, 5)}] if rng.random() < 0.3 else []
+    return detections, {"include": include, "exclude": exclude}
+
+
+def test_both_rules_follow_their_description():
+    rng = random.Random(0)
+    verdicts = []
+    for _ in range(4000):
+        detections, entry = random_case(rng)
+        verdict = judge(detections, entry)
+        assert verdict.correct == benchmark(detections, entry) == at_least(detections, entry), (detections, entry)
+        assert verdict.strict == exactly(detections, entry), (detections, entry)
+        assert (verdict.strict == 1) <= (verdict.partial == 1) and verdict.strict <= verdict.correct
+        verdicts.append((verdict.correct, verdict.strict))
+    assert 300 < sum(c for c, _ in verdicts) < 3700 and 100 < sum(s for _, s in verdicts) < 3700
+
+
+def test_directions_follow_their_description():
+    rng = random.Random(1)
+    kinds = set()
+    for _ in range(4000):
+        corners = [[rng.randint(0, 40) for _ in range(4)] for _ in "ab"]
+        a, b = ((x, y, x + w, y + h) for x, y, w, h in corners)
+        assert directions(a, b) == seen_from(a, b)
+        kinds.add(frozenset(directions(a, b)))
+    assert len(kinds) == 9  # nowhere, four sides, four corners
+
+
+@pytest.mark.parametrize(
+    ("count", "colors", "item", "partial"),
+    [
+        (2, "rr", {}, 1),
+        (2, "r", {}, 0.5),
+        (1, "rrrrr", {}, -3),  # not capped below
+        (2, "rr", {"color": "r"}, 1),
+        (2, "rb", {"color": "r"}, (1 + 0.5) / 2),
+        (2, "r", {"color": "r"}, (0.5 + 0) / 2),
+        (1, "r", {"position": ["right of", 0]}, (1 + 1 + 1) / 3),
+        (1, "r", {"position": ["left of", 0]}, (1 + 1 + 0 + 1) / 4),
+        (1, "b", {"color": "r", "position": ["left of", 0]}, (1 + 1 + 0) / 3),
+        (2, "r", {"color": "r", "position": ["right of", 0]}, (1 + 0.5 + 0) / 3),
+    ],
+)
+def test_partial_credit_worked_by_hand(count, colors, item, partial):
+    anchor = [] if "position" not in item else [{"class": "t", "count": 1}]
+    found = [Detection("a", (100, 0, 110, 10), color=color) for color in colors] + [Detection("t", (0, 0, 10, 10))]
+    include = [*anchor, {"class": "a", "count": count, **item}]
+    assert judge(found, {"include": include}).partial == pytest.approx(partial)
+
+
+def test_the_benchmarks_rule_looks_at_the_most_confident():
+    found = [Detection("a", (0, 0, 9, 9), 0.4, "red"), Detection("a", (0, 0, 9, 9), 0.8, "blue")]
+    for color, correct in (("blue", True), ("red", False)):
+        assert benchmark(found, {"include": [{"class": "a", "count": 1, "color": color}]}) == correct
+
+
+def test_a_missing_anchor_counts_once():
+    include = [{"class": "t", "count": 1}, {"class": "a", "count": 1, "position": ["left of", 0]}]
+    verdict = judge([Detection("a", (0, 0, 9, 9))], {"include": include})
+    assert verdict.partial == pytest.approx((0 + 1 + 0) / 3) and not verdict.correct
