@@ -122,6 +122,8 @@ def test_boxes_thresholds_and_classes(reward):
     ]
     counting = entry("counting", {"class": "dog", "count": 2})
     assert reward._read(picture, result, counting) == []
+    sure = segments(*[("dog", confidence, 0, 0, 9, 9) for confidence in (0.89, 0.9, 0.901)])
+    assert [d.confidence for d in reward._read(picture, sure, counting)] == [0.901]
     many = segments(*[("dog", 0.91 + i / 1000, 0, 0, 9, 9) for i in range(20)])
     kept = reward._read(picture, many, counting)
     assert len(kept) == 16 and min(d.confidence for d in kept) == pytest.approx(0.914)
@@ -145,6 +147,29 @@ def test_colour_is_the_nearest_text_to_the_crop_on_grey(reward):
             mean = (text / text.norm(dim=-1, keepdim=True)).mean(0)
             scores.append((vision[0] @ (mean / mean.norm())).item())
     assert found.color == COLORS[int(np.argmax(scores))]
+
+
+def test_a_crop_is_masked_to_grey(reward, monkeypatch):
+    """#999999 around the object; a class that is also excluded keeps its colour."""
+    picture = np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    result = segments(("dog", 0.9, 4, 8, 24, 30))
+    result["segmentation"][0, 8:12, 4:24] = 0
+    result["segmentation"][0, 8, 4] = 1
+    seen, processor = [], reward.clip_processor
+
+    def record(*, images=None, **others):
+        if images is not None:
+            seen.append(np.asarray(images))
+        return processor(images=images, **others)
+
+    monkeypatch.setattr(reward, "clip_processor", record)
+    asked = entry("colors", {"class": "dog", "color": "red"}, exclude=[{"class": "dog", "count": 2}])
+    (found,) = reward._read(picture, result, asked)
+    (crop,) = seen
+    assert found.color in COLORS and crop.shape == (22, 20, 3)
+    np.testing.assert_array_equal(crop[4:], picture[12:30, 4:24])
+    np.testing.assert_array_equal(crop[0, 0], picture[8, 4])
+    assert (crop[0, 1:] == 0x99).all() and (crop[1:4] == 0x99).all()
 
 
 def test_missing_weights_are_named():
