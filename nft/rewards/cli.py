@@ -84,8 +84,11 @@ def reward_server(
     try:
         token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
         options = reward_options(settings or [], names)
-        # A module's ``a:B`` is not a path of an address.
-        served = {name.rpartition(":")[2]: load(name, device=device, **options[name]) for name in names}
+        # A module's ``a:B`` is served as B.
+        short = [name.rpartition(":")[2] for name in names]
+        if len(set(short)) < len(short):
+            raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
+        served = {s: load(name, device=device, **options[name]) for s, name in zip(short, names, strict=True)}
     except (ValueError, OSError, RewardError) as error:
         console.print(escape(f"error: {error}"), highlight=False)
         raise typer.Exit(2) from None

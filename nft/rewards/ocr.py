@@ -51,7 +51,11 @@ def target_of(prompt: str, entry: dict[str, object]) -> str:
     return str(entry["text"]) if "text" in entry else quoted[1]  # type: ignore[index]
 
 
-def _rapidocr() -> Callable[[np.ndarray], str]:
+Read = Callable[[np.ndarray], str]
+"""The text in an RGB picture (H, W, 3)."""
+
+
+def _rapidocr() -> Read:
     from rapidocr import RapidOCR
 
     # One thread each: the pool runs several processes.
@@ -60,7 +64,7 @@ def _rapidocr() -> Callable[[np.ndarray], str]:
     return lambda picture: "".join(engine(picture[..., ::-1]).txts or ())
 
 
-def _paddleocr() -> Callable[[np.ndarray], str]:
+def _paddleocr() -> Read:
     from paddleocr import PaddleOCR
 
     engine = PaddleOCR(
@@ -69,24 +73,27 @@ def _paddleocr() -> Callable[[np.ndarray], str]:
     return lambda picture: "".join(text for page in engine.predict(picture[..., ::-1]) for text in page["rec_texts"])
 
 
-ENGINES = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}
-
-
 class OCR(Reward):
-    """How much of the prompt's quoted text an OCR engine reads: ``text_score``; the detail is 1 for all of it."""
+    """How much of the prompt's quoted text RapidOCR reads: ``text_score``; the detail is 1 for all of it."""
 
     range = (0.0, 1.0)
     packages = ("rapidocr", "onnxruntime")
     extra = "ocr"
+    engine = staticmethod(_rapidocr)
 
-    def __init__(self, engine: str = "rapidocr"):
-        """``engine``: rapidocr on onnxruntime, or paddleocr 3 where it is installed."""
-        if engine not in ENGINES:
-            raise ValueError(f"engine: got {engine!r}, accepted are {', '.join(ENGINES)}")
-        self.read = ENGINES[engine]()
+    def __init__(self) -> None:
+        self.read = self.engine()
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         targets = [target_of(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
         texts = [self.read(picture.numpy()) for picture in pictures.cpu()]
         scores = [text_score(text, target) for text, target in zip(texts, targets, strict=True)]
         return Scored(torch.tensor(scores), {"exact": torch.tensor([float(score == 1) for score in scores])})
+
+
+class PaddleOCR(OCR):
+    """The same with PaddleOCR 3."""
+
+    packages = ("paddleocr", "paddle")
+    extra = "paddleocr"
+    engine = staticmethod(_paddleocr)

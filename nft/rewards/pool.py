@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -31,7 +32,7 @@ class RewardSpec:
         weight: its share in the combination.
         device: for rewards that use one; the run's own by default. A device of its own overlaps with sampling.
         workers: processes of a CPU reward, or requests under way to a server; a reward on a device has one worker.
-        options: the reward's own, such as ``{engine: paddleocr}``; with JSON's types.
+        options: the reward's own, such as ``{quality: 80}``; with JSON's types.
     """
 
     reward: str
@@ -71,8 +72,10 @@ class _Processes:
             future.result()
 
     def _start(self) -> ProcessPoolExecutor:
-        # Forking a process that has threads and CUDA is not safe.
-        return ProcessPoolExecutor(self.spec.workers, mp_context=get_context("spawn"))
+        # Forking a process that has threads and CUDA is not safe; Ctrl-C is the caller's to handle.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        context = get_context("spawn")
+        return ProcessPoolExecutor(self.spec.workers, mp_context=context, initializer=signal.signal, initargs=ignore)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         for _ in range(_TRIES):

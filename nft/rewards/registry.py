@@ -17,6 +17,7 @@ BUNDLED = {
     "shapes": "nft.worlds.shapes.reward:ShapesReward",
     "geneval": "nft.rewards.detector:GenEvalReward",
     "ocr": "nft.rewards.ocr:OCR",
+    "paddleocr": "nft.rewards.ocr:PaddleOCR",
     "pickscore": "nft.rewards.clip:PickScore",
     "clipscore": "nft.rewards.clip:CLIPScore",
     "hpsv2": "nft.rewards.clip:HPSv2",

@@ -144,7 +144,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--prompts", "shape=x"], "prompts: got shape, accepted are shapes"),
         (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
         (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
-        (["--set", "ocr.engine=x"], "accepted is NAME.KEY=VALUE"),
+        (["--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE"),
     ],
 )
 def test_bad_input_is_named(arguments, message, tmp_path):

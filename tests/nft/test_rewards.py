@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import threading
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
@@ -25,7 +26,7 @@ from nft.rewards.base import Reward, RewardError, Scored, score
 from nft.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
 from nft.rewards.image_reward import ImageReward
 from nft.rewards.jpeg import JPEGCompressibility
-from nft.rewards.ocr import OCR, edit_distance, target_of, text_score
+from nft.rewards.ocr import OCR, PaddleOCR, edit_distance, target_of, text_score
 from nft.rewards.unified import UnifiedReward
 
 PROMPTS = ["a red dog", "two cats on a mat", "bus"]
@@ -206,6 +207,26 @@ def test_ocr_reads_rendered_text():
     # silverbridge against goldenbakery: worked out by the definition of the distance.
     assert other == pytest.approx(1 - edit_distance("silverbridge", "goldenbakery") / 12)
     assert scored.details["exact"].tolist() == [1, 0, 0]
+
+
+def test_paddleocr_is_given_bgr_and_joins_the_lines(monkeypatch):
+    """A stand-in with PaddleOCR 3's interface; the package itself is not tested."""
+    seen = []
+
+    class StandIn:
+        def __init__(self, **options):
+            assert options["lang"] == "en"
+
+        def predict(self, picture):
+            seen.append(picture)
+            return [{"rec_texts": ["Golden", "Bakery"]}]
+
+    module = types.ModuleType("paddleocr")
+    module.PaddleOCR = StandIn
+    monkeypatch.setitem(sys.modules, "paddleocr", module)
+    picture = noise(1)
+    assert score(PaddleOCR(), picture, ['"golden bakery"'], [{}]).score.tolist() == [1]
+    np.testing.assert_array_equal(seen[0], picture[0].numpy()[..., ::-1])
 
 
 def test_ocr_prompts_are_pinned_and_different():

@@ -18,7 +18,9 @@ pytest.importorskip("fastapi", reason='pip install "diffusion-nft[server]"')
 pytest.importorskip("uvicorn", reason='pip install "diffusion-nft[server]"')
 
 import httpx
+from typer.testing import CliRunner
 
+from nft.cli import app
 from nft.rewards import wire
 from nft.rewards.base import RewardError, score
 from nft.rewards.client import RemoteReward
@@ -180,6 +182,13 @@ def test_oversized_requests_are_refused(server, declared):
     assert post(server, chunks).status_code == 413
     assert post(server, batch(range(65), side=4)).status_code == 413
     assert post(server, batch([1], side=512)).status_code == 200
+
+
+def test_a_declared_size_is_refused_before_the_body(server):
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as sock:
+        lines = ("POST /score/Number HTTP/1.1", "Host: a", f"Authorization: Bearer {TOKEN}", "Content-Length: 9999999")
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert sock.recv(64).startswith(b"HTTP/1.1 413")
 
 
 @pytest.mark.parametrize(
@@ -361,3 +370,18 @@ def test_what_cannot_be_loaded_is_named_at_once():
         Scorer({"r": RewardSpec("jpeg", options={"quality": 0})})
     with pytest.raises(RewardError, match=r"no answer in 0\.1 s"):
         Scorer({"r": RewardSpec(f"http://127.0.0.1:{free_port()}/ocr", options={"patience": 0.1})})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["orc"], "did you mean ocr"),
+        (["jpeg", "--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE with a NAME of jpeg"),
+        (["jpeg", "--set", "jpeg.quality=0"], "quality: got 0"),
+        (["jpeg", "jpeg"], "accepted are different ones"),
+        (["jpeg", "--token-file", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_to_the_command_is_named(arguments, message):
+    result = CliRunner().invoke(app, ["reward-server", *arguments], env={"COLUMNS": "300"})
+    assert result.exit_code == 2 and message in result.output.replace("\n", " ")
