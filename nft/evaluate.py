@@ -51,7 +51,6 @@ class Suite:
     prompts: Mapping[str, Callable[[], list[Entry]]]
     solver: str = "euler"
     steps: int = 40
-    per_prompt: int = 1
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = ""
 
@@ -126,6 +125,7 @@ class Evaluation:
         subject: str,
         files: Mapping[str, Path] | None = None,
         limit: int | None = None,
+        per_prompt: int = 1,
     ):
         """Open a new folder, or one that was begun with the same settings.
 
@@ -136,13 +136,16 @@ class Evaluation:
             files: prompt files that replace the suite's sets, by set; for ``geneval`` the benchmark's own
                 ``evaluation_metadata.jsonl``.
             limit: prompts of each set and task group, all by default.
+            per_prompt: pictures of each prompt, whose scores are averaged.
 
         Raises:
             OSError, ValueError: an unknown suite or set, a file that cannot be read, or a folder of other settings.
         """
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
-        self.suite, self.folder = SUITES[suite], folder
+        if per_prompt < 1:
+            raise ValueError(f"per_prompt: got {per_prompt}, accepted are positive numbers")
+        self.suite, self.folder, self.per_prompt = SUITES[suite], folder, per_prompt
         unknown = set(files or {}) - set(self.suite.prompts)
         if unknown:
             raise ValueError(f"prompts: got {', '.join(unknown)}, accepted are {', '.join(self.suite.prompts)}")
@@ -168,7 +171,7 @@ class Evaluation:
             "subject": subject,
             "solver": self.suite.solver,
             "steps": self.suite.steps,
-            "pictures_per_prompt": self.suite.per_prompt,
+            "pictures_per_prompt": self.per_prompt,
             "prompts_sha256": digest,
         }
         path = folder / "settings.json"
@@ -178,7 +181,7 @@ class Evaluation:
 
     def _jobs(self, name: str) -> list[tuple[Entry, int, Path]]:
         """Every picture's entry, seed and file; a seed belongs to its place in the set."""
-        per_prompt = self.suite.per_prompt
+        per_prompt = self.per_prompt
         return [
             (entry, i * per_prompt + j, self.folder / "pictures" / name / f"{i:05d}_{j}.png")
             for i, entry in enumerate(self.entries[name])
@@ -260,7 +263,7 @@ class Evaluation:
         if len(lines) != len(self._jobs(column.prompts)):
             return None
         values = column.scale * np.array([line[column.value] for line in lines])
-        per_prompt = values.reshape(-1, self.suite.per_prompt).mean(1)
+        per_prompt = values.reshape(-1, self.per_prompt).mean(1)
         tags = [entry["tag"] for entry in self.entries[column.prompts]]
         return {tag: per_prompt[[t == tag for t in tags]] for tag in dict.fromkeys(tags)}
 

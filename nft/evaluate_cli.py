@@ -54,6 +54,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="folder of the evaluation; evals/SUITE by default")] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="SET=FILE, prompts in place of the suite's")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="prompts of each set and task group")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
     baseline: Annotated[Path | None, typer.Option(help="folder of another evaluation to compare with")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="REWARD.KEY=VALUE, a reward's option")] = None,
     config: Annotated[str | None, typer.Option(help="configuration of the pipeline; the suite's by default")] = None,
@@ -73,11 +74,13 @@ def evaluate(
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
         run = load_config(config or SUITES[suite].config, overrides)
         subject = _subject(run.pipeline, checkpoint)
-        evaluation = Evaluation(suite, folder, subject=subject, files=files, limit=limit)
+        evaluation = Evaluation(suite, folder, subject=subject, files=files, limit=limit, per_prompt=per_prompt)
         other = None
         if baseline is not None:
             begun = json.loads((baseline / "settings.json").read_text())
-            other = Evaluation(suite, baseline, subject=begun["subject"], files=files, limit=limit)
+            other = Evaluation(
+                suite, baseline, subject=begun["subject"], files=files, limit=limit, per_prompt=per_prompt
+            )
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
         _quieten_libraries()

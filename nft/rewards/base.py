@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -36,6 +37,8 @@ class Reward(Protocol):
     """Importable packages beyond nft's own."""
     extra: str = ""
     """The optional extra that installs ``packages``."""
+    weights: Mapping[str, str] = MappingProxyType({})
+    """Hub names of its default weights, each with a file that tells whether they are here."""
     uses_device: bool = False
     """Whether the constructor takes ``device``."""
     threaded: bool = False
@@ -56,6 +59,15 @@ def name_of(reward: Reward) -> str:
 def missing_packages(kind: type[Reward]) -> list[str]:
     """The packages of a kind of reward that are not installed."""
     return [name for name in kind.packages if find_spec(name) is None]
+
+
+def missing_weights(kind: type[Reward]) -> list[str]:
+    """The hub names whose weights are not in this machine's cache."""
+    if not kind.weights:
+        return []
+    from huggingface_hub import try_to_load_from_cache
+
+    return [repo for repo, file in kind.weights.items() if not isinstance(try_to_load_from_cache(repo, file), str)]
 
 
 def install_hint(kind: type[Reward]) -> str:

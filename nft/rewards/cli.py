@@ -19,7 +19,7 @@ def _interval(low: float, high: float) -> str:
 
 def rewards() -> None:
     """List the rewards, with what is installed and what is missing."""
-    from .base import install_hint, missing_packages
+    from .base import install_hint, missing_packages, missing_weights
     from .registry import find, known
 
     listing = Table("name", "range", "needs", "device", "state", "what it is")
@@ -29,11 +29,18 @@ def rewards() -> None:
         except (ImportError, ValueError) as error:
             listing.add_row(name, "", "", "", escape(f"broken: {error}"), "")
             continue
-        missing = missing_packages(kind)
-        state = f"{', '.join(missing)} missing: {install_hint(kind)}" if missing else "installed"
+        state = [f"{', '.join(missing)} missing: {install_hint(kind)}"] if (missing := missing_packages(kind)) else []
+        state += [f"weights missing: hf download {name}" for name in missing_weights(kind)]
         needs = ", ".join(("prompt", *kind.needs))
         about = (kind.__doc__ or "").strip().partition("\n")[0].replace("``", "")
-        row = (name, _interval(*kind.range), needs, "any" if kind.uses_device else "CPU", state, about)
+        row = (
+            name,
+            _interval(*kind.range),
+            needs,
+            "any" if kind.uses_device else "CPU",
+            "\n".join(state) or "installed",
+            about,
+        )
         listing.add_row(*map(escape, row))
     Console().print(listing)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from .base import Metadata, Reward, Scored, from_hub
 
 CLIP_L = "openai/clip-vit-large-patch14"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+HPS, HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -25,6 +28,7 @@ class CLIP(Reward):
     packages = ("transformers",)
     extra = "train"
     uses_device = threaded = True
+    weights = MappingProxyType({CLIP_L: "config.json"})
 
     def __init__(self, model: str = CLIP_L, processor: str | None = None, *, device: str | torch.device = "cpu"):
         """Load a CLIP model and its processor, by hub name or folder.
@@ -73,9 +77,9 @@ class PickScore(CLIP):
     The divisor is Flow-GRPO's; the detail is the score as its authors give it.
     """
 
-    def __init__(
-        self, model: str = "yuvalkirstain/PickScore_v1", processor: str = CLIP_H, *, device: str | torch.device = "cpu"
-    ):
+    weights = MappingProxyType({PICKSCORE: "config.json", CLIP_H: "preprocessor_config.json"})
+
+    def __init__(self, model: str = PICKSCORE, processor: str = CLIP_H, *, device: str | torch.device = "cpu"):
         super().__init__(model, processor, device=device)
 
     @torch.no_grad()
@@ -141,12 +145,13 @@ class HPSv2(CLIP):
     """
 
     range = (-1.0, 1.0)
+    weights = MappingProxyType({HPS: HPS_FILE, CLIP_H: "config.json"})
 
     def __init__(
         self,
-        model: str = "xswu/HPSv2",
+        model: str = HPS,
         clip: str = CLIP_H,
-        filename: str = "HPS_v2.1_compressed.pt",
+        filename: str = HPS_FILE,
         *,
         device: str | torch.device = "cpu",
     ):

@@ -6,6 +6,7 @@ facebook/mask2former-swin-small-coco-instance.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class GenEvalReward(Reward):
     packages = ("transformers", "scipy")
     extra = "train"
     uses_device = threaded = True
+    weights = MappingProxyType({DETECTOR: "config.json", CLIP: "config.json"})
 
     def __init__(self, detector: str = DETECTOR, clip: str = CLIP, *, device: torch.device | str = "cpu"):
         """Load both networks from a hub name or a folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from .base import Metadata, Reward, Scored, from_hub
 from .clip import _checkpoint
 
+MODEL, TOKENIZER = "zai-org/ImageReward", "google-bert/bert-base-uncased"
 # Mean and deviation of the raw reward on the authors' validation set.
 _MEAN, _DEVIATION = 0.16717362830052426, 1.0333394966054072
 _TOKENS = 35
@@ -46,11 +48,12 @@ class ImageReward(Reward):
     packages = ("transformers",)
     extra = "train"
     uses_device = threaded = True
+    weights = MappingProxyType({MODEL: "ImageReward.pt", TOKENIZER: "tokenizer_config.json"})
 
     def __init__(
         self,
-        model: str = "zai-org/ImageReward",
-        tokenizer: str = "google-bert/bert-base-uncased",
+        model: str = MODEL,
+        tokenizer: str = TOKENIZER,
         *,
         device: str | torch.device = "cpu",
     ):

@@ -199,6 +199,23 @@ def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monk
     assert "0.98" in text and "2509.16117" in text and "Aesthetic left out" in text
 
 
+def test_pictures_of_one_prompt_are_averaged(tmp_path, monkeypatch):
+    (tmp_path / "stand_ins.py").write_text(STAND_INS)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    evaluation = Evaluation("paper", tmp_path / "e", subject="s", limit=2, per_prompt=3)
+    red = torch.arange(3 * 14) * 5
+
+    def draw(prompts, seeds):
+        pictures = torch.zeros(len(seeds), 4, 4, 3, dtype=torch.uint8)
+        pictures[:, 0, 0, 0] = red[seeds]
+        return pictures
+
+    evaluation.draw(draw, batch=7)
+    evaluation.score({"ocr": {"reward": "stand_ins:First"}, "geneval": {"reward": "stand_ins:First"}})
+    ocr = next(column for column in SUITES["paper"].columns if column.title == "OCR")
+    np.testing.assert_allclose(evaluation.column(ocr)["ocr"], red[:6].view(2, 3).float().mean(1) / 255, rtol=1e-6)
+
+
 def test_without_drawbench_its_columns_are_left_out(tmp_path):
     evaluation = Evaluation("paper", tmp_path, subject="s", limit=1)
     assert set(evaluation.entries) == {"geneval", "ocr"}

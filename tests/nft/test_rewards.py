@@ -147,6 +147,18 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
     assert "installed" in lines["jpeg"][0]
 
 
+def test_missing_weights_are_listed(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def here(repo, file):
+        return str(tmp_path) if (repo, file) == ("xswu/HPSv2", "HPS_v2.1_compressed.pt") else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", here)
+    listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "240"}).output
+    assert "weights missing: hf download yuvalkirstain/PickScore_v1" in listing
+    assert "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in listing and "hf download xswu/HPSv2" not in listing
+
+
 # --- JPEG ---
 
 
