@@ -90,9 +90,11 @@ class ImageReward(Reward):
             )
         )
         self.vision.load_state_dict(vision)
-        shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         more = ("layer_norm_eps", "max_position_embeddings", "hidden_act")
         config = {name: text[name] for name in (*shared, *more) if name in text}
+        # Its authors added tokens to BERT's after the configuration was written.
+        config["vocab_size"] = len(state["blip.text_encoder.embeddings.word_embeddings.weight"])
         self.text = BlipTextModel(BlipTextConfig(**config, encoder_hidden_size=width), add_pooling_layer=False)
         text_state = _part(state, "blip.text_encoder.")
         text_state.pop("embeddings.position_ids", None)

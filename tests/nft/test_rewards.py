@@ -408,7 +408,9 @@ def image_reward(tmp_path_factory):
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
     state |= {f"mlp.layers.{2 * i}.{k}": v for i, layer in enumerate(head) for k, v in layer.state_dict().items()}
     torch.save(state, folder / "ImageReward.pt")
-    (folder / "med_config.json").write_text(json.dumps({**config, "encoder_width": 768, "model_type": "bert"}))
+    (folder / "med_config.json").write_text(
+        json.dumps({**config, "vocab_size": len(words), "encoder_width": 768, "model_type": "bert"})
+    )
     (folder / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
     return str(folder), vision.eval(), text.eval(), head

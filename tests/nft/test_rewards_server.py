@@ -45,7 +45,7 @@ class Number(Reward):
         self.seconds, self.log = seconds, log
 
     def __call__(self, pictures, prompts, metadata):
-        time.sleep(self.seconds)
+        time.sleep(metadata[0].get("seconds", self.seconds))
         first = pictures[:, 0, 0].long()
         numbers = first[:, 0] * 65536 + first[:, 1] * 256 + first[:, 2]
         if any(entry["n"] != number for entry, number in zip(metadata, numbers.tolist())):
@@ -95,12 +95,12 @@ def probes(tmp_path_factory):
         os.environ["NFT_REWARD_TOKEN"] = old
 
 
-def numbered(numbers, side=8):
+def numbered(numbers, side=8, **more):
     """Pictures that spell their numbers, and their entries."""
     pictures = torch.zeros(len(numbers), side, side, 3, dtype=torch.uint8)
     for picture, n in zip(pictures, numbers, strict=True):
         picture[0, 0] = torch.tensor([n // 65536, n // 256 % 256, n % 256])
-    return pictures, [{"prompt": f"picture {n}", "n": n} for n in numbers]
+    return pictures, [{"prompt": f"picture {n}", "n": n, **more} for n in numbers]
 
 
 def free_port():
@@ -321,16 +321,22 @@ def test_a_process_that_keeps_dying_is_named(tmp_path, monkeypatch):
 # --- beside sampling ---
 
 
+@pytest.fixture(scope="module")
+def process():
+    """One process, and two batches at most."""
+    with Scorer({"r": RewardSpec("probes:Number")}, max_pending=2) as scorer:
+        yield scorer
+
+
 @pytest.mark.parametrize(("sampling", "scoring"), [(0.1, 0.5), (0.3, 0.1)])
-def test_scoring_overlaps_with_sampling(sampling, scoring):
+def test_scoring_overlaps_with_sampling(process, sampling, scoring):
     """An epoch takes at most a tenth more than the longer of the two."""
-    with Scorer({"r": RewardSpec("probes:Number", options={"seconds": scoring})}, max_pending=4) as scorer:
-        begin = time.perf_counter()
-        for i in range(8):
-            time.sleep(sampling)
-            scorer.submit(*numbered([i]))
-        assert scores_of(scorer) == list(range(8))
-        assert time.perf_counter() - begin <= 1.1 * 8 * max(sampling, scoring)
+    begin = time.perf_counter()
+    for i in range(8):
+        time.sleep(sampling)
+        process.submit(*numbered([i], seconds=scoring))
+    assert scores_of(process) == list(range(8))
+    assert time.perf_counter() - begin <= 1.1 * 8 * max(sampling, scoring)
 
 
 def test_several_rewards_at_once_keep_their_order():
@@ -350,17 +356,16 @@ def test_several_rewards_at_once_keep_their_order():
             scorer.gather()
 
 
-def test_submit_waits_while_too_much_is_pending():
-    with Scorer({"r": RewardSpec("probes:Number", options={"seconds": 0.3})}, max_pending=2) as scorer:
-        waits = []
-        for i in range(4):
-            begin = time.perf_counter()
-            scorer.submit(*numbered([i]))
-            waits.append(time.perf_counter() - begin)
-        assert max(waits[:2]) < 0.2 < min(waits[2:])
-        scorer.discard()
-        scorer.submit(*numbered([9]))
-        assert scores_of(scorer) == [9]
+def test_submit_waits_while_too_much_is_pending(process):
+    waits = []
+    for i in range(4):
+        begin = time.perf_counter()
+        process.submit(*numbered([i], seconds=0.3))
+        waits.append(time.perf_counter() - begin)
+    assert max(waits[:2]) < 0.2 < min(waits[2:])
+    process.discard()
+    process.submit(*numbered([9]))
+    assert scores_of(process) == [9]
 
 
 def test_what_cannot_be_loaded_is_named_at_once():
@@ -385,3 +390,9 @@ def test_what_cannot_be_loaded_is_named_at_once():
 def test_bad_input_to_the_command_is_named(arguments, message):
     result = CliRunner().invoke(app, ["reward-server", *arguments], env={"COLUMNS": "300"})
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+
+
+def test_a_server_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["reward-server", "jpeg"], env={"COLUMNS": "300"})
+    assert result.exit_code == 2 and 'pip install "diffusion-nft[server]"' in result.output
