@@ -63,6 +63,22 @@ def _drawbench() -> list[Entry]:
     raise ValueError("drawbench: no file; give --prompts drawbench=FILE with one prompt per line")
 
 
+_TITLES = ("GenEval", "OCR", "PickScore", "ClipScore", "HPSv2.1", "Aesthetic", "ImgRwd", "UniRwd")
+_TABLE_1 = {
+    row: dict(zip(_TITLES, values, strict=True))
+    for row, values in {
+        "SD-XL": (0.55, 0.14, 22.42, 0.287, 0.280, 5.60, 0.76, 2.93),
+        "SD3.5-L": (0.71, 0.68, 22.91, 0.289, 0.288, 5.50, 0.96, 3.25),
+        "FLUX.1-Dev": (0.66, 0.59, 22.84, 0.295, 0.274, 5.71, 0.96, 3.27),
+        "SD3.5-M, no guidance": (0.24, 0.12, 20.51, 0.237, 0.204, 5.13, -0.58, 2.02),
+        "SD3.5-M, guidance": (0.63, 0.59, 22.34, 0.285, 0.279, 5.36, 0.85, 3.03),
+        "FlowGRPO on GenEval": (0.95, 0.66, 22.51, 0.293, 0.274, 5.32, 1.06, 3.18),
+        "FlowGRPO on OCR": (0.66, 0.92, 22.41, 0.290, 0.280, 5.32, 0.95, 3.15),
+        "FlowGRPO on PickScore": (0.54, 0.68, 23.50, 0.280, 0.316, 5.90, 1.29, 3.37),
+        "DiffusionNFT": (0.94, 0.91, 23.80, 0.293, 0.331, 6.01, 1.49, 3.49),
+    }.items()
+}
+
 SUITES = {
     "paper": Suite(
         config="sd35_geneval",
@@ -70,23 +86,19 @@ SUITES = {
             Column("GenEval", "geneval", "geneval", "correct"),
             Column("OCR", "ocr", "ocr"),
             Column("PickScore", "drawbench", "pickscore", "pickscore"),
-            Column("CLIPScore", "drawbench", "clipscore"),
+            Column("ClipScore", "drawbench", "clipscore"),
             Column("HPSv2.1", "drawbench", "hpsv2"),
             Column("Aesthetic", "drawbench", "aesthetic"),
-            Column("ImageReward", "drawbench", "imagereward"),
-            Column("UnifiedReward", "drawbench", "unifiedreward", scale=5.0),
+            Column("ImgRwd", "drawbench", "imagereward"),
+            Column("UniRwd", "drawbench", "unifiedreward", scale=5.0),
         ),
         prompts={
             "geneval": _generated_geneval,
             "ocr": lambda: ocr.generate(1000, _OCR_SEED),
             "drawbench": _drawbench,
         },
-        published={
-            "SD3.5-M, no guidance": {"GenEval": 0.24},
-            "FlowGRPO, GenEval only, guidance": {"GenEval": 0.95},
-            "DiffusionNFT, GenEval only": {"GenEval": 0.98},
-        },
-        source="arXiv 2509.16117, abstract",
+        published=_TABLE_1,
+        source="arXiv 2509.16117, Table 1; SD-XL and SD3.5-L at 1024 x 1024, the others at 512 x 512",
     ),
     "shapes": Suite(
         config="shapes",

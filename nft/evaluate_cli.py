@@ -39,7 +39,7 @@ def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]]
         listing.add_row("- baseline", *(f"{r['difference']:+.3f}" if "difference" in r else "-" for r in rows))
         listing.add_row("p, paired", *(f"{r['p']:.4f}" if "p" in r else "-" for r in rows))
     for row, values in evaluation.suite.published.items():
-        listing.add_row(row, *(f"{values[title]:.2f}" if title in values else "-" for title in results))
+        listing.add_row(row, *(f"{values[title]:g}" if title in values else "-" for title in results))
     console.print(listing)
     if evaluation.suite.published:
         console.print(f"published rows: {evaluation.suite.source}")

@@ -190,13 +190,15 @@ def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monk
     # Seeds 0 to 17 times ten: those above 100 are right, and a group has three prompts.
     assert results["GenEval"]["mean"] == pytest.approx(7 / 18)
     assert results["PickScore"]["mean"] == pytest.approx(10)
-    assert results["UnifiedReward"]["mean"] == pytest.approx(5 * 10 / 255)
+    assert results["UniRwd"]["mean"] == pytest.approx(5 * 10 / 255)
     assert "no file" in results["Aesthetic"]["left_out"]
     console = Console(width=240, record=True, file=io.StringIO())
     _print(console, evaluation, results, False)
     text = console.export_text()
     assert all(column.title in text for column in SUITES["paper"].columns)
-    assert "0.98" in text and "2509.16117" in text and "Aesthetic left out" in text
+    assert "2509.16117" in text and "Aesthetic left out" in text
+    (row,) = [line for line in text.splitlines() if "DiffusionNFT" in line]
+    assert [float(cell) for cell in row.split("│")[2:-1]] == [0.94, 0.91, 23.8, 0.293, 0.331, 6.01, 1.49, 3.49]
 
 
 def test_pictures_of_one_prompt_are_averaged(tmp_path, monkeypatch):
