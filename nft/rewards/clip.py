@@ -126,7 +126,7 @@ def convert_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return converted
 
 
-def _checkpoint(source: str, filename: str) -> Path:
+def checkpoint_file(source: str, filename: str) -> Path:
     """A file in a folder or a hub repository."""
     if Path(source).is_dir():
         path = Path(source) / filename
@@ -166,7 +166,7 @@ class HPSv2(CLIP):
             FileNotFoundError: weights that are neither on disk nor reachable.
         """
         super().__init__(clip, device=device)
-        state = torch.load(_checkpoint(model, filename), map_location="cpu", weights_only=True)["state_dict"]
+        state = torch.load(checkpoint_file(model, filename), map_location="cpu", weights_only=True)["state_dict"]
         self.model.load_state_dict(convert_open_clip(state))
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:

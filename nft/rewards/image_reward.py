@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Metadata, Reward, Scored, from_hub
-from .clip import _checkpoint
+from .clip import checkpoint_file
 
 MODEL, TOKENIZER = "zai-org/ImageReward", "google-bert/bert-base-uncased"
 # Mean and deviation of the raw reward on the authors' validation set.
@@ -72,8 +72,8 @@ class ImageReward(Reward):
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
         self.device = torch.device(device)
-        state = torch.load(_checkpoint(model, "ImageReward.pt"), map_location="cpu", weights_only=True)
-        text = json.loads(_checkpoint(model, "med_config.json").read_text())
+        state = torch.load(checkpoint_file(model, "ImageReward.pt"), map_location="cpu", weights_only=True)
+        text = json.loads(checkpoint_file(model, "med_config.json").read_text())
         vision = {_rename(name): value for name, value in _part(state, "blip.visual_encoder.").items()}
         width, _, _, patch = vision["embeddings.patch_embedding.weight"].shape
         side = math.isqrt(vision["embeddings.position_embedding"].shape[1] - 1) * patch
