@@ -10,8 +10,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .evaluate_cli import evaluate
+from .rewards.cli import reward_server, rewards
+
 app = typer.Typer(help="DiffusionNFT: online reinforcement learning on the forward process.", no_args_is_help=True)
 _console = Console()
+app.command("eval")(evaluate)
+app.command()(rewards)
+app.command()(reward_server)
 
 
 def _quieten_libraries() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 CLASSES = (
@@ -98,3 +100,39 @@ def generate(per_group: int, seed: int) -> dict[str, list[dict[str, Any]]]:
             found.setdefault(entry["prompt"], entry)
         groups[tag] = list(found.values())
     return groups
+
+
+def _check(entry: Any) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or entry.get("tag") not in GROUPS:
+        raise ValueError(f"accepted is an object with a prompt and one of the tags {', '.join(GROUPS)}")
+    for item in (*entry.get("include", ()), *entry.get("exclude", ())):
+        if item.get("class") not in CLASSES or not isinstance(item.get("count"), int) or item["count"] < 1:
+            raise ValueError(f"got {item}, accepted is a COCO class under GenEval's name with a positive count")
+    for index, item in enumerate(entry.get("include", ())):
+        where, target = item.get("position", (POSITIONS[0], -1))
+        if where not in POSITIONS or target >= index:
+            raise ValueError(f"got position {[where, target]}, accepted is one of {POSITIONS} of an earlier object")
+        if item.get("color", COLORS[0]) not in COLORS:
+            raise ValueError(f"got color {item['color']!r}, accepted are {', '.join(COLORS)}")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The benchmark's own prompts, such as its ``evaluation_metadata.jsonl``: one JSON object per line.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a line that is not a GenEval entry, by number.
+    """
+    entries = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            _check(entry)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"{path}: got no prompts, accepted is one JSON object per line")
+    return entries

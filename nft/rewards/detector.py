@@ -6,16 +6,17 @@ facebook/mask2former-swin-small-coco-instance.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, Mask2FormerForUniversalSegmentation
 
 from nft.data.geneval import CLASSES, COLORS
 
+from .base import Metadata, Reward, Scored, from_hub
 from .geneval import Detection, Verdict, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
@@ -26,26 +27,32 @@ _COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {
 _GREY = 153
 
 
-class GenEvalReward:
-    """Scores pictures against GenEval metadata."""
+class GenEvalReward(Reward):
+    """The published training score of pictures against GenEval metadata; the details are both rules' verdicts.
 
-    def __init__(self, device: torch.device | str = "cpu", detector: str = DETECTOR, clip: str = CLIP):
+    A score falls below 0 where far too many objects were drawn: 16 where one was asked give -14.
+    """
+
+    range = (-(MAX_OBJECTS - 2.0), 1.0)
+    needs = ("tag", "include")
+    packages = ("transformers", "scipy")
+    extra = "train"
+    uses_device = threaded = True
+    weights = MappingProxyType({DETECTOR: "config.json", CLIP: "config.json"})
+
+    def __init__(self, detector: str = DETECTOR, clip: str = CLIP, *, device: torch.device | str = "cpu"):
         """Load both networks from a hub name or a folder.
 
         Raises:
             FileNotFoundError: weights that are neither on disk nor reachable.
         """
+        from transformers import AutoImageProcessor, AutoProcessor, CLIPModel, Mask2FormerForUniversalSegmentation
+
         self.device = torch.device(device)
-        try:
-            self.detector = Mask2FormerForUniversalSegmentation.from_pretrained(detector).eval().to(self.device)
-            self.detector_processor = AutoImageProcessor.from_pretrained(detector)
-            self.clip = CLIPModel.from_pretrained(clip).eval().to(self.device)
-            self.clip_processor = AutoProcessor.from_pretrained(clip)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"geneval reward: {detector!r} or {clip!r} is neither on disk nor reachable: "
-                f"run `hf download {detector}` and `hf download {clip}`"
-            ) from error
+        self.detector = from_hub(Mask2FormerForUniversalSegmentation.from_pretrained, detector).eval().to(self.device)
+        self.detector_processor = from_hub(AutoImageProcessor.from_pretrained, detector)
+        self.clip = from_hub(CLIPModel.from_pretrained, clip).eval().to(self.device)
+        self.clip_processor = from_hub(AutoProcessor.from_pretrained, clip)
         self._color_texts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -86,7 +93,9 @@ class GenEvalReward:
 
     def _read(self, picture: np.ndarray, result: dict[str, Any], entry: dict[str, Any]) -> list[Detection]:
         threshold = COUNTING_THRESHOLD if entry["tag"] == "counting" else THRESHOLD
-        wanted = {item["class"]: "color" in item for item in [*entry["include"], *entry.get("exclude", ())]}
+        wanted: dict[str, bool] = {}
+        for item in (*entry["include"], *entry.get("exclude", ())):
+            wanted[item["class"]] = wanted.get(item["class"], False) or "color" in item
         segments = sorted(result["segments_info"], key=lambda s: -s["score"])
         kept: dict[str, list[Detection]] = {name: [] for name in wanted}
         for segment in segments:
@@ -102,6 +111,11 @@ class GenEvalReward:
             kept[name].append(Detection(name, box, segment["score"], color))
         return [detection for group in kept.values() for detection in group]
 
-    def __call__(self, pictures: Tensor, entries: list[dict[str, Any]]) -> list[Verdict]:
-        """Strict and partial score of every picture by the rule of ``nft.rewards.geneval``."""
+    def verdicts(self, pictures: Tensor, entries: list[dict[str, Any]]) -> list[Verdict]:
+        """Every picture judged by the rules of ``nft.rewards.geneval``."""
         return [judge(found, entry) for found, entry in zip(self.detect(pictures, entries), entries, strict=True)]
+
+    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        verdicts = self.verdicts(pictures, metadata)
+        details = {name: torch.tensor([getattr(v, name) for v in verdicts]) for name in ("strict", "correct")}
+        return Scored(torch.tensor([v.partial for v in verdicts]), details)

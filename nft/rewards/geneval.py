@@ -1,9 +1,16 @@
-"""GenEval's rule (Ghosh et al., arXiv 2310.11513): from detected objects to a score, as a pure function."""
+"""GenEval's rule (Ghosh et al., arXiv 2310.11513): from detected objects to a score, as a pure function.
+
+Two rules are in use. The benchmark's own asks for at least as many objects as the prompt names and looks at the most
+confident ones (djghosh13/geneval, evaluation/evaluate_images.py). Reinforcement learning would answer that by drawing
+many, so it is trained on exact counts and partial credit (yifan123/reward-server, reward_server/gen_eval.py).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 _POSITION_THRESHOLD = 0.1
 
@@ -20,8 +27,10 @@ class Detection:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Result of the rule: ``strict`` is 0 or 1, ``partial`` is in [0, 1], ``reasons`` says what was missed."""
+    """Result of the rules: ``correct`` and ``strict`` are 0 or 1, ``partial`` is 1 at most and falls below 0 where far
+    too many objects were drawn, ``reasons`` says what the strict rule missed."""
 
+    correct: float
     strict: float
     partial: float
     reasons: tuple[str, ...]
@@ -30,64 +39,97 @@ class Verdict:
 def directions(box: tuple[float, ...], target: tuple[float, ...]) -> set[str]:
     """Where ``box`` lies as seen from ``target``: a subset of left of, right of, above, below.
 
-    The offset of the centres counts only beyond a tenth of the summed sizes, and a direction holds when it makes
-    up more than half of the remaining offset's length (GenEval's position threshold).
+    The offset of the centres counts only beyond a tenth of the summed sizes (GenEval's position threshold), and a
+    direction holds when what remains of it makes up more than half of the whole offset's length.
     """
-    offset = []
-    for low, high in ((0, 2), (1, 3)):
-        centre = (box[low] + box[high] - target[low] - target[high]) / 2
-        slack = _POSITION_THRESHOLD * (box[high] - box[low] + target[high] - target[low])
-        offset.append(max(abs(centre) - slack, 0.0) * (1 if centre > 0 else -1))
-    length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
-    if length < 1e-3:
+    mine, theirs = np.reshape(box, (2, 2)), np.reshape(target, (2, 2))
+    offset = mine.mean(0) - theirs.mean(0)
+    slack = _POSITION_THRESHOLD * (np.abs(mine[1] - mine[0]) + np.abs(theirs[1] - theirs[0]))
+    beyond = np.maximum(np.abs(offset) - slack, 0) * np.sign(offset)
+    if (np.abs(beyond) < 1e-3).all():
         return set()
-    found = set()
-    for component, negative, positive in ((offset[0], "left of", "right of"), (offset[1], "above", "below")):
-        if component / length > 0.5:
-            found.add(positive)
-        elif component / length < -0.5:
-            found.add(negative)
+    x, y = beyond / np.linalg.norm(offset)
+    holds = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, held in holds.items() if held}
+
+
+def _placed(objects: list[Detection], where: str, targets: list[Detection]) -> bool:
+    return all(where in directions(one.box, other.box) for one in objects for other in targets)
+
+
+def _by_class(detections: list[Detection]) -> dict[str, list[Detection]]:
+    """Objects of every class, the most confident first."""
+    found: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: -d.confidence):
+        found.setdefault(detection.name, []).append(detection)
     return found
 
 
-def judge(detections: list[Detection], metadata: dict[str, Any]) -> Verdict:
-    """Apply the strict rule: each included class must appear exactly ``count`` times, all in the asked colour and
-    position, and no excluded class may reach its count.
+def _exceeded(found: dict[str, list[Detection]], metadata: dict[str, Any]) -> list[str]:
+    counts = [(item["class"], len(found.get(item["class"], ())), item["count"]) for item in metadata.get("exclude", ())]
+    return [f"{name}: found {n}, allowed fewer than {limit}" for name, n, limit in counts if n >= limit]
 
-    ``partial`` is the mean credit over the single demands: 1 - |asked - found| / asked (at least 0) for a count or
-    a colour, 0 or 1 for a position or an exclusion. A colour or position earns nothing while the count is wrong.
+
+def benchmark(detections: list[Detection], metadata: dict[str, Any]) -> bool:
+    """The benchmark's own rule: of each included class at least ``count`` objects, the most confident ``count`` of
+    them all in the asked colour and position, and no excluded class at its count or above.
 
     Args:
-        detections: objects found in the picture.
+        detections: objects found in the picture, in any order; of equal confidence the first counts.
         metadata: a GenEval entry with ``include`` and optionally ``exclude``.
     """
+    found = _by_class(detections)
+    groups: list[list[Detection] | None] = []
+    for item in metadata.get("include", ()):
+        objects = found.get(item["class"], [])[: item["count"]]
+        matched = len(objects) == item["count"]
+        matched = matched and all(d.color == item["color"] for d in objects if "color" in item)
+        if matched and "position" in item:
+            where, index = item["position"]
+            targets = groups[index]
+            matched = targets is not None and _placed(objects, where, targets)
+        groups.append(objects if matched else None)
+    return None not in groups and not _exceeded(found, metadata)
+
+
+def judge(detections: list[Detection], metadata: dict[str, Any]) -> Verdict:
+    """Apply both rules. The strict one asks for exactly ``count`` objects of each included class, all in the asked
+    colour and position, and for no excluded class at its count or above.
+
+    ``partial`` is the published training score, the mean over what is asked: 1 - |asked - found| / asked for a count,
+    the same for a colour, 1 for a position. A wrong count earns 0 for its colour or position. A wrong position counts
+    as 0 and 1, not as 0; where its anchor is missing it counts as 0; where its colour is wrong it is not counted. That
+    is what the published runs were trained on.
+
+    Args:
+        detections: objects found in the picture, in any order.
+        metadata: a GenEval entry with ``include`` and optionally ``exclude``.
+    """
+    found = _by_class(detections)
     credits: list[float] = []
     reasons: list[str] = []
-
-    def demand(credit: float, reason: str) -> bool:
-        credits.append(max(credit, 0.0))
-        if credit < 1:
-            reasons.append(reason)
-        return credit == 1
-
     groups: list[list[Detection] | None] = []
-    for item in metadata["include"]:
+    for item in metadata.get("include", ()):
         name, count = item["class"], item["count"]
-        objects = [d for d in detections if d.name == name]
-        matched = demand(1 - abs(count - len(objects)) / count, f"{name}: asked {count}, found {len(objects)}")
-        if "color" in item:
-            agree = sum(d.color == item["color"] for d in objects) if matched else 0
-            credit = 1 - abs(count - agree) / count
-            matched &= demand(credit, f"{name}: asked {count} {item['color']}, found {agree}")
-        if "position" in item:
+        objects = found.get(name, [])
+        credits.append(1 - abs(count - len(objects)) / count)
+        missed = [] if len(objects) == count else [f"{name}: asked {count}, found {len(objects)}"]
+        if missed and ("color" in item or "position" in item):
+            credits.append(0.0)
+        if "color" in item and not missed:
+            agree = sum(d.color == item["color"] for d in objects)
+            credits.append(1 - (count - agree) / count)
+            if agree < count:
+                missed.append(f"{name}: asked {count} {item['color']}, found {agree}")
+        if "position" in item and not missed:
             where, index = item["position"]
-            target = groups[index]
-            placed = matched and target is not None
-            placed = placed and all(where in directions(d.box, t.box) for d in objects for t in target or ())
-            matched &= demand(float(placed), f"{name}: not {where} {metadata['include'][index]['class']}")
-        groups.append(objects if matched else None)
-    for item in metadata.get("exclude", ()):
-        found = sum(d.name == item["class"] for d in detections)
-        if found >= item["count"]:
-            reasons.append(f"{item['class']}: found {found}, allowed fewer than {item['count']}")
-    return Verdict(float(not reasons), sum(credits) / len(credits), tuple(reasons))
+            targets = groups[index]
+            placed = targets is not None and _placed(objects, where, targets)
+            credits += [1.0] if placed else [0.0] if targets is None else [0.0, 1.0]
+            if not placed:
+                missed.append(f"{name}: not {where} {metadata['include'][index]['class']}")
+        reasons += missed
+        groups.append(None if missed else objects)
+    reasons += _exceeded(found, metadata)
+    partial = sum(credits) / len(credits) if credits else 0.0
+    return Verdict(float(benchmark(detections, metadata)), float(not reasons), partial, tuple(reasons))

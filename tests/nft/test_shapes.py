@@ -78,7 +78,8 @@ def box(x, y, size=10):
         (box(90, 90), box(50, 50), {"right of", "below"}),
         (box(51, 50), box(50, 50), set()),  # within a tenth of the summed sizes
         (box(52, 50), box(50, 50), set()),
-        (box(53, 50), box(50, 50), {"right of"}),
+        (box(54, 50), box(50, 50), set()),  # beyond it, but by half of the offset only
+        (box(55, 50), box(50, 50), {"right of"}),
     ],
 )
 def test_directions(mine, theirs, expected):
@@ -95,7 +96,7 @@ def obj(name, color="red", at=(0, 0)):
         ([obj("a")], [{"class": "a", "count": 1}], [], 1, 1),
         ([], [{"class": "a", "count": 1}], [], 0, 0),
         ([obj("a")] * 3, [{"class": "a", "count": 2}], [], 0, 0.5),
-        ([obj("a")] * 9, [{"class": "a", "count": 2}], [], 0, 0),
+        ([obj("a")] * 9, [{"class": "a", "count": 2}], [], 0, -2.5),
         ([obj("a")] * 2, [{"class": "a", "count": 2}], [{"class": "a", "count": 3}], 1, 1),
         ([obj("a"), obj("b")], [{"class": "a", "count": 1}], [{"class": "b", "count": 1}], 0, 1),
         ([obj("a", "blue")], [{"class": "a", "count": 1, "color": "red"}], [], 0, 0.5),
@@ -109,7 +110,7 @@ def test_rule_worked_by_hand(found, include, exclude, strict, partial):
     assert bool(verdict.reasons) == (not strict)
 
 
-@pytest.mark.parametrize(("x", "strict", "partial"), [(50, 1, 1), (-50, 0, 2 / 3)])
+@pytest.mark.parametrize(("x", "strict", "partial"), [(50, 1, 1), (-50, 0, 3 / 4)])
 def test_position_rule(x, strict, partial):
     include = [{"class": "a", "count": 1}, {"class": "b", "count": 1, "position": ["right of", 0]}]
     verdict = judge([obj("a"), obj("b", at=(x, 0))], {"include": include})

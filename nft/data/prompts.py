@@ -1,0 +1,98 @@
+"""Prompt sets by name or file, each with a side to train on and one that is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nft.worlds.shapes import prompts as shapes
+
+from . import geneval, ocr
+
+Entry = dict[str, Any]
+SETS = ("shapes", "geneval", "ocr")
+_PER_GROUP = 5000
+_TRAIN_SEED, _HELD_OUT_SEED = 1, 2
+_HELD_OUT = {"geneval": 100, "ocr": 1000}
+
+
+def read(path: Path) -> list[Entry]:
+    """Entries of a text file with a prompt per line, or of a JSON-lines file with an object with ``prompt`` per line.
+
+    Raises:
+        OSError: no such file.
+        ValueError: another ending, no prompts, or a line that is not an object with a prompt, by number.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"prompts: got {str(path)!r}, accepted are {', '.join(SETS)} or a .txt or .jsonl file")
+    lines = [(n, line) for n, line in enumerate(path.read_text().splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts: {path} is empty, accepted is at least one prompt")
+    if path.suffix == ".txt":
+        return [{"tag": path.stem, "prompt": line.strip()} for _, line in lines]
+    entries = []
+    for number, line in lines:
+        try:
+            entry = {"tag": path.stem, **json.loads(line)}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"prompts: {path}, line {number}: {error}") from None
+        if not isinstance(entry.get("prompt"), str):
+            raise ValueError(f"prompts: {path}, line {number} has no prompt")
+        entries.append(entry)
+    return entries
+
+
+def held_out(source: str, per_group: int | None = None) -> list[Entry]:
+    """A fixed set that is never trained on: ``per_group`` prompts of every task group, or all.
+
+    Of ``geneval`` the 80 single objects are trained on and never held out.
+
+    Args:
+        source: ``shapes``, ``geneval``, ``ocr``, or a file.
+        per_group: most prompts with one tag.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read (see ``read``).
+    """
+    if source == "shapes":
+        return shapes.sample(held_out=True, per_group=per_group or 40)
+    if source == "ocr":
+        return ocr.generate(_HELD_OUT["ocr"], _HELD_OUT_SEED)[:per_group]
+    if source == "geneval":
+        groups = geneval.generate(_HELD_OUT["geneval"], _HELD_OUT_SEED)
+        return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
+    return [entry for group in _by_tag(read(Path(source))) for entry in group[:per_group]]
+
+
+def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
+    """Training prompts by task group, without those of ``apart_from``.
+
+    Args:
+        source: ``shapes``, ``geneval``, ``ocr``, or a file.
+        apart_from: held-out entries.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read, or a source with no other prompts.
+    """
+    if source == "shapes":
+        groups = list(shapes.split(held_out=False).values())
+    elif source == "ocr":
+        groups = [ocr.generate(_PER_GROUP, _TRAIN_SEED)]
+    elif source == "geneval":
+        groups = list(geneval.generate(_PER_GROUP, _TRAIN_SEED).values())
+    else:
+        groups = _by_tag(read(Path(source)))
+    kept_away = {entry["prompt"] for entry in apart_from}
+    left = [[entry for entry in group if entry["prompt"] not in kept_away] for group in groups]
+    if not any(left):
+        raise ValueError(f"prompts: {source} holds no prompt that is not held out")
+    return [group for group in left if group]
+
+
+def _by_tag(entries: list[Entry]) -> list[list[Entry]]:
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(entry["tag"], []).append(entry)
+    return list(groups.values())

@@ -1,0 +1,335 @@
+"""Evaluation of a checkpoint: pinned prompts, seeds and solver; a table with intervals and paired tests.
+
+Everything is kept in one folder: ``settings.json``, ``pictures``, ``scores`` and ``results.json``. An evaluation that
+was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import bootstrap, permutation_test
+from torch import Tensor
+
+from .data import geneval, ocr, prompts
+from .data.prompts import Entry
+from .rewards import registry
+from .rewards.base import RewardError, score
+
+Draw = Callable[[list[str], list[int]], Tensor]
+"""Pictures (B, H, W, 3) uint8 of prompts and their seeds."""
+
+_GENEVAL_SEED, _OCR_SEED = 2509, 16117
+_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: the mean of a reward's score, or of one of its details, times ``scale``."""
+
+    title: str
+    prompts: str
+    reward: str
+    value: str = "score"
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is evaluated and how; ``published`` are figures of others by row and title, ``source`` says whose."""
+
+    config: str
+    columns: tuple[Column, ...]
+    prompts: Mapping[str, Callable[[], list[Entry]]]
+    solver: str = "euler"
+    steps: int = 40
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    source: str = ""
+
+
+def _generated_geneval() -> list[Entry]:
+    return [entry for group in geneval.generate(80, _GENEVAL_SEED).values() for entry in group]
+
+
+def _drawbench() -> list[Entry]:
+    raise ValueError("drawbench: no file; give --prompts drawbench=FILE with one prompt per line")
+
+
+_TITLES = ("GenEval", "OCR", "PickScore", "ClipScore", "HPSv2.1", "Aesthetic", "ImgRwd", "UniRwd")
+_TABLE_1 = {
+    row: dict(zip(_TITLES, values, strict=True))
+    for row, values in {
+        "SD-XL": (0.55, 0.14, 22.42, 0.287, 0.280, 5.60, 0.76, 2.93),
+        "SD3.5-L": (0.71, 0.68, 22.91, 0.289, 0.288, 5.50, 0.96, 3.25),
+        "FLUX.1-Dev": (0.66, 0.59, 22.84, 0.295, 0.274, 5.71, 0.96, 3.27),
+        "SD3.5-M, no guidance": (0.24, 0.12, 20.51, 0.237, 0.204, 5.13, -0.58, 2.02),
+        "SD3.5-M, guidance": (0.63, 0.59, 22.34, 0.285, 0.279, 5.36, 0.85, 3.03),
+        "FlowGRPO on GenEval": (0.95, 0.66, 22.51, 0.293, 0.274, 5.32, 1.06, 3.18),
+        "FlowGRPO on OCR": (0.66, 0.92, 22.41, 0.290, 0.280, 5.32, 0.95, 3.15),
+        "FlowGRPO on PickScore": (0.54, 0.68, 23.50, 0.280, 0.316, 5.90, 1.29, 3.37),
+        "DiffusionNFT": (0.94, 0.91, 23.80, 0.293, 0.331, 6.01, 1.49, 3.49),
+    }.items()
+}
+
+SUITES = {
+    "paper": Suite(
+        config="sd35_geneval",
+        columns=(
+            Column("GenEval", "geneval", "geneval", "correct"),
+            Column("OCR", "ocr", "ocr"),
+            Column("PickScore", "drawbench", "pickscore", "pickscore"),
+            Column("ClipScore", "drawbench", "clipscore"),
+            Column("HPSv2.1", "drawbench", "hpsv2"),
+            Column("Aesthetic", "drawbench", "aesthetic"),
+            Column("ImgRwd", "drawbench", "imagereward"),
+            Column("UniRwd", "drawbench", "unifiedreward", scale=5.0),
+        ),
+        prompts={
+            "geneval": _generated_geneval,
+            "ocr": lambda: ocr.generate(1000, _OCR_SEED),
+            "drawbench": _drawbench,
+        },
+        published=_TABLE_1,
+        source="arXiv 2509.16117, Table 1; SD-XL and SD3.5-L at 1024 x 1024, the others at 512 x 512",
+    ),
+    "shapes": Suite(
+        config="shapes",
+        columns=(
+            Column("GenEval", "shapes", "shapes", "correct"),
+            Column("Strict", "shapes", "shapes", "strict"),
+            Column("JPEG kB", "shapes", "jpeg", "kilobytes"),
+        ),
+        prompts={"shapes": lambda: prompts.held_out("shapes", 40)},
+    ),
+}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".tmp")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+def _save_picture(picture: Tensor, path: Path) -> None:
+    fresh = path.with_name(path.name + ".tmp")
+    Image.fromarray(picture.numpy()).save(fresh, format="PNG")
+    fresh.replace(path)
+
+
+class Evaluation:
+    """One checkpoint on one suite in one folder."""
+
+    def __init__(
+        self,
+        suite: str,
+        folder: Path,
+        *,
+        subject: str,
+        files: Mapping[str, Path] | None = None,
+        limit: int | None = None,
+        per_prompt: int = 1,
+    ):
+        """Open a new folder, or one that was begun with the same settings.
+
+        Args:
+            suite: a name in ``SUITES``.
+            folder: where everything is kept.
+            subject: what is evaluated, such as the checkpoint's path; part of the settings.
+            files: prompt files that replace the suite's sets, by set; for ``geneval`` the benchmark's own
+                ``evaluation_metadata.jsonl``.
+            limit: prompts of each set and task group, all by default.
+            per_prompt: pictures of each prompt, whose scores are averaged.
+
+        Raises:
+            OSError, ValueError: an unknown suite or set, a file that cannot be read, or a folder of other settings.
+        """
+        if suite not in SUITES:
+            raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+        if per_prompt < 1:
+            raise ValueError(f"per_prompt: got {per_prompt}, accepted are positive numbers")
+        self.suite, self.folder, self.per_prompt = SUITES[suite], folder, per_prompt
+        unknown = set(files or {}) - set(self.suite.prompts)
+        if unknown:
+            raise ValueError(f"prompts: got {', '.join(unknown)}, accepted are {', '.join(self.suite.prompts)}")
+        self.entries: dict[str, list[Entry]] = {}
+        self.left_out: dict[str, str] = {}
+        for name, make in self.suite.prompts.items():
+            try:
+                path = (files or {}).get(name)
+                found = make() if path is None else geneval.read(path) if name == "geneval" else prompts.read(path)
+            except ValueError as error:
+                if files and name in files:
+                    raise
+                self.left_out |= {c.title: str(error) for c in self.suite.columns if c.prompts == name}
+                continue
+            seen: dict[str, int] = {}
+            for entry in found:
+                seen[entry["tag"]] = seen.get(entry["tag"], 0) + 1
+                if limit is None or seen[entry["tag"]] <= limit:
+                    self.entries.setdefault(name, []).append(entry)
+        digest = hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
+        settings = {
+            "suite": suite,
+            "subject": subject,
+            "solver": self.suite.solver,
+            "steps": self.suite.steps,
+            "pictures_per_prompt": self.per_prompt,
+            "prompts_sha256": digest,
+        }
+        path = folder / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != settings:
+            raise ValueError(f"output: {folder} holds an evaluation with other settings; give another folder")
+        _write(path, json.dumps(settings, indent=1))
+
+    def _jobs(self, name: str) -> list[tuple[Entry, int, Path]]:
+        """Every picture's entry, seed and file; a seed belongs to its place in the set."""
+        per_prompt = self.per_prompt
+        return [
+            (entry, i * per_prompt + j, self.folder / "pictures" / name / f"{i:05d}_{j}.png")
+            for i, entry in enumerate(self.entries[name])
+            for j in range(per_prompt)
+        ]
+
+    def missing(self) -> list[tuple[Entry, int, Path]]:
+        """Entry, seed and file of every picture that is not there yet."""
+        return [job for name in self.entries for job in self._jobs(name) if not job[2].exists()]
+
+    def draw(self, draw: Draw, batch: int, on_batch: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Draw the pictures that are not there yet, ``batch`` at a time, and tell how many are done."""
+        jobs = [job for name in self.entries for job in self._jobs(name)]
+        missing = self.missing()
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            pictures = draw([entry["prompt"] for entry, _, _ in part], [seed for _, seed, _ in part]).cpu()
+            for picture, (_, _, path) in zip(pictures, part, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _save_picture(picture, path)
+            on_batch(len(jobs) - len(missing) + start + len(part), len(jobs))
+
+    def score(
+        self,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        device: str = "cpu",
+        batch: int = 64,
+        on_reward: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """Score all pictures with every reward that can be had; the others' columns are left out with the reason.
+
+        Args:
+            options: the rewards' own options by reward; ``reward`` replaces the reward itself, for example with the
+                address of one on a reward server.
+            device: of rewards that use one.
+            batch: pictures that are scored and then written at a time.
+            on_reward: told of each reward before it is loaded.
+        """
+        wanted = {(c.prompts, c.reward) for c in self.suite.columns if c.title not in self.left_out}
+        for name, reward in sorted(wanted):
+            on_reward(reward)
+            try:
+                self._score(name, reward, dict((options or {}).get(reward, {})), device, batch)
+            except (RewardError, FileNotFoundError) as error:
+                titles = [c.title for c in self.suite.columns if (c.prompts, c.reward) == (name, reward)]
+                self.left_out |= dict.fromkeys(titles, str(error))
+
+    def _scores_path(self, name: str, reward: str) -> Path:
+        return self.folder / "scores" / f"{name}_{reward}.jsonl"
+
+    def read_scores(self, name: str, reward: str) -> list[dict[str, Any]]:
+        """Lines of one reward on one prompt set; a last line that was cut off does not count."""
+        path = self._scores_path(name, reward)
+        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _score(self, name: str, reward: str, options: dict[str, Any], device: str, batch: int) -> None:
+        jobs, lines = self._jobs(name), self.read_scores(name, reward)
+        if len(lines) == len(jobs):
+            return
+        _write(self._scores_path(name, reward), "".join(json.dumps(line) + "\n" for line in lines))
+        judge = registry.load(options.pop("reward", reward), device=device, **options)
+        for start in range(len(lines), len(jobs), batch):
+            part = jobs[start : start + batch]
+            pictures = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB")) for _, _, path in part]))
+            scored = score(judge, pictures, [entry["prompt"] for entry, _, _ in part], [entry for entry, _, _ in part])
+            with self._scores_path(name, reward).open("a") as file:
+                for i, (entry, seed, path) in enumerate(part):
+                    values = {"score": scored.score[i].item()} | {k: v[i].item() for k, v in scored.details.items()}
+                    line = {"picture": path.name, "seed": seed, "tag": entry["tag"], "prompt": entry["prompt"]}
+                    file.write(json.dumps(line | values) + "\n")
+
+    def column(self, column: Column) -> dict[str, np.ndarray] | None:
+        """One value per prompt, the mean of its pictures, by task group; None where it was left out."""
+        if column.prompts not in self.entries or column.title in self.left_out:
+            return None
+        lines = self.read_scores(column.prompts, column.reward)
+        if len(lines) != len(self._jobs(column.prompts)):
+            return None
+        values = column.scale * np.array([line[column.value] for line in lines])
+        per_prompt = values.reshape(-1, self.per_prompt).mean(1)
+        tags = [entry["tag"] for entry in self.entries[column.prompts]]
+        return {tag: per_prompt[[t == tag for t in tags]] for tag in dict.fromkeys(tags)}
+
+    def results(self, baseline: Evaluation | None = None) -> dict[str, dict[str, Any]]:
+        """Every column's mean, interval and, beside a baseline on the same prompts, difference and p; also written to
+        ``results.json``."""
+        found: dict[str, dict[str, Any]] = {}
+        for column in self.suite.columns:
+            groups = self.column(column)
+            if groups is None:
+                found[column.title] = {"left_out": self.left_out.get(column.title, "not scored yet")}
+                continue
+            found[column.title] = summary(groups)
+            other = None if baseline is None else baseline.column(column)
+            if other is not None:
+                found[column.title] |= comparison(groups, other)
+        _write(self.folder / "results.json", json.dumps(found, indent=1))
+        return found
+
+
+def summary(groups: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Mean over task groups of their means over prompts, with a 95% bootstrap interval of prompts drawn within their
+    groups (percentile, 9999 resamples); no interval where a group has one prompt only."""
+    samples = list(groups.values())
+
+    def statistic(*parts: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.mean([part.mean(axis=axis) for part in parts], axis=0)
+
+    found: dict[str, Any] = {"mean": float(statistic(*samples)), "prompts": sum(map(len, samples))}
+    found["groups"] = {tag: float(values.mean()) for tag, values in groups.items()}
+    if min(map(len, samples)) > 1:
+        drawn = bootstrap(samples, statistic, n_resamples=_RESAMPLES, method="percentile", batch=100, rng=0)
+        found["low"], found["high"] = map(float, drawn.confidence_interval)
+    return found
+
+
+def comparison(groups: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Difference to a baseline's mean and the two-sided p of a paired permutation test over prompts.
+
+    Raises:
+        ValueError: values of other prompts.
+    """
+    if {tag: len(v) for tag, v in groups.items()} != {tag: len(v) for tag, v in baseline.items()}:
+        raise ValueError("baseline: got other prompts, accepted is an evaluation on the same ones")
+    # Weights that make the sum over prompts the mean over groups of their means.
+    weights = [np.full(len(v), 1 / (len(groups) * len(v))) for v in groups.values()]
+    mine, theirs = (
+        np.concatenate([w * side[tag] for w, tag in zip(weights, groups, strict=True)]) for side in (groups, baseline)
+    )
+
+    def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (a - b).sum(axis=axis)
+
+    test = permutation_test(
+        (mine, theirs), statistic, permutation_type="samples", n_resamples=_RESAMPLES, vectorized=True, batch=100, rng=0
+    )
+    return {"difference": float(test.statistic), "p": float(test.pvalue)}

@@ -1,0 +1,131 @@
+"""The command ``nft eval``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def _pairs(settings: list[str] | None, label: str) -> dict[str, str]:
+    found = {}
+    for setting in settings or []:
+        name, separator, value = setting.partition("=")
+        if not separator:
+            raise ValueError(f"{label}: got {setting!r}, accepted is NAME=VALUE")
+        found[name] = value
+    return found
+
+
+def _cell(result: dict[str, Any]) -> str:
+    if "mean" not in result:
+        return "-"
+    interval = f" [{result['low']:.3f}, {result['high']:.3f}]" if "low" in result else ""
+    return f"{result['mean']:.3f}{interval}"
+
+
+def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]], compared: bool) -> None:
+    listing = Table("", *results)
+    listing.add_row("this checkpoint", *(escape(_cell(result)) for result in results.values()))
+    if compared:
+        rows = results.values()
+        listing.add_row("- baseline", *(f"{r['difference']:+.3f}" if "difference" in r else "-" for r in rows))
+        listing.add_row("p, paired", *(f"{r['p']:.4f}" if "p" in r else "-" for r in rows))
+    for row, values in evaluation.suite.published.items():
+        listing.add_row(row, *(f"{values[title]:g}" if title in values else "-" for title in results))
+    console.print(listing)
+    if evaluation.suite.published:
+        console.print(f"published rows: {evaluation.suite.source}")
+    for title, result in results.items():
+        if "left_out" in result:
+            console.print(escape(f"{title} left out: {result['left_out']}"), highlight=False)
+
+
+def evaluate(
+    checkpoint: Annotated[Path | None, typer.Option(help="run, checkpoint or LoRA folder; none is the base")] = None,
+    suite: Annotated[str, typer.Option(help="paper or shapes")] = "shapes",
+    output: Annotated[Path | None, typer.Option(help="folder of the evaluation; evals/SUITE by default")] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="SET=FILE, prompts in place of the suite's")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="prompts of each set and task group")] = None,
+    per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
+    baseline: Annotated[Path | None, typer.Option(help="folder of another evaluation to compare with")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="REWARD.KEY=VALUE, a reward's option")] = None,
+    config: Annotated[str | None, typer.Option(help="configuration of the pipeline; the suite's by default")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--override", help="key=value of the configuration")] = None,
+) -> None:
+    """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
+    console = Console()
+    from .cli import _quieten_libraries
+    from .config import load_config
+    from .evaluate import SUITES, Evaluation
+    from .rewards.cli import reward_options
+
+    folder = output or Path("evals") / suite
+    try:
+        files = {name: Path(path) for name, path in _pairs(prompts, "--prompts").items()}
+        if suite not in SUITES:
+            raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+        run = load_config(config or SUITES[suite].config, overrides)
+        subject = _subject(run.pipeline, checkpoint)
+        evaluation = Evaluation(suite, folder, subject=subject, files=files, limit=limit, per_prompt=per_prompt)
+        other = None
+        if baseline is not None:
+            begun = json.loads((baseline / "settings.json").read_text())
+            other = Evaluation(
+                suite, baseline, subject=begun["subject"], files=files, limit=limit, per_prompt=per_prompt
+            )
+        chosen = SUITES[suite]
+        options = reward_options(settings or [], [column.reward for column in chosen.columns])
+        _quieten_libraries()
+        if evaluation.missing():
+            _draw(console, evaluation, run, checkpoint)
+        with console.status("") as status:
+            evaluation.score(options, device=run.device, on_reward=lambda name: status.update(f"scoring: {name}"))
+        results = evaluation.results(other)
+    except (OSError, ValueError) as error:
+        console.print(escape(f"error: {error}"), highlight=False)
+        raise typer.Exit(2) from None
+    _print(console, evaluation, results, other is not None)
+    console.print(f"pictures, scores and results: {folder}")
+
+
+def _subject(pipeline: str, checkpoint: Path | None) -> str:
+    """What is evaluated, by content: a run's checkpoint changes as it is trained on."""
+    from .policy import Policy
+
+    if checkpoint is None:
+        return pipeline
+    weights = Policy.find_adapter(checkpoint) / "adapter_model.safetensors"
+    return f"{pipeline} with {checkpoint}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()}"
+
+
+def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) -> None:
+    from .policy import Policy
+    from .rollout import rollout, times
+
+    adapter = None if checkpoint is None else Policy.find_adapter(checkpoint)
+    if adapter is not None:
+        lora = json.loads((adapter / "adapter_config.json").read_text())
+        run = run.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]})
+    policy = Policy(run)
+    if adapter is not None:
+        policy.load_adapter("default", adapter)
+    suite = evaluation.suite
+    grid = times(suite.steps, policy.pipeline.scheduler.config.shift)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress, policy.merged("default"):
+        bar = progress.add_task("drawing", total=None)
+        evaluation.draw(
+            lambda texts, seeds: policy.decode(
+                rollout(policy, texts, seeds, grid, suite.solver, run.rollout_batch, guidance=None)
+            ),
+            run.rollout_batch,
+            lambda done, total: progress.update(bar, completed=done, total=total),
+        )

@@ -1,0 +1,154 @@
+"""What a reward is, and the one way to ask it for scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Metadata = list[dict[str, Any]]
+
+
+class Scored(NamedTuple):
+    """A float32 score per picture (B,) and named details of the same shape."""
+
+    score: Tensor
+    details: dict[str, Tensor]
+
+
+class RewardError(RuntimeError):
+    """A reward that failed or cannot be reached; the message names it."""
+
+
+class Reward(Protocol):
+    """Scores pictures. Subclass it and write ``__call__``; the attributes say what the reward is and needs."""
+
+    range: tuple[float, float] = (-math.inf, math.inf)
+    """Lowest and highest possible score; a score outside is an error."""
+    needs: tuple[str, ...] = ()
+    """Keys that every picture's metadata must hold."""
+    packages: tuple[str, ...] = ()
+    """Importable packages beyond nft's own."""
+    extra: str = ""
+    """The optional extra that installs ``packages``."""
+    weights: Mapping[str, str] = MappingProxyType({})
+    """Hub names of its default weights, each with a file that tells whether they are here."""
+    uses_device: bool = False
+    """Whether the constructor takes ``device``."""
+    threaded: bool = False
+    """Whether it waits for a device or a network most of the time; the others run in processes of their own."""
+    batch: int = 16
+    """Pictures per call."""
+
+    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored | Tensor:
+        """Scores (B,) of uint8 pictures (B, H, W, 3), alone or with details; higher is better."""
+        ...
+
+
+def name_of(reward: Reward) -> str:
+    """What messages call a reward."""
+    return getattr(reward, "name", type(reward).__name__)
+
+
+def missing_packages(kind: type[Reward]) -> list[str]:
+    """The packages of a kind of reward that are not installed."""
+    return [name for name in kind.packages if find_spec(name) is None]
+
+
+def missing_weights(kind: type[Reward]) -> list[str]:
+    """The hub names whose weights are not in this machine's cache."""
+    if not kind.weights:
+        return []
+    from huggingface_hub import try_to_load_from_cache
+
+    return [repo for repo, file in kind.weights.items() if not isinstance(try_to_load_from_cache(repo, file), str)]
+
+
+def install_hint(kind: type[Reward]) -> str:
+    """How to install what is missing, in one line."""
+    return f'pip install "diffusion-nft[{kind.extra}]"' if kind.extra else f"pip install {' '.join(kind.packages)}"
+
+
+def validate(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata) -> None:
+    """Check a batch against a reward's needs.
+
+    Raises:
+        TypeError: pictures that are not a uint8 tensor.
+        ValueError: wrong shapes, lengths that differ, or metadata without a key that the reward needs.
+    """
+    if not isinstance(pictures, Tensor) or pictures.dtype != torch.uint8:
+        raise TypeError(f"pictures: got {getattr(pictures, 'dtype', type(pictures))}, accepted is a uint8 tensor")
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or not pictures.numel():
+        raise ValueError(f"pictures: got shape {tuple(pictures.shape)}, accepted is (B, H, W, 3)")
+    for label, values in (("prompts", prompts), ("metadata", metadata)):
+        if len(values) != len(pictures):
+            raise ValueError(f"{label}: got {len(values)}, accepted is one per picture, {len(pictures)}")
+    for i, entry in enumerate(metadata):
+        lacking = [key for key in reward.needs if key not in entry]
+        if lacking:
+            raise ValueError(f"metadata: entry {i} lacks {', '.join(lacking)}, which {name_of(reward)} needs")
+
+
+def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+    """Ask a reward for its scores, ``reward.batch`` pictures at a time.
+
+    Args:
+        reward: any reward.
+        pictures: uint8 (B, H, W, 3) on any device.
+        prompts, metadata: one of each per picture.
+
+    Returns:
+        scores and details on the CPU in float32.
+
+    Raises:
+        TypeError, ValueError: a batch that does not fit (see ``validate``).
+        RewardError: scores of a wrong shape, not finite, or outside of the reward's range.
+    """
+    validate(reward, pictures, prompts, metadata)
+    parts: list[Scored] = []
+    for start in range(0, len(pictures), reward.batch):
+        part = slice(start, start + reward.batch)
+        result = reward(pictures[part], prompts[part], metadata[part])
+        scored = result if isinstance(result, Scored) else Scored(result, {})
+        columns = {"score": scored.score, **scored.details}
+        for label, values in columns.items():
+            if values.shape != (len(prompts[part]),):
+                raise RewardError(f"{name_of(reward)}: {label} has shape {tuple(values.shape)}, not one per picture")
+            if not values.isfinite().all():
+                raise RewardError(f"{name_of(reward)}: {label} holds NaN or infinity")
+        # A sum of float32 terms may pass its own bound by a rounding error.
+        low, high = (limit + sign * 1e-5 for limit, sign in zip(reward.range, (-1, 1), strict=True))
+        if not ((scored.score >= low) & (scored.score <= high)).all():
+            raise RewardError(f"{name_of(reward)}: got {scored.score.tolist()}, its range is {reward.range}")
+        parts.append(Scored(*_to_cpu(scored)))
+    return join(parts)
+
+
+def _to_cpu(scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
+    return scored.score.detach().float().cpu(), {k: v.detach().float().cpu() for k, v in scored.details.items()}
+
+
+def join(parts: list[Scored]) -> Scored:
+    """One result of several batches in their order."""
+    details = {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details}
+    return Scored(torch.cat([part.score for part in parts]), details)
+
+
+def from_hub(load: Callable[[str], T], source: str) -> T:
+    """Load weights by hub name or folder.
+
+    Raises:
+        FileNotFoundError: weights that are neither on disk nor reachable, with the command that fetches them.
+    """
+    try:
+        return load(source)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"reward weights: {source!r} is neither on disk nor reachable: run `hf download {source}` or give a folder"
+        ) from error

@@ -1,0 +1,107 @@
+"""Commands about rewards: ``nft rewards`` and ``nft reward-server``."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{'(-inf' if math.isinf(low) else f'[{low:g}'}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
+
+
+def rewards() -> None:
+    """List the rewards, with what is installed and what is missing."""
+    from .base import install_hint, missing_packages, missing_weights
+    from .registry import find, known
+
+    listing = Table("name", "range", "needs", "device", "state", "what it is")
+    for name in known():
+        try:
+            kind = find(name)
+        except (ImportError, ValueError) as error:
+            listing.add_row(name, "", "", "", escape(f"broken: {error}"), "")
+            continue
+        state = [f"{', '.join(missing)} missing: {install_hint(kind)}"] if (missing := missing_packages(kind)) else []
+        state += [f"weights missing: hf download {name}" for name in missing_weights(kind)]
+        needs = ", ".join(("prompt", *kind.needs))
+        about = (kind.__doc__ or "").strip().partition("\n")[0].replace("``", "")
+        row = (
+            name,
+            _interval(*kind.range),
+            needs,
+            "any" if kind.uses_device else "CPU",
+            "\n".join(state) or "installed",
+            about,
+        )
+        listing.add_row(*map(escape, row))
+    Console().print(listing)
+
+
+def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
+    """``NAME.KEY=VALUE`` settings by reward."""
+    import yaml
+
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for setting in settings:
+        target, separator, value = setting.partition("=")
+        name, dot, key = target.rpartition(".")
+        if not separator or not dot or name not in options:
+            raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(names)}")
+        options[name][key] = yaml.safe_load(value)
+    return options
+
+
+def reward_server(
+    names: Annotated[list[str], typer.Argument(help="rewards to serve, see `nft rewards`, or module:attribute")],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8600,
+    device: Annotated[str, typer.Option(help="of rewards that use one, such as cuda:1")] = "cpu",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=VALUE, a reward's own option")] = None,
+    max_mib: Annotated[int, typer.Option(min=1, help="largest request in MiB")] = 64,
+    max_pictures: Annotated[int, typer.Option(min=1, help="most pictures of a request")] = 1024,
+    max_waiting: Annotated[int, typer.Option(min=1, help="requests that are let in at a time")] = 16,
+    token_file: Annotated[Path | None, typer.Option(help="file with the token; else NFT_REWARD_TOKEN")] = None,
+) -> None:
+    """Serve rewards over HTTP to a trainer in another environment or on another machine.
+
+    Senders must show a token. Without --token-file or NFT_REWARD_TOKEN one is made up and printed.
+    """
+    console = Console()
+    from .base import RewardError
+    from .client import TOKEN
+    from .registry import load
+
+    try:
+        import secrets
+
+        import uvicorn
+
+        from .server import build_app
+    except ImportError as error:
+        console.print(escape(f'error: {error.name} is not installed: pip install "diffusion-nft[server]"'))
+        raise typer.Exit(2) from None
+    try:
+        token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
+        options = reward_options(settings or [], names)
+        # A module's ``a:B`` is served as B.
+        short = [name.rpartition(":")[2] for name in names]
+        if len(set(short)) < len(short):
+            raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
+        served = {s: load(name, device=device, **options[name]) for s, name in zip(short, names, strict=True)}
+    except (ValueError, OSError, RewardError) as error:
+        console.print(escape(f"error: {error}"), highlight=False)
+        raise typer.Exit(2) from None
+    if not token:
+        token = secrets.token_urlsafe()
+        console.print(f"export {TOKEN}={token}", highlight=False)
+    app = build_app(served, token, max_bytes=max_mib * 2**20, max_waiting=max_waiting, max_pictures=max_pictures)
+    console.print(f"serving {', '.join(f'http://{host}:{port}/{name}' for name in served)}", highlight=False)
+    uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -1,0 +1,76 @@
+"""A reward on a server, used like any other."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from torch import Tensor
+
+from . import wire
+from .base import Metadata, Reward, RewardError, Scored
+
+TOKEN = "NFT_REWARD_TOKEN"
+_LONGEST_PAUSE = 5.0
+
+
+class RemoteReward(Reward):
+    """Sends pictures to ``nft reward-server`` and brings back the scores it was asked for, once each.
+
+    A request that gets no answer is sent again: the server keeps nothing between requests, so no picture counts twice.
+    """
+
+    packages = ("httpx",)
+    extra = "server"
+    threaded = True
+
+    def __init__(self, url: str, *, timeout: float = 300.0, patience: float = 60.0):
+        """Ask the server what the reward is. The token is read from NFT_REWARD_TOKEN.
+
+        Args:
+            url: http://host:port/NAME.
+            timeout: seconds for one answer.
+            patience: seconds of failed tries, since the last success, after which the server is given up.
+
+        Raises:
+            RewardError: a server that cannot be reached, refuses, or does not serve NAME.
+        """
+        import httpx
+
+        self.server, _, self.name = url.rstrip("/").rpartition("/")
+        self.patience = patience
+        token = os.environ.get(TOKEN)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.client = httpx.Client(timeout=timeout, headers=headers)
+        served = self._request("GET", "/rewards")
+        if self.name not in served:
+            raise RewardError(f"reward server {self.server}: serves {', '.join(served)}, not {self.name!r}")
+        low, high = map(float, served[self.name]["range"])
+        self.range = (low, high)
+        self.needs = tuple(served[self.name]["needs"])
+        self.batch = served[self.name]["batch"]
+
+    def _request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
+        import httpx
+
+        pause, give_up = 0.1, time.monotonic() + self.patience
+        while True:
+            try:
+                response = self.client.request(method, self.server + path, content=body)
+            except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code == 200:
+                    return response.json()
+                problem = f"{response.status_code}: {response.text[:300]}"
+                # It is reachable and says no: only a full or failing server may say otherwise later.
+                if response.status_code not in (502, 503, 504):
+                    raise RewardError(f"reward server {self.server}: {problem}")
+            if time.monotonic() + pause > give_up:
+                raise RewardError(f"reward server {self.server}: no answer in {self.patience:g} s ({problem})")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        return wire.from_json(self._request("POST", f"/score/{self.name}", wire.pack(pictures, prompts, metadata)))

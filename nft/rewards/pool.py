@@ -1,0 +1,234 @@
+"""Scoring beside sampling: batches are handed over as they are drawn, and the scores collected at the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import cache, partial
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .base import Metadata, Reward, RewardError, Scored, join, score
+
+_REMOTE = ("http://", "https://")
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One reward of a run.
+
+    Args:
+        reward: a name of the registry, ``module:attribute``, or ``http://host:port/name`` on a reward server.
+        weight: its share in the combination.
+        device: for rewards that use one; the run's own by default. A device of its own overlaps with sampling.
+        workers: processes of a CPU reward, or requests under way to a server; a reward on a device has one worker.
+        options: the reward's own, such as ``{quality: 80}``; with JSON's types.
+    """
+
+    reward: str
+    weight: float = 1.0
+    device: str | None = None
+    workers: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers: got {self.workers}, accepted are positive numbers")
+
+
+@cache
+def _in_this_process(name: str, options: str) -> Reward:
+    torch.set_num_threads(1)
+    return registry.load(name, **json.loads(options))
+
+
+def _prepare(name: str, options: str) -> None:
+    _in_this_process(name, options)
+
+
+def _score_here(name: str, options: str, pictures: Any, prompts: list[str], metadata: Metadata) -> dict[str, Any]:
+    scored = score(_in_this_process(name, options), torch.from_numpy(pictures), prompts, metadata)
+    return {"score": scored.score.numpy(), "details": {name: v.numpy() for name, v in scored.details.items()}}
+
+
+class _Processes:
+    """A reward in processes of its own, which are made anew when one dies."""
+
+    def __init__(self, spec: RewardSpec):
+        self.spec, self.options = spec, json.dumps(spec.options)
+        self.lock = threading.Lock()
+        self.pool = self._start()
+        for future in [self.pool.submit(_prepare, spec.reward, self.options) for _ in range(spec.workers)]:
+            future.result()
+
+    def _start(self) -> ProcessPoolExecutor:
+        # Forking a process that has threads and CUDA is not safe; Ctrl-C is the caller's to handle.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        context = get_context("spawn")
+        return ProcessPoolExecutor(self.spec.workers, mp_context=context, initializer=signal.signal, initargs=ignore)
+
+    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        for _ in range(_TRIES):
+            with self.lock:
+                pool = self.pool
+            try:
+                future = pool.submit(_score_here, self.spec.reward, self.options, pictures.numpy(), prompts, metadata)
+                found = future.result()
+            except BrokenProcessPool:
+                with self.lock:
+                    if self.pool is pool:
+                        self.pool = self._start()
+                continue
+            details = {name: torch.from_numpy(values) for name, values in found["details"].items()}
+            return Scored(torch.from_numpy(found["score"]), details)
+        raise RewardError(f"reward {self.spec.reward}: its process died in {_TRIES} tries")
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+class _Here:
+    """A reward in this process, for those that wait for a device or a server."""
+
+    def __init__(self, spec: RewardSpec, device: str):
+        self.reward = registry.load(spec.reward, device=spec.device or device, **spec.options)
+
+    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        return score(self.reward, pictures, prompts, metadata)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class _Batch:
+    pictures: Tensor | None
+    prompts: list[str]
+    metadata: Metadata
+    running: int = 0
+    scores: dict[str, Scored] = field(default_factory=dict)
+
+
+class Scorer:
+    """Scores batches with several rewards at once while the caller goes on.
+
+    ``submit`` hands over a batch and returns at once, or waits while ``max_pending`` batches are being scored;
+    ``gather`` waits for the rest and returns every reward's scores in the order of submission. What has no score yet
+    is kept: after an error ``gather`` may be called again and scores only what is missing.
+    """
+
+    def __init__(self, rewards: Mapping[str, RewardSpec], *, device: str = "cpu", max_pending: int = 8):
+        """Load all rewards and start their workers.
+
+        Args:
+            rewards: by the name their scores come back under.
+            device: of rewards that use one and whose spec names none.
+            max_pending: batches whose scoring is under way; more wait.
+
+        Raises:
+            ValueError, FileNotFoundError, RewardError: a reward that cannot be loaded, named.
+        """
+        if not rewards or max_pending < 1:
+            label, got = ("max_pending", max_pending) if rewards else ("rewards", "none")
+            raise ValueError(f"{label}: got {got}, accepted is at least one")
+        self._workers: dict[str, Any] = {}
+        self._threads: dict[str, ThreadPoolExecutor] = {}
+        for name, spec in rewards.items():
+            remote = spec.reward.startswith(_REMOTE)
+            kind = None if remote else registry.find(spec.reward)
+            here = remote or kind is None or kind.threaded
+            self._workers[name] = _Here(spec, device) if here else _Processes(spec)
+            # Two calls at a time of a model on one device would only share it.
+            count = 1 if kind is not None and kind.uses_device else spec.workers
+            self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")
+        self._batches: list[_Batch] = []
+        self._errors: dict[str, Exception] = {}
+        self._changed = threading.Condition()
+        self._max_pending = max_pending
+
+    def submit(self, pictures: Tensor, entries: Metadata) -> None:
+        """Hand over uint8 pictures (B, H, W, 3) and their entries, each with a ``prompt``."""
+        batch = _Batch(pictures.cpu(), [entry["prompt"] for entry in entries], list(entries))
+        with self._changed:
+            self._changed.wait_for(lambda: sum(b.running > 0 for b in self._batches) < self._max_pending)
+            self._batches.append(batch)
+            for name in self._workers:
+                # A reward that failed gets its next chance in gather.
+                if name not in self._errors:
+                    self._send(batch, name)
+
+    def _send(self, batch: _Batch, name: str) -> None:
+        batch.running += 1
+        future = self._threads[name].submit(self._score, batch, name)
+        future.add_done_callback(partial(self._finished, batch, name))
+
+    def _score(self, batch: _Batch, name: str) -> Scored:
+        # What waits behind a failure would only wait for the same server again.
+        if name in self._errors:
+            raise self._errors[name]
+        return self._workers[name](batch.pictures, batch.prompts, batch.metadata)
+
+    def _finished(self, batch: _Batch, name: str, future: Future[Scored]) -> None:
+        with self._changed:
+            batch.running -= 1
+            error = None if future.cancelled() else future.exception()
+            if error is not None:
+                self._errors.setdefault(name, error if isinstance(error, Exception) else RewardError(repr(error)))
+            elif not future.cancelled():
+                batch.scores[name] = future.result()
+            if len(batch.scores) == len(self._workers):
+                batch.pictures = None
+            self._changed.notify_all()
+
+    def gather(self) -> dict[str, Scored]:
+        """Scores of all batches by reward, in the order of submission; the scorer is empty afterwards.
+
+        Raises:
+            ValueError: nothing was submitted.
+            RewardError: a reward failed, named. Nothing is lost: call again to score what is missing, or ``discard``.
+        """
+        with self._changed:
+            if not self._batches:
+                raise ValueError("gather: nothing was submitted")
+            self._changed.wait_for(lambda: not any(b.running for b in self._batches))
+            retried, self._errors = set(self._errors), {}
+            for batch in self._batches:
+                for name in retried - set(batch.scores):
+                    self._send(batch, name)
+            self._changed.wait_for(lambda: not any(b.running for b in self._batches))
+            if self._errors:
+                name, error = next(iter(self._errors.items()))
+                done = sum(name in b.scores for b in self._batches)
+                kept = f"{done} of {len(self._batches)} batches are scored and all pictures kept; gather again to go on"
+                raise RewardError(f"reward {name}: {error} ({kept})") from error
+            batches, self._batches = self._batches, []
+        return {name: join([batch.scores[name] for batch in batches]) for name in self._workers}
+
+    def discard(self) -> None:
+        """Forget all that was submitted."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(b.running for b in self._batches))
+            self._batches, self._errors = [], {}
+
+    def close(self) -> None:
+        """Stop all workers."""
+        for threads in self._threads.values():
+            threads.shutdown(cancel_futures=True)
+        for worker in self._workers.values():
+            worker.close()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,102 @@
+"""UnifiedReward (Wang et al., arXiv 2503.05236) behind any OpenAI-compatible server, such as sglang's or vLLM's."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .base import Metadata, Reward, RewardError, Scored
+
+QUESTION = (
+    "Rate a generated picture against the caption it was made from. Look at two things: how well objects, their "
+    "attributes and relations agree with the caption, and the picture's quality in clarity, detail, colour and overall "
+    "appeal. Answer with a number from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]"
+)
+_SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)")
+_SIDE = 512
+_FIRST_PAUSE = 0.5
+
+
+class UnifiedReward(Reward):
+    """The number after ``Final Score:`` in the model's answer / 5; an answer without one scores 0.
+
+    The detail ``answered`` is 1 where there was a number. Pictures are sent as PNG, 512 x 512.
+    """
+
+    range = (0.0, 1.0)
+    packages = ("httpx",)
+    extra = "server"
+    threaded = True
+    batch = 64
+
+    def __init__(
+        self,
+        url: str = "http://127.0.0.1:17140/v1",
+        model: str = "UnifiedReward-7b-v1.5",
+        *,
+        question: str = QUESTION,
+        timeout: float = 120.0,
+        retries: int = 5,
+        concurrency: int = 16,
+    ):
+        """Connect to a server; nothing is sent yet. The key is read from NFT_UNIFIED_REWARD_KEY.
+
+        Args:
+            url: base address of the API, with its version.
+            model: name under which the server offers the model.
+            question: what is asked, with ``{prompt}``; for the published figures, give the model card's own words.
+            timeout: seconds for one answer.
+            retries: further tries after a timeout, a lost connection, a busy server (429) or one in trouble (5xx).
+            concurrency: requests under way at once.
+        """
+        import httpx
+
+        if "{prompt}" not in question:
+            raise ValueError("question: got none with {prompt}, accepted is a text with it")
+        self.url, self.model, self.question, self.retries = url.rstrip("/"), model, question, retries
+        key = os.environ.get("NFT_UNIFIED_REWARD_KEY", "none")
+        self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"})
+        self.pool = ThreadPoolExecutor(concurrency)
+
+    def _ask(self, picture: Tensor, prompt: str) -> str:
+        buffer = io.BytesIO()
+        Image.fromarray(picture.numpy()).resize((_SIDE, _SIDE)).save(buffer, format="PNG")
+        image = {"url": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+        text = self.question.replace("{prompt}", prompt)
+        content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": text}]
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        return self._post(body)["choices"][0]["message"]["content"]
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        import httpx
+
+        problem = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1))
+            try:
+                response = self.client.post(f"{self.url}/chat/completions", json=body)
+            except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
+                problem = f"{type(error).__name__} {error}"
+                continue
+            if response.status_code == 200:
+                return response.json()
+            problem = f"status {response.status_code}: {response.text[:200]}"
+            if response.status_code != 429 and response.status_code < 500:
+                break
+        raise RewardError(f"unifiedreward: {self.url} gave no answer ({problem})")
+
+    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+        answers = list(self.pool.map(self._ask, pictures.cpu(), prompts))
+        found = [_SCORE.search(answer) for answer in answers]
+        scores = [float(match[1]) / 5 if match else 0.0 for match in found]
+        return Scored(torch.tensor(scores), {"answered": torch.tensor([float(match is not None) for match in found])})

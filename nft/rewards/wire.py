@@ -1,0 +1,54 @@
+"""How pictures travel to a reward server: a safetensors file with the texts in its header, so nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .base import Metadata, Scored
+
+MEDIA_TYPE = "application/vnd.safetensors"
+
+
+def pack(pictures: Tensor, prompts: list[str], metadata: Metadata) -> bytes:
+    """A batch as bytes; metadata must be what JSON can say."""
+    texts = {"prompts": json.dumps(prompts), "metadata": json.dumps(metadata)}
+    return safetensors.torch.save({"pictures": pictures.cpu().contiguous()}, texts)
+
+
+def unpack(body: bytes) -> tuple[Tensor, list[str], Metadata]:
+    """What ``pack`` made.
+
+    Raises:
+        ValueError: anything else.
+    """
+    try:
+        pictures = safetensors.torch.load(body)["pictures"]
+        # The file was found valid: its header is JSON, its length in the first eight bytes.
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
+        prompts, metadata = json.loads(header["prompts"]), json.loads(header["metadata"])
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"body: got {type(error).__name__}, accepted is a batch made by nft.rewards.wire") from None
+    if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
+        raise ValueError("prompts: got something else, accepted is a list of texts")
+    if not (isinstance(metadata, list) and all(isinstance(entry, dict) for entry in metadata)):
+        raise ValueError("metadata: got something else, accepted is a list of objects")
+    return pictures, prompts, metadata
+
+
+def to_json(scored: Scored) -> dict[str, Any]:
+    """Scores as JSON; Python writes a float32 so that it comes back the same."""
+    details = {name: values.tolist() for name, values in scored.details.items()}
+    return {"score": scored.score.tolist(), "details": details}
+
+
+def from_json(values: dict[str, Any]) -> Scored:
+    """What ``to_json`` made."""
+    return Scored(
+        torch.tensor(values["score"]), {name: torch.tensor(detail) for name, detail in values["details"].items()}
+    )

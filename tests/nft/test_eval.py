@@ -1,0 +1,232 @@
+"""Evaluation: statistics against their definition, and the whole path on the shapes world."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("scipy")
+
+from PIL import Image
+from rich.console import Console
+from typer.testing import CliRunner
+
+from nft.cli import app
+from nft.config import load_config
+from nft.evaluate import SUITES, Evaluation, comparison, summary
+from nft.evaluate_cli import _print
+from nft.policy import Policy
+from nft.worlds.shapes.tiny import build_pipeline
+from nft.worlds.shapes.verify import verify
+
+run = CliRunner().invoke
+
+
+# --- statistics ---
+
+
+def test_the_mean_is_over_groups_and_the_interval_is_a_normal_ones():
+    rng = np.random.default_rng(0)
+    groups = {"a": rng.normal(1, 2, 400), "b": rng.normal(3, 1, 100)}
+    found = summary(groups)
+    mean = (groups["a"].mean() + groups["b"].mean()) / 2
+    error = np.sqrt(groups["a"].var() / 400 + groups["b"].var() / 100) / 2
+    assert found["mean"] == pytest.approx(mean) and found["prompts"] == 500
+    assert found["low"] == pytest.approx(mean - 1.96 * error, abs=0.1 * error)
+    assert found["high"] == pytest.approx(mean + 1.96 * error, abs=0.1 * error)
+    assert "low" not in summary({"a": np.array([1.0])})
+
+
+def test_the_paired_test_counts_sign_flips():
+    """Five prompts that all got better: 2 of the 32 sign patterns are as extreme."""
+    before = {"a": np.array([0.1, 0.2, 0.3, 0.4, 0.5])}
+    after = {"a": before["a"] + [0.1, 0.2, 0.3, 0.1, 0.2]}
+    assert comparison(after, before) == pytest.approx({"difference": 0.18, "p": 2 / 32})
+    assert comparison(before, before)["p"] == 1
+    with pytest.raises(ValueError, match="baseline: got other prompts"):
+        comparison(after, {"a": np.zeros(4)})
+
+
+# --- the shapes world ---
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    build_pipeline().save_pretrained(folder)
+    return f"pipeline={folder}"
+
+
+@pytest.fixture(scope="module")
+def tuned(pipeline, tmp_path_factory):
+    policy = Policy(load_config("shapes", [pipeline, "lora_rank=4"]))
+    for parameter in policy.trained:
+        parameter.data.add_(0.1)
+    folder = tmp_path_factory.mktemp("run")
+    policy.save_adapter("default", folder / "checkpoint" / "default")
+    return folder
+
+
+def evaluate(output, pipeline, *more):
+    arguments = ["eval", "--suite", "shapes", "--limit", "2", "--override", pipeline, "--output", str(output)]
+    return run(app, [*arguments, *more], env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def base(pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evals") / "base"
+    result = evaluate(folder, pipeline)
+    assert result.exit_code == 0, result.output
+    return folder, result.output
+
+
+def test_the_table_is_of_the_pictures_that_are_kept(base):
+    folder, output = base
+    entries = Evaluation("shapes", folder.parent / "other", subject="s", limit=2).entries["shapes"]
+    assert len(entries) == 12 and len({entry["tag"] for entry in entries}) == 6
+    files = sorted((folder / "pictures" / "shapes").iterdir())
+    assert [path.name for path in files] == [f"{i:05d}_0.png" for i in range(12)]
+    verdicts = [verify(np.asarray(Image.open(path)), entry).correct for path, entry in zip(files, entries, strict=True)]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["GenEval"]["mean"] == pytest.approx(np.mean(verdicts))
+    sizes = []
+    for path in files:
+        buffer = io.BytesIO()
+        Image.open(path).save(buffer, format="JPEG", quality=95)
+        sizes.append(len(buffer.getvalue()) / 1000)
+    assert results["JPEG kB"]["mean"] == pytest.approx(np.mean(sizes))
+    assert f"{np.mean(sizes):.3f} [" in output
+    settings = json.loads((folder / "settings.json").read_text())
+    assert (settings["solver"], settings["steps"]) == ("euler", 40)
+
+
+def test_an_interrupted_evaluation_goes_on(base, pipeline):
+    folder, _ = base
+    before = (folder / "results.json").read_text()
+    pictures = sorted((folder / "pictures" / "shapes").iterdir())
+    pixels = [np.asarray(Image.open(path)).astype(int) for path in pictures]
+    for path in pictures[5:]:
+        path.unlink()
+    scores = folder / "scores" / "shapes_jpeg.jsonl"
+    scores.write_text(scores.read_text()[:-30])  # the last line is cut off
+    (folder / "scores" / "shapes_shapes.jsonl").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in pictures[:5]}
+    result = evaluate(folder, pipeline)
+    assert result.exit_code == 0, result.output
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert len(scores.read_text().splitlines()) == 12
+    # A picture is its prompt's and seed's, but for the last bit of a matrix product, which depends on the batch.
+    assert max(np.abs(np.asarray(Image.open(p)) - old).max() for p, old in zip(pictures, pixels, strict=True)) <= 1
+    after = json.loads((folder / "results.json").read_text())
+    assert after["JPEG kB"]["mean"] == pytest.approx(json.loads(before)["JPEG kB"]["mean"], rel=0.01)
+
+
+def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_path):
+    folder, _ = base
+    result = evaluate(tmp_path / "tuned", pipeline, "--checkpoint", str(tuned), "--baseline", str(folder))
+    assert result.exit_code == 0, result.output
+    found, before = (json.loads((f / "results.json").read_text())["JPEG kB"] for f in (tmp_path / "tuned", folder))
+    assert found["difference"] == pytest.approx(found["mean"] - before["mean"]) and found["difference"] != 0
+    assert 0 < found["p"] <= 1 and "p, paired" in result.output
+    clash = evaluate(folder, pipeline, "--checkpoint", str(tuned))
+    assert clash.exit_code == 2 and "holds an evaluation with other settings" in clash.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "papers"], "suite: got 'papers', accepted are paper, shapes"),
+        (["--prompts", "shape=x"], "prompts: got shape, accepted are shapes"),
+        (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
+        (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
+        (["--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE"),
+    ],
+)
+def test_bad_input_is_named(arguments, message, tmp_path):
+    result = run(app, ["eval", "--output", str(tmp_path / "e"), *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+
+
+# --- the paper's table ---
+
+STAND_INS = """
+from nft.rewards.base import Reward, Scored
+
+class First(Reward):
+    \"\"\"The first pixel's red / 255.\"\"\"
+    def __call__(self, pictures, prompts, metadata):
+        red = pictures[:, 0, 0, 0].float()
+        return Scored(red / 255, {"correct": (red > 100).float(), "pickscore": red})
+"""
+
+
+def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monkeypatch):
+    (tmp_path / "stand_ins.py").write_text(STAND_INS)
+    (tmp_path / "bench.txt").write_text("a cat\na dog\na bus\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    evaluation = Evaluation("paper", tmp_path / "e", subject="s", files={"drawbench": tmp_path / "bench.txt"}, limit=3)
+    assert {name: len(entries) for name, entries in evaluation.entries.items()} == {
+        "geneval": 18, "ocr": 3, "drawbench": 3,
+    }  # fmt: skip
+    drawn = []
+
+    def draw(prompts, seeds):
+        drawn.extend(zip(prompts, seeds, strict=True))
+        pictures = torch.zeros(len(prompts), 16, 16, 3, dtype=torch.uint8)
+        pictures[:, 0, 0, 0] = torch.tensor(seeds) * 10
+        return pictures
+
+    evaluation.draw(draw, batch=5)
+    assert len(drawn) == 24 and [seed for _, seed in drawn] == [*range(18), *range(3), *range(3)]
+    stand_in = {"reward": "stand_ins:First"}
+    names = {column.reward for column in SUITES["paper"].columns}
+    evaluation.score({name: stand_in for name in names - {"aesthetic"}})
+    results = evaluation.results()
+    # Seeds 0 to 17 times ten: those above 100 are right, and a group has three prompts.
+    assert results["GenEval"]["mean"] == pytest.approx(7 / 18)
+    assert results["PickScore"]["mean"] == pytest.approx(10)
+    assert results["UniRwd"]["mean"] == pytest.approx(5 * 10 / 255)
+    assert "no file" in results["Aesthetic"]["left_out"]
+    console = Console(width=240, record=True, file=io.StringIO())
+    _print(console, evaluation, results, False)
+    text = console.export_text()
+    assert all(column.title in text for column in SUITES["paper"].columns)
+    assert "2509.16117" in text and "Aesthetic left out" in text
+    (row,) = [line for line in text.splitlines() if "DiffusionNFT" in line]
+    assert [float(cell) for cell in row.split("│")[2:-1]] == [0.94, 0.91, 23.8, 0.293, 0.331, 6.01, 1.49, 3.49]
+
+
+def test_pictures_of_one_prompt_are_averaged(tmp_path, monkeypatch):
+    (tmp_path / "stand_ins.py").write_text(STAND_INS)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    evaluation = Evaluation("paper", tmp_path / "e", subject="s", limit=2, per_prompt=3)
+    red = torch.arange(3 * 14) * 5
+
+    def draw(prompts, seeds):
+        pictures = torch.zeros(len(seeds), 4, 4, 3, dtype=torch.uint8)
+        pictures[:, 0, 0, 0] = red[seeds]
+        return pictures
+
+    evaluation.draw(draw, batch=7)
+    evaluation.score({"ocr": {"reward": "stand_ins:First"}, "geneval": {"reward": "stand_ins:First"}})
+    ocr = next(column for column in SUITES["paper"].columns if column.title == "OCR")
+    np.testing.assert_allclose(evaluation.column(ocr)["ocr"], red[:6].view(2, 3).float().mean(1) / 255, rtol=1e-6)
+
+
+def test_without_drawbench_its_columns_are_left_out(tmp_path):
+    evaluation = Evaluation("paper", tmp_path, subject="s", limit=1)
+    assert set(evaluation.entries) == {"geneval", "ocr"}
+    assert "--prompts drawbench=FILE" in evaluation.results()["HPSv2.1"]["left_out"]
+
+
+def test_generated_sets_are_pinned():
+    """A change of the generators would change every figure without a word."""
+    prompts = [entry["prompt"] for entry in SUITES["paper"].prompts["geneval"]()]
+    texts = [entry["prompt"] for entry in SUITES["paper"].prompts["ocr"]()]
+    assert (len(prompts), len(texts)) == (480, 1000)
+    assert Path(__file__).with_name("pinned_prompts.txt").read_text().splitlines() == [*prompts[::40], *texts[::100]]

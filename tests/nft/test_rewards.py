@@ -1,0 +1,538 @@
+"""The reward protocol, the registry, and every bundled reward against a formula written here."""
+
+import io
+import json
+import math
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+pytest.importorskip("transformers")
+
+from tiny_rewards import clip_model, save_clip
+from typer.testing import CliRunner
+
+from nft.cli import app
+from nft.data.ocr import generate
+from nft.rewards import registry
+from nft.rewards.base import Reward, RewardError, Scored, score
+from nft.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
+from nft.rewards.image_reward import ImageReward
+from nft.rewards.jpeg import JPEGCompressibility
+from nft.rewards.ocr import OCR, PaddleOCR, edit_distance, target_of, text_score
+from nft.rewards.unified import UnifiedReward
+
+PROMPTS = ["a red dog", "two cats on a mat", "bus"]
+
+
+def noise(count=3, height=32, width=32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+# --- the protocol ---
+
+
+class Brightness(Reward):
+    range = (0.0, 1.0)
+    needs = ("scale",)
+    batch = 2
+
+    def __init__(self, sizes=None):
+        self.sizes = [] if sizes is None else sizes
+
+    def __call__(self, pictures, prompts, metadata):
+        self.sizes.append(len(pictures))
+        mean = pictures.float().mean((1, 2, 3))
+        return Scored(mean / 255 * torch.tensor([entry["scale"] for entry in metadata]), {"mean": mean})
+
+
+def test_scores_come_in_batches_and_in_order():
+    reward, pictures = Brightness(), noise(5)
+    scored = score(reward, pictures, ["p"] * 5, [{"scale": 1 / (i + 1)} for i in range(5)])
+    expected = pictures.double().mean((1, 2, 3))
+    assert reward.sizes == [2, 2, 1]
+    assert scored.details["mean"].tolist() == pytest.approx(expected.tolist())
+    assert scored.score.tolist() == pytest.approx([v / 255 / (i + 1) for i, v in enumerate(expected.tolist())])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pictures": noise().float()}, TypeError, "pictures: got torch.float32"),
+        ({"pictures": noise()[..., :2]}, ValueError, r"pictures: got shape \(3, 32, 32, 2\)"),
+        ({"prompts": ["p"]}, ValueError, "prompts: got 1, accepted is one per picture, 3"),
+        ({"metadata": [{"scale": 1}, {}, {"scale": 1}]}, ValueError, "entry 1 lacks scale, which Brightness needs"),
+        ({"metadata": [{"scale": 9}] * 3}, RewardError, "Brightness: .* its range is"),
+        ({"metadata": [{"scale": math.nan}] * 3}, RewardError, "Brightness: score holds NaN"),
+    ],
+)
+def test_bad_batches_and_scores_are_named(change, error, message):
+    batch = {"pictures": noise(), "prompts": ["p"] * 3, "metadata": [{"scale": 1}] * 3} | change
+    with pytest.raises(error, match=message):
+        score(Brightness(), **batch)
+
+
+OWN = '''
+import torch
+from nft.rewards.base import Reward
+
+class Redness(Reward):
+    """Share of red."""
+    range = (0.0, 1.0)
+    packages = ("torch",)
+
+    def __init__(self, gain=1.0):
+        self.gain = gain
+
+    def __call__(self, pictures, prompts, metadata):
+        return self.gain * pictures[..., 0].float().mean((1, 2)) / 255
+'''
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "redness_reward.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield "redness_reward:Redness"
+    sys.modules.pop("redness_reward", None)
+
+
+def test_own_reward_by_module_and_attribute(own_module):
+    assert len(OWN.splitlines()) < 40
+    pictures = noise()
+    scored = score(registry.load(own_module, gain=0.5), pictures, PROMPTS, [{}] * 3)
+    assert scored.score.tolist() == pytest.approx((pictures[..., 0].double().mean((1, 2)) / 510).tolist())
+
+
+def test_own_reward_by_entry_point(own_module, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    points = [EntryPoint("redness", own_module, registry.ENTRY_POINTS)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "nft.rewards" else [])
+    assert type(registry.load("redness")).__name__ == "Redness"
+    listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "200"})
+    assert listing.exit_code == 0 and "redness" in listing.output
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("orc", "got 'orc', did you mean ocr?"),
+        ("no_such_module:A", "there is no module 'no_such_module'"),
+        ("nft.rewards.jpeg:A", "nft.rewards.jpeg has no 'A'"),
+    ],
+)
+def test_unknown_rewards_are_named(name, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        registry.load(name)
+
+
+def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(OCR, "packages", ("no_such_engine",))
+    with pytest.raises(RewardError, match=r'no_such_engine not installed: pip install "diffusion-nft\[ocr\]"'):
+        registry.load("ocr")
+    listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "200"})
+    lines = {name: [line for line in listing.output.splitlines() if name in line] for name in registry.BUNDLED}
+    assert listing.exit_code == 0 and all(lines.values())
+    assert "no_such_engine" in lines["ocr"][0] and "diffusion-nft[ocr]" in lines["ocr"][0]
+    assert "installed" in lines["jpeg"][0]
+
+
+def test_missing_weights_are_listed(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def here(repo, file):
+        return str(tmp_path) if (repo, file) == ("xswu/HPSv2", "HPS_v2.1_compressed.pt") else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", here)
+    listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "240"}).output
+    assert "weights missing: hf download yuvalkirstain/PickScore_v1" in listing
+    assert "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in listing and "hf download xswu/HPSv2" not in listing
+
+
+# --- JPEG ---
+
+
+def test_jpeg_is_the_file_size(tmp_path):
+    pictures = torch.cat([noise(1, 64, 48), torch.zeros(1, 64, 48, 3, dtype=torch.uint8)])
+    scored = score(JPEGCompressibility(quality=80), pictures, ["", ""], [{}, {}])
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture.numpy()).save(tmp_path / "picture.jpg", quality=80)
+        assert scored.score[i].item() == pytest.approx(-(tmp_path / "picture.jpg").stat().st_size / 1000 / 500)
+    assert scored.score[1] > scored.score[0]
+
+
+# --- OCR ---
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("flaw", "lawn", 2), ("abc", "abc", 0), ("ab", "ba", 2)],
+)
+def test_edit_distance_of_known_pairs(a, b, distance):
+    assert edit_distance(a, b) == distance
+
+
+@pytest.mark.parametrize(
+    ("read", "target", "expected"),
+    [
+        ("Hello World", "hello world", 1),
+        ("xxHELLO\nWORLDxx", "Hello World", 1),  # contained
+        ("hallo", "hello", 0.8),
+        ("", "hello", 0),
+        ("completely different text", "hello", 0),  # capped at the target's length
+    ],
+)
+def test_text_score_worked_by_hand(read, target, expected):
+    assert text_score(read, target) == pytest.approx(expected)
+
+
+def test_the_target_is_quoted_or_given():
+    assert target_of('a sign "Open" and "Closed"', {}) == "Open"
+    assert target_of("a sign", {"text": "Shut"}) == "Shut"
+    with pytest.raises(ValueError, match="quoted text"):
+        target_of("a sign", {})
+
+
+def rendered(text, size=(320, 128)):
+    image = Image.new("RGB", size, "white")
+    ImageDraw.Draw(image).text((16, 40), text, fill="black", font=ImageFont.load_default(34))
+    return np.asarray(image)
+
+
+def test_ocr_reads_rendered_text():
+    pytest.importorskip("rapidocr", reason='pip install "diffusion-nft[ocr]"')
+    pictures = torch.from_numpy(np.stack([rendered(text) for text in ("Golden Bakery", "Silver Bridge", "")]))
+    prompts = ['a sign "Golden Bakery"', 'a sign "Golden Bakery"', 'a sign "Golden Bakery"']
+    scored = score(registry.load("ocr"), pictures, prompts, [{}] * 3)
+    exact, other, none = scored.score.tolist()
+    assert exact == 1 and none == 0
+    # silverbridge against goldenbakery: worked out by the definition of the distance.
+    assert other == pytest.approx(1 - edit_distance("silverbridge", "goldenbakery") / 12)
+    assert scored.details["exact"].tolist() == [1, 0, 0]
+
+
+def test_paddleocr_is_given_bgr_and_joins_the_lines(monkeypatch):
+    """A stand-in with PaddleOCR 3's interface; the package itself is not tested."""
+    seen = []
+
+    class StandIn:
+        def __init__(self, **options):
+            assert options["lang"] == "en"
+
+        def predict(self, picture):
+            seen.append(picture)
+            return [{"rec_texts": ["Golden", "Bakery"]}]
+
+    module = types.ModuleType("paddleocr")
+    module.PaddleOCR = StandIn
+    monkeypatch.setitem(sys.modules, "paddleocr", module)
+    picture = noise(1)
+    assert score(PaddleOCR(), picture, ['"golden bakery"'], [{}]).score.tolist() == [1]
+    np.testing.assert_array_equal(seen[0], picture[0].numpy()[..., ::-1])
+
+
+def test_ocr_prompts_are_pinned_and_different():
+    entries = generate(500, seed=1)
+    assert entries == generate(500, seed=1) and len({e["prompt"] for e in entries}) == 500
+    assert generate(500, seed=2) != entries
+    assert all(target_of(e["prompt"], {}) == e["text"] for e in entries)
+    with pytest.raises(ValueError, match="count: got 24577"):
+        generate(24577, seed=0)
+
+
+# --- CLIP ---
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    torch.manual_seed(0)
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+def unit(x):
+    return x / (x * x).sum(-1, keepdim=True).sqrt()
+
+
+def reference_cosine(model, processor, pictures, prompts):
+    """Cosine by the towers and projections one at a time; at 32 pixels nothing is resized, only normalised."""
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = ((pictures / 255 - mean) / deviation).permute(0, 3, 1, 2)
+    found = []
+    with torch.no_grad():
+        images = unit(model.vision_model(pixel_values=pixels).pooler_output @ model.visual_projection.weight.T)
+        for image, prompt in zip(images, prompts, strict=True):
+            tokens = processor.tokenizer([prompt], return_tensors="pt")
+            text = unit(model.text_model(**tokens).pooler_output @ model.text_projection.weight.T)
+            found.append((image @ text[0]).item())
+    return found
+
+
+def test_clipscore_is_the_cosine(clip):
+    reward, pictures = CLIPScore(clip), noise()
+    expected = reference_cosine(reward.model, reward.processor, pictures, PROMPTS)
+    assert score(reward, pictures, PROMPTS, [{}] * 3).score.tolist() == pytest.approx(expected, abs=1e-5)
+    assert np.std(expected) > 1e-3
+
+
+def test_prompts_beyond_77_tokens_are_cut(clip):
+    long = " ".join(["word"] * 200)
+    assert score(CLIPScore(clip), noise(1), [long], [{}]).score.isfinite().all()
+
+
+def test_pickscore_is_the_scaled_cosine_over_26(clip):
+    reward, pictures = PickScore(clip, clip), noise()
+    cosine = reference_cosine(reward.model, reward.processor, pictures, PROMPTS)
+    scale = math.exp(reward.model.logit_scale.item())
+    scored = score(reward, pictures, PROMPTS, [{}] * 3)
+    assert scored.score.tolist() == pytest.approx([scale * c / 26 for c in cosine], abs=1e-5)
+    assert scored.details["pickscore"].tolist() == pytest.approx([scale * c for c in cosine], abs=1e-4)
+
+
+def open_clip_names(model):
+    """A CLIP's weights as open_clip names and packs them."""
+    source, state = model.state_dict(), {"logit_scale": model.logit_scale.data}
+    for tower, prefix in (("text_model", ""), ("vision_model", "visual.")):
+        for i in range(2):
+            ours, theirs = f"{tower}.encoder.layers.{i}.", f"{prefix}transformer.resblocks.{i}."
+            for kind in ("weight", "bias"):
+                packed = torch.cat([source[f"{ours}self_attn.{which}_proj.{kind}"] for which in "qkv"])
+                state[f"{theirs}attn.in_proj_{kind}"] = packed
+                for a, b in (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                             ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):  # fmt: skip
+                    state[f"{theirs}{b}.{kind}"] = source[f"{ours}{a}.{kind}"]
+    for kind in ("weight", "bias"):
+        state[f"ln_final.{kind}"] = source[f"text_model.final_layer_norm.{kind}"]
+        state[f"visual.ln_pre.{kind}"] = source[f"vision_model.pre_layrnorm.{kind}"]
+        state[f"visual.ln_post.{kind}"] = source[f"vision_model.post_layernorm.{kind}"]
+    state["token_embedding.weight"] = source["text_model.embeddings.token_embedding.weight"]
+    state["positional_embedding"] = source["text_model.embeddings.position_embedding.weight"]
+    state["text_projection"] = source["text_projection.weight"].T.contiguous()
+    state["visual.class_embedding"] = source["vision_model.embeddings.class_embedding"]
+    state["visual.positional_embedding"] = source["vision_model.embeddings.position_embedding.weight"]
+    state["visual.conv1.weight"] = source["vision_model.embeddings.patch_embedding.weight"]
+    state["visual.proj"] = source["visual_projection.weight"].T.contiguous()
+    return state
+
+
+def test_hpsv2_takes_the_published_file(clip, tmp_path):
+    torch.manual_seed(1)
+    tuned = clip_model()
+    torch.save({"state_dict": open_clip_names(tuned)}, tmp_path / "HPS_v2.1_compressed.pt")
+    reward, pictures = HPSv2(str(tmp_path), clip), noise()
+    expected = reference_cosine(tuned, reward.processor, pictures, PROMPTS)
+    assert score(reward, pictures, PROMPTS, [{}] * 3).score.tolist() == pytest.approx(expected, abs=1e-5)
+    base = reference_cosine(CLIPScore(clip).model, reward.processor, pictures, PROMPTS)
+    assert np.abs(np.subtract(base, expected)).max() > 1e-2
+
+
+@pytest.mark.parametrize("widths", [(12, 1), (12, 8, 6, 1)])
+def test_aesthetic_is_a_linear_head_on_the_unit_embedding(clip, tmp_path, widths):
+    torch.manual_seed(2)
+    layers = [torch.nn.Linear(a, b) for a, b in pairwise(widths)]
+    # As published: dropouts between the layers leave every second index free.
+    state = {f"layers.{2 * i}.{k}": v for i, layer in enumerate(layers) for k, v in layer.state_dict().items()}
+    torch.save(state, tmp_path / "head.pth")
+    reward, pictures = Aesthetic(str(tmp_path / "head.pth"), clip), noise()
+    pixels = reward.processor(images=list(pictures.permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        x = unit(reward.model.vision_model(pixel_values=pixels).pooler_output @ reward.model.visual_projection.weight.T)
+        for layer in layers:
+            x = layer(x)
+    assert score(reward, pictures, PROMPTS, [{}] * 3).score.tolist() == pytest.approx(x[:, 0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda clip: CLIPScore("/nowhere"), "hf download /nowhere"),
+        (lambda clip: HPSv2("/nowhere", clip), "hf download /nowhere"),
+        (lambda clip: HPSv2(clip, clip), "holds no HPS_v2.1_compressed.pt"),
+        (lambda clip: Aesthetic("/nowhere.pth", clip), "/nowhere.pth.*improved-aesthetic-predictor"),
+        (lambda clip: ImageReward(clip), "holds no ImageReward.pt"),
+    ],
+)
+def test_missing_weights_are_named(clip, make, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        make(clip)
+
+
+# --- ImageReward ---
+
+WIDTH, TEXT = 64, 32
+
+
+def published_vision_name(name):
+    """transformers' name of a BLIP vision weight as the published checkpoint has it."""
+    for ours, theirs in (
+        ("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding", "pos_embed"),
+        ("embeddings.patch_embedding", "patch_embed.proj"), ("post_layernorm", "norm"), ("encoder.layers", "blocks"),
+        ("self_attn.projection", "attn.proj"), ("self_attn.qkv", "attn.qkv"), ("layer_norm", "norm"),
+    ):  # fmt: skip
+        name = name.replace(ours, theirs)
+    return name
+
+
+@pytest.fixture(scope="module")
+def image_reward(tmp_path_factory):
+    from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
+    from transformers.models.blip.modeling_blip import BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    torch.manual_seed(3)
+    folder = tmp_path_factory.mktemp("image_reward")
+    sizes = {"hidden_size": TEXT, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "dog", "two", "cats", "on", "mat", "bus"]
+    config = {**sizes, "vocab_size": len(words) + 2, "max_position_embeddings": 64}
+    vision = BlipVisionModel(BlipVisionConfig(
+        hidden_size=WIDTH, intermediate_size=80, num_hidden_layers=2, num_attention_heads=1, image_size=32,
+        patch_size=16, layer_norm_eps=1e-6,
+    ))  # fmt: skip
+    text = BlipTextModel(BlipTextConfig(**config, encoder_hidden_size=WIDTH), add_pooling_layer=False)
+    head = [torch.nn.Linear(a, b) for a, b in ((TEXT, 16), (16, 8), (8, 1))]
+    for module in (vision, text):
+        for parameter in module.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    state = {f"blip.visual_encoder.{published_vision_name(k)}": v for k, v in vision.state_dict().items()}
+    state |= {f"blip.text_encoder.{k}": v for k, v in text.state_dict().items()}
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
+    state |= {f"mlp.layers.{2 * i}.{k}": v for i, layer in enumerate(head) for k, v in layer.state_dict().items()}
+    torch.save(state, folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(
+        json.dumps({**config, "vocab_size": len(words), "encoder_width": 768, "model_type": "bert"})
+    )
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    return str(folder), vision.eval(), text.eval(), head
+
+
+def test_imagereward_is_the_standardised_head(image_reward):
+    folder, vision, text, head = image_reward
+    reward, pictures = ImageReward(folder, folder), noise()
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    expected = []
+    with torch.no_grad():
+        for picture, prompt in zip(pictures, PROMPTS, strict=True):
+            image = vision(((picture / 255 - mean) / deviation).permute(2, 0, 1)[None]).last_hidden_state
+            tokens = reward.tokenizer([prompt], return_tensors="pt")
+            # One prompt without padding: the padding of the reward must not show.
+            x = text(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"],
+                     encoder_hidden_states=image).last_hidden_state[0, 0]  # fmt: skip
+            for layer in head:
+                x = layer(x)
+            expected.append((x.item() - 0.16717362830052426) / 1.0333394966054072)
+    scored = score(reward, pictures, PROMPTS, [{}] * 3)
+    assert scored.score.tolist() == pytest.approx(expected, abs=1e-4)
+    assert np.std(expected) > 1e-3
+
+
+def test_imagereward_crops_the_centre(image_reward):
+    reward = ImageReward(image_reward[0], image_reward[0])
+    wide = noise(1, 32, 64)
+    whole, centre = (score(reward, p, ["a dog"], [{}]).score for p in (wide, wide[:, :, 16:48]))
+    assert torch.allclose(whole, centre, atol=1e-6)
+
+
+# --- UnifiedReward ---
+
+
+@pytest.fixture
+def chat():
+    """An OpenAI-compatible server that answers from a list and counts the requests under way."""
+    state = {"replies": [], "requests": [], "busy": 0, "most": 0}
+    lock, gate = threading.Lock(), threading.Event()
+    state["gate"] = gate
+    gate.set()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                state["requests"].append((self.path, self.headers["Authorization"], body))
+                state["busy"] += 1
+                state["most"] = max(state["most"], state["busy"])
+                status, text = state["replies"].pop(0) if state["replies"] else (200, "Final Score: 4")
+            gate.wait(5)
+            with lock:
+                state["busy"] -= 1
+            if callable(text):
+                text = text(body)
+            reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state["url"] = f"http://127.0.0.1:{server.server_port}/v1"
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def unified(chat, **options):
+    pytest.importorskip("httpx", reason='pip install "diffusion-nft[server]"')
+    return UnifiedReward(chat["url"], "judge", **options)
+
+
+def test_unifiedreward_sends_picture_and_prompt_and_reads_the_score(chat, monkeypatch):
+    import base64
+
+    monkeypatch.setenv("NFT_UNIFIED_REWARD_KEY", "secret")
+
+    def by_caption(body):
+        text = body["messages"][0]["content"][1]["text"]
+        numbers = {"red": "3.5", "cats": "1"}
+        found = [number for word, number in numbers.items() if word in text]
+        return f"It fits.\nFinal Score: {found[0]}" if found else "I cannot say."
+
+    chat["replies"] = [(200, by_caption)] * 3
+    scored = score(unified(chat), noise(), PROMPTS, [{}] * 3)
+    assert scored.score.tolist() == pytest.approx([0.7, 0.2, 0.0])
+    assert scored.details["answered"].tolist() == [1, 1, 0]
+    path, key, body = chat["requests"][0]
+    assert path == "/v1/chat/completions" and key == "Bearer secret" and body["temperature"] == 0
+    prefix, _, data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")
+    assert prefix == "data:image/png;base64"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (512, 512)
+
+
+def test_unifiedreward_tries_again_and_then_names_the_server(chat, monkeypatch):
+    monkeypatch.setattr("nft.rewards.unified._FIRST_PAUSE", 0.01)
+    chat["replies"] = [(503, ""), (429, "")]
+    assert score(unified(chat), noise(1), ["p"], [{}]).score.tolist() == pytest.approx([0.8])
+    assert len(chat["requests"]) == 3
+    chat["replies"] = [(500, "")] * 3
+    with pytest.raises(RewardError, match=r"unifiedreward: http://127.*status 500"):
+        score(unified(chat, retries=2), noise(1), ["p"], [{}])
+    assert len(chat["requests"]) == 6
+    chat["replies"] = [(401, "")]
+    with pytest.raises(RewardError, match="status 401"):
+        score(unified(chat), noise(1), ["p"], [{}])
+    assert len(chat["requests"]) == 7
+
+
+def test_unifiedreward_keeps_its_limits(chat, monkeypatch):
+    monkeypatch.setattr("nft.rewards.unified._FIRST_PAUSE", 0.01)
+    chat["gate"].clear()
+    with pytest.raises(RewardError, match="ReadTimeout"):
+        score(unified(chat, timeout=0.2, retries=1), noise(1), ["p"], [{}])
+    chat["gate"].set()
+    chat["most"] = 0
+    score(unified(chat, concurrency=3), noise(12), ["p"] * 12, [{}] * 12)
+    assert 1 <= chat["most"] <= 3

@@ -1,0 +1,98 @@
+"""Combinations of rewards against NumPy in float64, written out per group."""
+
+import numpy as np
+import pytest
+import torch
+
+from nft.rewards.combine import METHODS, combine
+
+IDS = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+WEIGHTS = {"ocr": 1.0, "pickscore": 0.5}
+
+
+@pytest.fixture
+def rewards():
+    rng = np.random.default_rng(0)
+    return {"ocr": rng.random(9), "pickscore": 20 + 3 * rng.random(9)}
+
+
+def advantages(values, std):
+    out = np.empty(9)
+    for group in set(IDS):
+        at = [i for i, other in enumerate(IDS) if other == group]
+        deviation = np.sqrt(np.mean((values - values.mean()) ** 2)) if std == "global" else values[at].std()
+        out[at] = (values[at] - values[at].mean()) / (deviation + 1e-4)
+    return out
+
+
+def probability(a, clip):
+    return np.clip(np.clip(a, -clip, clip) / (2 * clip) + 0.5, 0, 1)
+
+
+def expected(rewards, method, std, clip):
+    w = WEIGHTS
+    if method == "sum":
+        a = advantages(sum(w[k] * v for k, v in rewards.items()), std)
+    elif method == "normalized_sum":
+        a = advantages(sum(w[k] * (v - v.mean()) / (v.std() + 1e-4) for k, v in rewards.items()), std)
+    elif method == "gdpo":
+        a = sum(w[k] * advantages(v, "group") for k, v in rewards.items())
+    else:
+        each = {k: advantages(v, std) for k, v in rewards.items()}
+        r = sum(w[k] * probability(a, clip) for k, a in each.items()) / 1.5
+        return sum(w[k] * a for k, a in each.items()) / 1.5, r
+    return a, probability(a, clip)
+
+
+@pytest.mark.parametrize("clip", [5.0, 0.5])
+@pytest.mark.parametrize("std", ["global", "group"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_follow_their_formula(rewards, method, std, clip):
+    tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
+    found = combine(tensors, WEIGHTS, torch.tensor(IDS), method=method, std=std, adv_clip_max=clip)
+    a, r = expected(rewards, method, std, clip)
+    np.testing.assert_allclose(found.advantages.numpy(), a, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.r.numpy(), r, rtol=1e-9, atol=1e-12)
+    if clip == 0.5 and method != "per_reward":
+        assert {0.0, 1.0} <= set(found.r.tolist())
+
+
+def test_every_reward_is_logged(rewards):
+    tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
+    metrics = combine(tensors, WEIGHTS, torch.tensor(IDS)).metrics
+    for name, values in rewards.items():
+        assert metrics[f"reward_{name}"] == pytest.approx(values.mean())
+        assert metrics[f"reward_{name}_std"] == pytest.approx(values.std())
+
+
+def test_a_unit_matters_to_the_sum_only(rewards):
+    """A reward in other units changes the plain sum and nothing else, but for the 1e-4 beside the deviation."""
+    tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
+    scaled = tensors | {"pickscore": 100 * tensors["pickscore"]}
+    for method in METHODS:
+        before, after = (combine(x, WEIGHTS, torch.tensor(IDS), method=method).r for x in (tensors, scaled))
+        assert torch.allclose(before, after, atol=1e-3) == (method != "sum")
+
+
+def test_float32_of_a_large_offset_keeps_its_groups():
+    """Rewards of one group that are all equal earn nothing, whatever their size."""
+    same = {"a": torch.full((9,), 26.7)}
+    assert combine(same, {"a": 1.0}, torch.tensor(IDS)).r.tolist() == [0.5] * 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "mean"}, "method: got 'mean', accepted are sum, normalized_sum, gdpo, per_reward"),
+        ({"weights": {"ocr": 1.0}}, "weights: got .*accepted is one for each"),
+        ({"weights": {"ocr": 0.0, "pickscore": 0.0}}, "weights: got only zeros"),
+        ({"weights": {"ocr": -1.0, "pickscore": 1.0}, "method": "per_reward"}, "numbers of 0 and above"),
+        ({"rewards": {}}, "rewards: got none"),
+        ({"rewards": {"ocr": torch.full((9,), torch.nan), "pickscore": torch.ones(9)}}, "NaN"),
+    ],
+)
+def test_bad_input_is_named(rewards, change, message):
+    tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
+    arguments = {"rewards": tensors, "weights": WEIGHTS, "group_ids": torch.tensor(IDS)} | change
+    with pytest.raises(ValueError, match=message):
+        combine(**arguments)

@@ -1,0 +1,398 @@
+"""Rewards beside sampling and over HTTP: real processes on loopback, killed half-way."""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("httpx", reason='pip install "diffusion-nft[server]"')
+pytest.importorskip("fastapi", reason='pip install "diffusion-nft[server]"')
+pytest.importorskip("uvicorn", reason='pip install "diffusion-nft[server]"')
+
+import httpx
+from typer.testing import CliRunner
+
+from nft.cli import app
+from nft.rewards import wire
+from nft.rewards.base import RewardError, score
+from nft.rewards.client import RemoteReward
+from nft.rewards.pool import RewardSpec, Scorer
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "a secret of the tests"
+PROBES = '''
+import os
+import time
+from pathlib import Path
+from nft.rewards.base import Reward, Scored
+
+
+class Number(Reward):
+    """The number that a picture spells in its first pixels."""
+
+    needs = ("n",)
+    batch = 4
+
+    def __init__(self, seconds=0.0, log=""):
+        self.seconds, self.log = seconds, log
+
+    def __call__(self, pictures, prompts, metadata):
+        time.sleep(metadata[0].get("seconds", self.seconds))
+        first = pictures[:, 0, 0].long()
+        numbers = first[:, 0] * 65536 + first[:, 1] * 256 + first[:, 2]
+        if any(entry["n"] != number for entry, number in zip(metadata, numbers.tolist())):
+            raise RuntimeError("a picture has another's entry")
+        if self.log:
+            with open(self.log, "a") as file:
+                file.write(f"{len(pictures)}\\n")
+        return Scored(numbers.float(), {"half": numbers / 2})
+
+
+class Deadly(Number):
+    """Kills its process on picture 5, ``times`` times."""
+
+    def __init__(self, folder, times):
+        super().__init__()
+        self.folder, self.times = Path(folder), times
+
+    def __call__(self, pictures, prompts, metadata):
+        died = len(list(self.folder.glob("died*")))
+        if any(entry["n"] == 5 for entry in metadata) and died < self.times:
+            (self.folder / f"died{died}").touch()
+            os._exit(1)
+        return super().__call__(pictures, prompts, metadata)
+
+
+class Picky(Number):
+    """Fails on picture 7."""
+
+    def __call__(self, pictures, prompts, metadata):
+        if any(entry["n"] == 7 for entry in metadata):
+            raise RuntimeError("seven")
+        return super().__call__(pictures, prompts, metadata)
+'''
+
+
+@pytest.fixture(scope="module", autouse=True)
+def probes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probes")
+    (folder / "probes.py").write_text(PROBES)
+    sys.path.insert(0, str(folder))
+    old = os.environ.get("NFT_REWARD_TOKEN")
+    os.environ["NFT_REWARD_TOKEN"] = TOKEN
+    yield folder
+    sys.path.remove(str(folder))
+    os.environ.pop("NFT_REWARD_TOKEN")
+    if old is not None:
+        os.environ["NFT_REWARD_TOKEN"] = old
+
+
+def numbered(numbers, side=8, **more):
+    """Pictures that spell their numbers, and their entries."""
+    pictures = torch.zeros(len(numbers), side, side, 3, dtype=torch.uint8)
+    for picture, n in zip(pictures, numbers, strict=True):
+        picture[0, 0] = torch.tensor([n // 65536, n // 256 % 256, n % 256])
+    return pictures, [{"prompt": f"picture {n}", "n": n, **more} for n in numbers]
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Server:
+    """``nft reward-server`` in a process of its own."""
+
+    def __init__(self, folder, port, *arguments):
+        self.url = f"http://127.0.0.1:{port}"
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "nft.cli", "reward-server", *arguments, "--port", str(port)]
+        self.process = subprocess.Popen(command, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
+
+    def wait(self):
+        for _ in range(600):
+            try:
+                assert httpx.get(f"{self.url}/health").json()["status"] == "ok"
+                return self
+            except httpx.TransportError:
+                assert self.process.poll() is None, "the server ended"
+                time.sleep(0.1)
+        raise TimeoutError(self.url)
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def peak_bytes(self):
+        (line,) = [x for x in Path(f"/proc/{self.process.pid}/status").read_text().splitlines() if "VmHWM" in x]
+        return int(line.split()[1]) * 1024
+
+
+@pytest.fixture(scope="module")
+def server(probes):
+    limits = ["--max-mib", "1", "--max-waiting", "4", "--max-pictures", "64"]
+    served = ["probes:Number", "probes:Picky", "--set", "probes:Number.seconds=0.05"]
+    running = Server(probes, free_port(), *served, *limits).wait()
+    yield running
+    running.kill()
+
+
+def post(server, body, *, token=TOKEN, name="Number", **headers):
+    shown = {} if token is None else {"Authorization": f"Bearer {token}"}
+    return httpx.post(f"{server.url}/score/{name}", content=body, headers=shown | headers, timeout=30)
+
+
+def batch(numbers, side=8):
+    pictures, entries = numbered(numbers, side)
+    return wire.pack(pictures, [entry["prompt"] for entry in entries], entries)
+
+
+# --- what the server accepts ---
+
+
+def test_scores_and_details_come_back(server):
+    pictures, entries = numbered([3, 70000, 11])
+    remote = RemoteReward(f"{server.url}/Number")
+    assert remote.needs == ("n",) and remote.batch == 4 and remote.range == (-float("inf"), float("inf"))
+    scored = score(remote, pictures, [e["prompt"] for e in entries], entries)
+    assert scored.score.tolist() == [3, 70000, 11] and scored.details["half"].tolist() == [1.5, 35000, 5.5]
+
+
+@pytest.mark.parametrize("token", [None, "another", TOKEN[:-1], TOKEN + "x", "gepäck"])
+def test_unauthorised_requests_are_refused(server, token):
+    headers = {} if token is None else {"Authorization": f"Bearer {token}".encode("latin-1")}
+    for method, path in (("GET", "/rewards"), ("POST", "/score/Number"), ("POST", "/score/other")):
+        assert httpx.request(method, server.url + path, headers=headers, content=b"").status_code == 401
+    assert httpx.get(f"{server.url}/docs").status_code == 404
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_oversized_requests_are_refused(server, declared):
+    body = bytes(1024 * 1024 + 1)
+    chunks = body if declared else (body[i : i + 65536] for i in range(0, len(body), 65536))
+    assert post(server, chunks).status_code == 413
+    assert post(server, batch(range(65), side=4)).status_code == 413
+    assert post(server, batch([1], side=512)).status_code == 200
+
+
+def test_a_declared_size_is_refused_before_the_body(server):
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as sock:
+        lines = ("POST /score/Number HTTP/1.1", "Host: a", f"Authorization: Bearer {TOKEN}", "Content-Length: 9999999")
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert sock.recv(64).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 422),
+        (b"\xff" * 100, 422),
+        (pickle.dumps({"pictures": []}), 422),
+        (batch([1])[:-5], 422),
+        (wire.pack(torch.zeros(1, 8, 8, 3), ["p"], [{"n": 0}]), 422),  # not uint8
+        (wire.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["p", "q"], [{"n": 0}]), 422),
+        (wire.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["p"], [{}]), 422),  # lacks n
+        (wire.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [1], [{"n": 0}]), 422),
+        (wire.pack(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["p"], [{"n": 9}]), 500),  # the reward raises
+    ],
+)
+def test_bad_batches_are_refused_and_the_server_lives(server, body, status):
+    assert post(server, body).status_code == status
+    assert post(server, batch([5])).json()["score"] == [5]
+
+
+def test_unknown_rewards_are_named(server):
+    assert post(server, batch([1]), name="Nuber").status_code == 404
+    with pytest.raises(RewardError, match=r"serves Number, Picky, not 'Nuber'"):
+        RemoteReward(f"{server.url}/Nuber")
+
+
+def test_a_full_server_says_so_and_everyone_is_served_in_the_end(server):
+    """32 senders at once against 4 places: raw requests are turned away, patient ones all get their own scores."""
+    with ThreadPoolExecutor(32) as threads:
+        statuses = list(threads.map(lambda n: post(server, batch([n])).status_code, range(32)))
+        assert set(statuses) == {200, 503} and httpx.get(f"{server.url}/health").json()["waiting"] == 0
+        remote = RemoteReward(f"{server.url}/Number")
+
+        def ask(n):
+            pictures, entries = numbered([n, n + 1000])
+            return score(remote, pictures, ["", ""], entries).score.tolist()
+
+        assert list(threads.map(ask, range(32))) == [[n, n + 1000] for n in range(32)]
+
+
+def test_one_senders_bad_batch_is_not_the_others_fault(server):
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            statuses = list(threads.map(lambda n: post(server, batch([n]), name="Picky").status_code, [6, 7, 8, 9]))
+            assert statuses == [200, 500, 200, 200]
+
+
+def test_memory_stays_bounded(server):
+    """200 requests of almost 1 MiB, 16 at a time: the peak grows by what 4 places may hold, not by 200 MiB."""
+    body = batch([1], side=590)
+    assert 1_000_000 < len(body) < 2**20
+    post(server, body)
+    before = server.peak_bytes()
+    remote = RemoteReward(f"{server.url}/Number")
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda _: remote._request("POST", "/score/Number", body), range(200)))
+    assert server.peak_bytes() - before < 40 * 2**20
+
+
+# --- killed half-way ---
+
+
+def scores_of(scorer, name="r"):
+    found = scorer.gather()[name]
+    assert (found.details["half"] * 2).tolist() == found.score.tolist()
+    return found.score.tolist()
+
+
+def test_no_picture_is_lost_or_doubled_when_the_server_is_killed(probes, tmp_path):
+    port = free_port()
+    served = ["probes:Number", "--set", "probes:Number.seconds=0.1"]
+    first = Server(probes, port, *served).wait()
+    spec = RewardSpec(f"{first.url}/Number", workers=3, options={"patience": 60})
+    revived = []
+    with Scorer({"r": spec}, max_pending=6) as scorer:
+        for i in range(16):
+            if i == 6:
+                first.kill()
+                revived.append(Server(probes, port, *served))
+            scorer.submit(*numbered(range(10 * i, 10 * i + 1 + i % 4)))
+        found = scores_of(scorer)
+    revived[0].kill()
+    assert found == [n for i in range(16) for n in range(10 * i, 10 * i + 1 + i % 4)]
+
+
+def test_a_dead_server_is_named_and_the_epoch_is_kept(probes, tmp_path):
+    port, log = free_port(), tmp_path / "log"
+    served = ["probes:Number", "--set", f"probes:Number.log={log}"]
+    first = Server(probes, port, *served).wait()
+    with Scorer({"r": RewardSpec(f"{first.url}/Number", options={"patience": 0.5})}, max_pending=2) as scorer:
+        for i in range(3):
+            scorer.submit(*numbered([i]))
+        for _ in range(100):
+            if log.exists() and len(log.read_text().split()) == 3:
+                break
+            time.sleep(0.05)
+        first.kill()
+        for i in range(3, 8):
+            scorer.submit(*numbered([i]))
+        message = rf"reward r: reward server {first.url}: no answer in 0.5 s .*3 of 8 batches are scored"
+        with pytest.raises(RewardError, match=message):
+            scorer.gather()
+        with pytest.raises(RewardError, match="3 of 8"):
+            scorer.gather()
+        second = Server(probes, port, *served).wait()
+        assert scores_of(scorer) == list(range(8))
+        second.kill()
+    # Three before the death, five after it: what was scored is not asked for again.
+    assert sum(map(int, log.read_text().split())) == 8
+
+
+def test_a_process_that_dies_is_started_again(tmp_path):
+    spec = RewardSpec("probes:Deadly", workers=2, options={"folder": str(tmp_path), "times": 1})
+    with Scorer({"r": spec}) as scorer:
+        for i in range(8):
+            scorer.submit(*numbered([i, 100 + i]))
+        assert scores_of(scorer) == [n for i in range(8) for n in (i, 100 + i)]
+    assert (tmp_path / "died0").exists()
+
+
+def test_a_process_that_keeps_dying_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("nft.rewards.pool._TRIES", 1)
+    with Scorer({"r": RewardSpec("probes:Deadly", options={"folder": str(tmp_path), "times": 9})}) as scorer:
+        scorer.submit(*numbered([5]))
+        with pytest.raises(RewardError, match=r"reward r: reward probes:Deadly: its process died"):
+            scorer.gather()
+
+
+# --- beside sampling ---
+
+
+@pytest.fixture(scope="module")
+def process():
+    """One process, and two batches at most."""
+    with Scorer({"r": RewardSpec("probes:Number")}, max_pending=2) as scorer:
+        yield scorer
+
+
+@pytest.mark.parametrize(("sampling", "scoring"), [(0.1, 0.5), (0.3, 0.1)])
+def test_scoring_overlaps_with_sampling(process, sampling, scoring):
+    """An epoch takes at most a tenth more than the longer of the two."""
+    begin = time.perf_counter()
+    for i in range(8):
+        time.sleep(sampling)
+        process.submit(*numbered([i], seconds=scoring))
+    assert scores_of(process) == list(range(8))
+    assert time.perf_counter() - begin <= 1.1 * 8 * max(sampling, scoring)
+
+
+def test_several_rewards_at_once_keep_their_order():
+    specs = {
+        "process": RewardSpec("probes:Number", workers=2, options={"seconds": 0.05}),
+        "jpeg": RewardSpec("jpeg", options={"quality": 50}),
+    }
+    with Scorer(specs) as scorer:
+        for epoch in range(2):
+            numbers = [list(range(10 * i, 10 * i + 1 + i % 3)) for i in range(epoch, 6)]
+            for part in numbers:
+                scorer.submit(*numbered(part))
+            found = scorer.gather()
+            assert found["process"].score.tolist() == [n for part in numbers for n in part]
+            assert len(found["jpeg"].score) == len(found["process"].score)
+        with pytest.raises(ValueError, match="nothing was submitted"):
+            scorer.gather()
+
+
+def test_submit_waits_while_too_much_is_pending(process):
+    waits = []
+    for i in range(4):
+        begin = time.perf_counter()
+        process.submit(*numbered([i], seconds=0.3))
+        waits.append(time.perf_counter() - begin)
+    assert max(waits[:2]) < 0.2 < min(waits[2:])
+    process.discard()
+    process.submit(*numbered([9]))
+    assert scores_of(process) == [9]
+
+
+def test_what_cannot_be_loaded_is_named_at_once():
+    with pytest.raises(ValueError, match="did you mean ocr"):
+        Scorer({"r": RewardSpec("orc")})
+    with pytest.raises(ValueError, match="quality: got 0"):
+        Scorer({"r": RewardSpec("jpeg", options={"quality": 0})})
+    with pytest.raises(RewardError, match=r"no answer in 0\.1 s"):
+        Scorer({"r": RewardSpec(f"http://127.0.0.1:{free_port()}/ocr", options={"patience": 0.1})})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["orc"], "did you mean ocr"),
+        (["jpeg", "--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE with a NAME of jpeg"),
+        (["jpeg", "--set", "jpeg.quality=0"], "quality: got 0"),
+        (["jpeg", "jpeg"], "accepted are different ones"),
+        (["jpeg", "--token-file", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_to_the_command_is_named(arguments, message):
+    result = CliRunner().invoke(app, ["reward-server", *arguments], env={"COLUMNS": "300"})
+    assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+
+
+def test_a_server_without_its_packages_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = CliRunner().invoke(app, ["reward-server", "jpeg"], env={"COLUMNS": "300"})
+    assert result.exit_code == 2 and 'pip install "diffusion-nft[server]"' in result.output

@@ -1,0 +1,123 @@
+"""Prompt sets, GenEval's own file, and the task that scores with any rewards."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from nft.data import geneval, prompts
+from nft.rewards.pool import RewardSpec
+from nft.tasks import GenEval, Rewards, Shapes
+
+ENTRY = {
+    "tag": "position",
+    "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+    "prompt": "a photo of a dog left of a cat",
+}
+
+
+def test_the_benchmarks_file_is_read(tmp_path):
+    other = {"tag": "colors", "include": [{"class": "bus", "count": 1, "color": "red"}], "prompt": "a red bus"}
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text(f"{json.dumps(ENTRY)}\n\n{json.dumps(other)}\n")
+    assert geneval.read(path) == [ENTRY, other]
+    generated = [entry for group in geneval.generate(30, seed=0).values() for entry in group]
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in generated))
+    assert geneval.read(path) == generated
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: "),
+        ('"text"', "line 2: accepted is an object with a prompt"),
+        (json.dumps(ENTRY | {"tag": "size"}), "line 2: accepted is an object with a prompt and one of the tags"),
+        (json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}), "line 2: got .*'kat'"),
+        (json.dumps(ENTRY | {"include": [{"class": "cat", "count": 0}]}), "line 2: got .*positive count"),
+        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: got position .* of an earlier object"),
+        (json.dumps(ENTRY | {"include": [{"class": "cat", "count": 1, "color": "teal"}]}), "line 2: got color 'teal'"),
+        (json.dumps(ENTRY | {"include": [7]}), "line 2: "),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, line, message):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(f"{json.dumps(ENTRY)}\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        geneval.read(path)
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "mine.txt").write_text("a cat\n\n a dog \n")
+    assert prompts.read(tmp_path / "mine.txt") == [{"tag": "mine", "prompt": p} for p in ("a cat", "a dog")]
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "n": 1}\n{"prompt": "b", "tag": "t"}\n')
+    assert prompts.read(tmp_path / "mine.jsonl") == [
+        {"tag": "mine", "prompt": "a", "n": 1},
+        {"tag": "t", "prompt": "b"},
+    ]
+    for name, text, message in (
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2 has no prompt"),
+        ("bad.jsonl", "[1]", "line 1"),
+        ("empty.txt", "\n", "empty"),
+        ("bad.csv", "a", "accepted are shapes, geneval, ocr or a .txt or .jsonl file"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prompts.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", prompts.SETS)
+def test_held_out_prompts_are_not_trained_on(source):
+    held = prompts.held_out(source)
+    kept = prompts.train(source, held)
+    assert not {e["prompt"] for e in held} & {e["prompt"] for group in kept for e in group}
+    assert held == prompts.held_out(source) and min(map(len, kept)) > 5
+    few = prompts.held_out(source, 2)
+    assert [e["tag"] for e in few] == [tag for tag in dict.fromkeys(e["tag"] for e in held) for _ in range(2)]
+
+
+def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n")
+    (tmp_path / "b.txt").write_text("a cat\na dog\n")
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    assert [[e["prompt"] for e in g] for g in prompts.train(b, prompts.held_out(a))] == [["a dog"]]
+    with pytest.raises(ValueError, match="no prompt that is not held out"):
+        prompts.train(a, prompts.held_out(b))
+    with pytest.raises(ValueError, match="held_out: got none"):
+        Rewards(torch.device("cpu"), {"jpeg": RewardSpec("jpeg")}, train=a)
+
+
+def test_geneval_keeps_its_prompts(monkeypatch):
+    monkeypatch.setattr("nft.tasks.GenEvalReward", lambda device: None)
+    task = GenEval(torch.device("cpu"))
+    held = task.held_out_prompts(40)
+    assert {e["tag"] for e in held} == set(geneval.GROUPS) - {"single_object"} and len(held) == 200
+    groups = task.train_prompts()
+    assert [group[0]["tag"] for group in groups] == list(geneval.GROUPS) and len(groups[0]) == 80
+
+
+def test_a_task_of_several_rewards():
+    """The shapes verifier in a process of its own agrees with the world's task, and both rewards are combined."""
+    specs = {"shapes": RewardSpec("shapes"), "small": RewardSpec("jpeg", weight=0.5)}
+    task = Rewards(torch.device("cpu"), specs, train="shapes", method="normalized_sum")
+    try:
+        entries = task.held_out_prompts(2)
+        assert entries == Shapes(torch.device("cpu")).held_out_prompts(2)
+        pictures = torch.randint(0, 256, (len(entries), 64, 64, 3), dtype=torch.uint8)
+        pictures[::2] = 255
+        for start in range(0, len(entries), 5):
+            task.submit(pictures[start : start + 5], entries[start : start + 5])
+        scores = task.gather()
+        expected = Shapes(torch.device("cpu")).score(pictures, entries)
+        assert torch.equal(scores["shapes"].score, expected[:, 0])
+        table = task.table(scores)
+        assert torch.allclose(table[:, 0], expected[:, 0] + 0.5 * scores["small"].score)
+        assert torch.equal(table[:, 1], expected[:, 1]) and torch.equal(task.score(pictures, entries), table)
+        ids = torch.arange(len(entries)) // 2
+        combined = task.combine(scores, ids, std="group")
+        assert combined.r.shape == (len(entries),) and combined.metrics["reward_small"] < 0
+        # Within a pair the white picture is smaller, and neither shows an object.
+        assert (combined.r[::2] > 0.5).all() and (combined.r[1::2] < 0.5).all()
+    finally:
+        task.close()
