@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import Config
+from .config import Config, usable_device
 
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
@@ -47,7 +47,7 @@ class Policy:
         """
         pipeline = config.pipeline
         source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.device, self.dtype = usable_device(config.device), getattr(torch, config.dtype)
         try:
             self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=self.dtype)
         except (OSError, ValueError) as error:
@@ -68,8 +68,6 @@ class Policy:
             module.requires_grad_(False).eval()
         if self.pipeline.text_encoder_3 is not None:
             self.pipeline.text_encoder_3.requires_grad_(False).eval()
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {config.device!r}, but this machine has no usable GPU; accepted is cpu")
         self.pipeline.to(self.device)
         # Half precision shows in decoded pictures.
         self.pipeline.vae.to(torch.float32)
