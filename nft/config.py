@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from nft_kernels.solvers import SOLVERS, schedule, table
 
+from .alarms import THRESHOLDS
+
 Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
     "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "lora_rank", "lora_alpha",
-    "max_sequence_length", "keep_checkpoints", "tracker", "eval_every", "preflight",
+    "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every", "preflight",
 }  # fmt: skip
 
 
@@ -94,6 +98,8 @@ class Config(BaseModel):
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest checkpoints stay; the best by held-out score always does."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    alarms: dict[str, float] = {}
+    """Thresholds that replace those of ``nft.alarms.THRESHOLDS``."""
     preflight: bool = True
     """Sample, score, decode and take a step on a copy before the first epoch."""
     verify_kernels_steps: int = Field(2, ge=0)
@@ -112,6 +118,15 @@ class Config(BaseModel):
         if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
             raise ValueError(f"device: got {device!r}, accepted are cpu, cuda and cuda:N")
         return device
+
+    @field_validator("alarms")
+    @classmethod
+    def _known_alarms(cls, alarms: dict[str, float]) -> dict[str, float]:
+        for name in alarms:
+            if name not in THRESHOLDS:
+                near = get_close_matches(name, THRESHOLDS, n=1) or list(THRESHOLDS)
+                raise ValueError(f"alarms.{name}: unknown key, did you mean {' or '.join(near)}?")
+        return alarms
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -167,11 +182,12 @@ class Config(BaseModel):
 
     def at(self, epoch: int) -> Config:
         """The settings of one epoch (from 0): those of its stage, or these."""
-        for stage in self._stages:
-            if epoch < stage.epochs:
-                return stage
-            epoch -= stage.epochs
-        return self._stages[-1] if self._stages else self
+        return self._stages[self.stage_index(epoch)] if self._stages else self
+
+    def stage_index(self, epoch: int) -> int:
+        """Which stage an epoch (from 0) belongs to; the end belongs to the last."""
+        ends = list(accumulate(stage.epochs for stage in self._stages))
+        return min(bisect(ends, epoch), max(len(ends) - 1, 0))
 
     def dump(self) -> str:
         """The resolved settings as YAML that ``load_config`` takes."""

@@ -47,10 +47,13 @@ class Policy:
         """
         pipeline = config.pipeline
         source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-        self.device, self.dtype = usable_device(config.device), getattr(torch, config.dtype)
+        self.dtype = getattr(torch, config.dtype)
         try:
+            # The index alone tells a wrong name; the device is checked before gigabytes are read.
+            StableDiffusion3Pipeline.load_config(source)
+            self.device = usable_device(config.device)
             self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=self.dtype)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             hint = (
                 "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
                 if pipeline == "shapes"
