@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,7 +67,7 @@ class Alarms:
         """``thresholds`` replaces some of ``THRESHOLDS``."""
         self.thresholds = {**THRESHOLDS, **thresholds}
         self._skipped = 0
-        self._last: tuple[float, float] | None = None
+        self._last: tuple[float | None, float] | None = None
         self._rewards: list[float] = []
 
     def update(self, finite: bool) -> None:
@@ -103,9 +102,10 @@ class Alarms:
 
     def evaluation(self, held_out: float) -> list[str]:
         """Compare with the evaluation before: a trained reward that rises while the held-out score falls."""
-        trained = sum(self._rewards) / len(self._rewards) if self._rewards else math.nan
+        trained = sum(self._rewards) / len(self._rewards) if self._rewards else None
         last, self._last, self._rewards = self._last, (trained, held_out), []
-        if last is None:
+        # Before the first epoch nothing was trained.
+        if last is None or last[0] is None or trained is None:
             return []
         rise, fall, threshold = trained - last[0], last[1] - held_out, self.thresholds[HACKING]
         if not (rise > threshold and fall > threshold):

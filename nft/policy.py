@@ -133,13 +133,21 @@ class Policy:
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings (B, L, D) and pooled embeddings (B, P); every distinct prompt is encoded once."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
-        if missing:
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                missing, None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
-            )
-            self._embeddings.update(zip(missing, zip(embeds, pooled, strict=True), strict=True))
+        """Prompt embeddings (B, L, D) and pooled embeddings (B, P); every distinct prompt is encoded once.
+
+        And alone: the last bits of a matrix product depend on its batch, and what was encoded together with a prompt
+        would depend on when a run was resumed and on the number of processes.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._embeddings:
+                embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                    [prompt],
+                    None,
+                    None,
+                    do_classifier_free_guidance=False,
+                    max_sequence_length=self._max_sequence_length,
+                )
+                self._embeddings[prompt] = (embeds[0], pooled[0])
         rows = [self._embeddings[p] for p in prompts]
         return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
 

@@ -65,6 +65,7 @@ class Trainer:
         self.ema = EMAModel(self.policy.trained, decay=0.9)
         self.alarms = Alarms(config.alarms)
         self.score: float | None = None
+        """Held-out score of the weights as they are, where it was measured."""
         self.epoch = self.step = 0
         self.stage: Config | None = None
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
@@ -82,7 +83,6 @@ class Trainer:
         c = self.config.at(self.epoch)
         if self.epoch and c is not self.config.at(self.epoch - 1):
             # What another stage's task scored says nothing about this one's.
-            self.score = None
             self.alarms.restart()
         if c is self.stage:
             return
@@ -302,7 +302,6 @@ class Trainer:
             "alarms": self.alarms.state(),
             "epoch": self.epoch,
             "step": self.step,
-            "score": self.score,
             "rng": torch.get_rng_state(),
         }
         torch.save(state, folder / "state.pt")
@@ -318,7 +317,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
         self.alarms.load(state["alarms"])
-        self.epoch, self.step, self.score = state["epoch"], state["step"], state["score"]
+        self.epoch, self.step = state["epoch"], state["step"]
         torch.set_rng_state(state["rng"])
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -367,6 +366,7 @@ class Trainer:
             on_eval(0, *shown)
         while self.epoch < self.config.epochs:
             self._enter_stage()
+            self.score = None
             begin = time.perf_counter()
             data = self.sample()
             metrics = self.optimize(data) | data["measured"]
