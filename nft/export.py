@@ -1,0 +1,62 @@
+"""A run's result in the formats of diffusers: a LoRA file, or a whole pipeline with the adapter merged in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from .policy import SHAPES_PIPELINE, Policy
+
+
+def _adapter(source: Path, weights: str) -> Path:
+    """The folder of the chosen adapter in a run, a checkpoint, or itself."""
+    for folder in (source / weights, source / "checkpoint" / weights):
+        if (folder / "adapter_model.safetensors").is_file():
+            return folder
+    return Policy.find_adapter(source)
+
+
+def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
+    """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
+
+    Args:
+        source: a run, one of its checkpoints, or a LoRA folder in PEFT's format.
+        output: folder to write to.
+        weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
+
+    Raises:
+        FileNotFoundError: a source that holds no adapter.
+    """
+    folder = _adapter(source, weights)
+    StableDiffusion3Pipeline.save_lora_weights(
+        output,
+        transformer_lora_layers=load_file(folder / "adapter_model.safetensors"),
+        transformer_lora_adapter_metadata=json.loads((folder / "adapter_config.json").read_text()),
+    )
+
+
+def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema") -> None:
+    """Write a whole pipeline folder whose transformer has the adapter merged into its weights.
+
+    Args:
+        source, weights: as for ``export_lora``.
+        output: folder to write to; it must not hold a pipeline.
+        pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
+
+    Raises:
+        FileExistsError: an output that holds a pipeline already.
+        FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
+    """
+    if (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    lora = output / "lora"
+    export_lora(source, lora, weights=weights)
+    name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
+    whole = StableDiffusion3Pipeline.from_pretrained(name)
+    whole.load_lora_weights(lora)
+    whole.fuse_lora(components=["transformer"])
+    whole.unload_lora_weights()
+    whole.save_pretrained(output)
