@@ -166,7 +166,10 @@ def preflight(trainer: Any) -> None:
         raise AlarmError("preflight: every picture has one colour; the VAE does not fit the pipeline or overflows")
     # Half of the pictures count as good, whatever they score: their rewards may well be equal.
     weights = torch.arange(len(x0), device=x0.device).remainder(2).to(x0.dtype)
-    trainer.backward(x0, weights)
+    try:
+        trainer.backward(x0, weights)
+    except RuntimeError as error:
+        raise AlarmError(f"preflight: the backward fails: {error}") from error
     gradients = [parameter.grad for parameter in policy.trained if parameter.grad is not None]
     if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
         raise AlarmError("preflight: the gradient is missing or not finite; try dtype=float32 or a larger beta")

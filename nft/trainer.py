@@ -194,13 +194,13 @@ class Trainer:
         # The only place where an update waits for the device.
         *means, grad_norm = torch.cat([sums / count, norm[None]]).tolist()
         finite = math.isfinite(grad_norm) and all(map(math.isfinite, means))
-        self.alarms.update(finite)
         if finite:
             self.optimizer.step()
             policy.old_is_current = False
             self.ema.step(policy.trained)
             self.step += 1
         self.optimizer.zero_grad()
+        self.alarms.update(finite)
         return dict(zip((*_MEASURED, "grad_norm"), (*means, grad_norm), strict=True))
 
     def optimize(self, data: dict[str, Any]) -> dict[str, float]:
