@@ -43,18 +43,19 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, such as epochs=20")] = None,
     config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
     output: Annotated[Path | None, typer.Option(help="folder of the run; runs/CONFIG by default")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint and settings")] = False,
     verify_kernels: Annotated[bool, typer.Option(help="compare the loss with the reference in the first steps")] = True,
 ) -> None:
     """Fine-tune a pipeline with DiffusionNFT."""
     from .config import ConfigError, load_config
 
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
+    folder = output or Path("runs") / Path(config).stem
+    saved = folder / "config.yaml"
     try:
-        settings = load_config(config, [*(overrides or []), *extra])
+        settings = load_config(str(saved) if resume and saved.exists() else config, [*(overrides or []), *extra])
     except ConfigError as error:
         raise _fail(error) from None
-    folder = output or Path("runs") / Path(config).stem
     _quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
