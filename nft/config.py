@@ -21,8 +21,8 @@ Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
-    "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "lora_rank", "lora_alpha",
-    "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every", "preflight",
+    "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "adapter", "lora_rank",
+    "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every", "preflight",
 }  # fmt: skip
 
 
@@ -55,6 +55,8 @@ class Config(BaseModel):
     """Width and height of a picture in pixels; the pipeline's own by default."""
     gradient_checkpointing: bool = False
 
+    adapter: Literal["lora", "full"] = "lora"
+    """``full`` trains every weight of the transformer, in float32."""
     lora_rank: int = Field(32, gt=0)
     lora_alpha: int = Field(64, gt=0)
 

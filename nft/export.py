@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
+from .full import WEIGHTS
 from .policy import SHAPES_PIPELINE, Policy
 
 
-def _adapter(source: Path, weights: str) -> Path:
-    """The folder of the chosen adapter in a run, a checkpoint, or itself."""
-    for folder in (source / weights, source / "checkpoint" / weights):
-        if (folder / "adapter_model.safetensors").is_file():
+def _weights(source: Path, weights: str) -> Path:
+    """The folder of the chosen weights in a run, a checkpoint, or itself."""
+    for folder in (source / weights, source / "checkpoint" / weights, source):
+        if (folder / "adapter_model.safetensors").is_file() or (folder / WEIGHTS).is_file():
             return folder
     return Policy.find_adapter(source)
 
@@ -29,8 +31,11 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
 
     Raises:
         FileNotFoundError: a source that holds no adapter.
+        ValueError: the whole weights of full fine-tuning.
     """
-    folder = _adapter(source, weights)
+    folder = _weights(source, weights)
+    if (folder / WEIGHTS).is_file():
+        raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
     StableDiffusion3Pipeline.save_lora_weights(
         output,
         transformer_lora_layers=load_file(folder / "adapter_model.safetensors"),
@@ -39,7 +44,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
 
 
 def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema") -> None:
-    """Write a whole pipeline folder whose transformer has the adapter merged into its weights.
+    """Write a whole pipeline folder whose transformer has the adapter merged into its weights, or the trained weights.
 
     Args:
         source, weights: as for ``export_lora``.
@@ -52,11 +57,14 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     """
     if (output / "model_index.json").exists():
         raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
-    lora = output / "lora"
-    export_lora(source, lora, weights=weights)
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-    whole = StableDiffusion3Pipeline.from_pretrained(name)
-    whole.load_lora_weights(lora)
-    whole.fuse_lora(components=["transformer"])
-    whole.unload_lora_weights()
+    whole, folder = StableDiffusion3Pipeline.from_pretrained(name), _weights(source, weights)
+    if (folder / WEIGHTS).is_file():
+        whole.register_modules(transformer=SD3Transformer2DModel.from_pretrained(folder))
+    else:
+        with TemporaryDirectory() as lora:
+            export_lora(folder, Path(lora), weights=weights)
+            whole.load_lora_weights(lora)
+        whole.fuse_lora(components=["transformer"])
+        whole.unload_lora_weights()
     whole.save_pretrained(output)

@@ -134,9 +134,10 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = parameters + sum(buffer.numel() for buffer in model.buffers())
     merged = _measure(model, inputs(1), train=False)
-    model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=TARGETS))
-    model.to("meta")
+    if c.adapter == "lora":
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=TARGETS))
+        model.to("meta")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapted, step = _measure(model, inputs(1), train=False), _measure(model, inputs(1), train=True)
     flops = step.flops
@@ -161,10 +162,11 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         width = shape.num_attention_heads * shape.attention_head_dim
         activations = block + shape.num_layers * ((side // shape.patch_size) ** 2 + tokens) * width * dtype.itemsize
     memory = {
-        "transformer": stored * dtype.itemsize,
+        # Of full fine-tuning this is the float32 copy that is the reference.
+        "transformer": stored * (dtype.itemsize if c.adapter == "lora" else 4),
         "text encoders and VAE": others,
         # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
-        "adapters and optimizer": 7 * 4 * trained,
+        "trained weights and optimizer": 7 * 4 * trained,
         "merged weights": adapted_weights * dtype.itemsize,
         "latents of an epoch": 4 * c.pictures * shape.in_channels * side * side,
         "activations": activations * c.micro_batch,

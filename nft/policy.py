@@ -76,6 +76,15 @@ class Policy:
         self.pipeline.vae.to(torch.float32)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        self._add_adapters(config)
+        self.update_old(0.0)
+        self._resolution = config.resolution
+        self._max_sequence_length = config.max_sequence_length
+        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+        self.use("default")
+
+    def _add_adapters(self, config: Config) -> None:
+        """What is trained, and its copy that samples."""
         self.lora = LoraConfig(
             r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS
         )
@@ -86,11 +95,6 @@ class Policy:
         # Small updates would vanish in half-precision weights.
         for parameter in (*self.trained, *self._old):
             parameter.data = parameter.data.float()
-        self.update_old(0.0)
-        self._resolution = config.resolution
-        self._max_sequence_length = config.max_sequence_length
-        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
-        self.use("default")
 
     def _adapter_parameters(self, adapter: str) -> list[torch.nn.Parameter]:
         return [p for name, p in self.transformer.named_parameters() if f".{adapter}." in name]

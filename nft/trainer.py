@@ -27,6 +27,7 @@ from . import checkpoint
 from .alarms import Alarms, distribution, preflight
 from .config import Config
 from .distributed import Processes
+from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch
 from .objectives.base import Loss
 from .policy import Policy, old_policy_decay
@@ -58,7 +59,7 @@ class Trainer:
         self.processes = Processes(config.device)
         self.tracker = Tracker(config, folder)
         torch.manual_seed(config.seed)
-        self.policy = Policy(config)
+        self.policy = (FullPolicy if config.adapter == "full" else Policy)(config)
         self.optimizer = torch.optim.AdamW(
             self.policy.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 from distributed_worker import Brightness
 
 from nft import checkpoint
+from nft.alarms import Alarms
 from nft.checkpoint import CheckpointError
 from nft.config import load_config
 from nft.tasks import TASKS
@@ -170,6 +171,8 @@ def test_damage_is_named(written):
 def test_a_damaged_checkpoint_is_not_resumed(pipeline, tmp_path):
     trainer = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run")
     trainer.train()
+    again = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
+    assert again.alarms.state() == trainer.alarms.state() != Alarms({}).state()
     weights = tmp_path / "run" / "checkpoint" / "old" / "adapter_model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

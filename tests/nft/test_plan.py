@@ -33,6 +33,7 @@ def pipeline(tmp_path_factory):
         ["kl_weight=0.1"],
         ["gradient_checkpointing=true"],
         ["objective=rwr", "rollout_solver=heun"],
+        ["adapter=full", "kl_weight=0.1"],
         ["old_policy=delayed_0.999", "kl_weight=0.1"],
     ],
 )
