@@ -1,19 +1,26 @@
-"""Command line: ``nft train``, ``nft sample``, ``nft pretrain``, ``nft solvers``."""
+"""Command line: ``nft train``, ``nft plan``, ``nft sample``, ``nft export``, ``nft report`` and others."""
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .evaluate_cli import evaluate
 from .rewards.cli import reward_server, rewards
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 app = typer.Typer(help="DiffusionNFT: online reinforcement learning on the forward process.", no_args_is_help=True)
+_configs = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+app.add_typer(_configs, name="config")
 _console = Console()
 app.command("eval")(evaluate)
 app.command()(rewards)
@@ -42,55 +49,158 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, such as epochs=20")] = None,
     config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
     output: Annotated[Path | None, typer.Option(help="folder of the run; runs/CONFIG by default")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint and settings")] = False,
     verify_kernels: Annotated[bool, typer.Option(help="compare the loss with the reference in the first steps")] = True,
 ) -> None:
     """Fine-tune a pipeline with DiffusionNFT."""
     from .config import ConfigError, load_config
 
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
+    folder = output or Path("runs") / Path(config).stem
+    saved = folder / "config.yaml"
     try:
-        settings = load_config(config, [*(overrides or []), *extra])
+        settings = load_config(str(saved) if resume and saved.exists() else config, [*(overrides or []), *extra])
     except ConfigError as error:
         raise _fail(error) from None
-    folder = output or Path("runs") / Path(config).stem
     _quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
+    from .alarms import AlarmError
+    from .checkpoint import CheckpointError
     from .report import save_grid, write_report
     from .trainer import Trainer
 
     try:
         trainer = Trainer(settings, folder, resume=resume)
-    except (FileExistsError, FileNotFoundError, ValueError, TypeError) as error:
+    except (CheckpointError, OSError, ValueError, TypeError) as error:
         raise _fail(error) from None
+    main = trainer.processes.main
+    _console.quiet = not main
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    seen: dict[str, float] = {}
+    seen: dict[str, Any] = {}
     with Progress(*columns, console=_console) as progress:
         bar = progress.add_task("evaluating", total=settings.epochs, completed=trainer.epoch)
 
-        def on_epoch(metrics: dict[str, float]) -> None:
+        def on_epoch(metrics: dict[str, Any]) -> None:
             seen.update(metrics)
             text = ", ".join(f"{k} {seen[k]:.3f}" for k in ("reward", "loss", "eval_strict") if k in seen)
             progress.update(bar, completed=trainer.epoch, description=text)
             if "eval_strict" in metrics:
                 progress.print(f"epoch {trainer.epoch}: held-out strict score {metrics['eval_strict']:.3f}")
+            for message in metrics["alarms"]:
+                progress.print(f"[yellow]epoch {trainer.epoch}, {escape(message)}[/yellow]")
+
+        def on_eval(epoch: int, pictures: Tensor, prompts: list[str]) -> None:
+            if main:
+                grid = folder / "pictures" / f"epoch-{epoch:06d}.png"
+                save_grid(pictures, prompts, grid)
+                shutil.copy(grid, folder / ("after.png" if epoch else "before.png"))
 
         try:
-            trainer.train(
-                on_epoch,
-                lambda epoch, x, names: save_grid(x, names, folder / ("after.png" if epoch else "before.png")),
-            )
+            trainer.train(on_epoch, on_eval)
         except KeyboardInterrupt:
             progress.stop()
             again = " ".join(["nft train", f"--config {config}", f"--output {folder} --resume", *(overrides or [])])
             saved = f"epoch {trainer.epoch} is saved; go on with\n  {again}"
             _console.print(f"stopped: {saved if trainer.epoch else 'no epoch was finished'}")
             raise typer.Exit(130) from None
-        except KernelMismatchError as error:
+        except (AlarmError, CheckpointError, KernelMismatchError, OSError) as error:
             progress.stop()
             raise _fail(error) from None
-    _console.print(f"report: {write_report(folder)}")
+    if main:
+        _console.print(f"report: {write_report(folder)}")
+
+
+@_configs.command("show")
+def show(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings")] = None,
+    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+) -> None:
+    """Print every setting of a configuration as a YAML file."""
+    from .config import ConfigError, load_config
+
+    try:
+        typer.echo(load_config(config, overrides).dump(), nl=False)
+    except ConfigError as error:
+        raise _fail(error) from None
+
+
+@app.command()
+def plan(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings")] = None,
+    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU")] = 1,
+    tflops: Annotated[float, typer.Option(min=0.001, help="what one reaches, in 1e12 FLOPs a second")] = 300.0,
+) -> None:
+    """Estimate memory, evaluations, FLOPs and time of an epoch without loading anything."""
+    from rich.table import Table
+
+    from .config import ConfigError, load_config
+
+    _quieten_libraries()
+    from .plan import plan as estimate
+
+    try:
+        settings = load_config(config, overrides)
+        costs = estimate(settings, gpus, tflops=tflops)
+    except (ConfigError, ValueError) as error:
+        raise _fail(error) from None
+    listing = Table(f"one epoch of {config} on {gpus}", "", show_header=True)
+    for name, text in (
+        ("transformer", f"{costs.parameters / 1e6:,.1f} M parameters, {costs.trained_parameters / 1e6:,.2f} M trained"),
+        ("rollout", f"{costs.rollout_evaluations:,} evaluations, {costs.rollout_flops / 1e12:,.3g} TFLOP"),
+        ("training", f"{costs.training_evaluations:,} evaluations, {costs.training_flops / 1e12:,.3g} TFLOP"),
+        ("held-out evaluation", f"{costs.held_out_evaluations:,} evaluations for every task group"),
+        *((f"memory: {what}", f"{size / 2**30:.2f} GiB") for what, size in costs.memory.items()),
+        ("memory of one GPU", f"{sum(costs.memory.values()) / 2**30:.2f} GiB"),
+        (f"time at {tflops:g} TFLOP/s", f"{costs.seconds:,.3g} s, and rewards and decoding"),
+        ("whole run", f"{settings.epochs:,} epochs, {costs.seconds * settings.epochs / 3600:,.3g} h"),
+    ):
+        listing.add_row(name, text)
+    _console.print(listing)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="run, checkpoint or LoRA folder")],
+    output: Annotated[Path, typer.Argument(help="folder to write to")],
+    merge: Annotated[bool, typer.Option("--merge", help="write the whole pipeline with the adapter merged in")] = False,
+    pipeline: Annotated[str | None, typer.Option(help="of --merge; the run's own by default")] = None,
+    weights: Annotated[str, typer.Option(help="ema (as evaluated) or default (as trained)")] = "ema",
+) -> None:
+    """Write a LoRA that diffusers loads, or a whole pipeline."""
+    import yaml
+
+    _quieten_libraries()
+    from .export import export_lora, export_pipeline
+
+    try:
+        if weights not in ("ema", "default"):
+            raise ValueError(f"weights: got {weights!r}, accepted are ema and default")
+        if not merge:
+            export_lora(source, output, weights=weights)
+        else:
+            if pipeline is None:
+                pipeline = yaml.safe_load((source / "config.yaml").read_text())["pipeline"]
+            export_pipeline(source, output, pipeline, weights=weights)
+    except (OSError, ValueError) as error:
+        raise _fail(error) from None
+    _console.print(f"exported: {output}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
+    output: Annotated[Path, typer.Option(help="page that compares several runs")] = Path("comparison.html"),
+) -> None:
+    """Write a run's report anew, or compare several runs on one page."""
+    from .report import write_comparison, write_report
+
+    try:
+        page = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, output)
+    except (OSError, ValueError) as error:
+        raise _fail(error) from None
+    _console.print(f"report: {page}")
 
 
 @app.command()

@@ -2,60 +2,87 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect
 from difflib import get_close_matches
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from nft_kernels.solvers import SOLVERS
+from nft_kernels.solvers import SOLVERS, schedule, table
+
+from .alarms import THRESHOLDS
 
 Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
+# What policy, optimizer and run are built with once: a stage cannot change it.
+_FIXED = {
+    "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "adapter", "lora_rank",
+    "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every", "preflight",
+    "compile_rollout",
+}  # fmt: skip
 
 
-class ConfigError(ValueError):
+class ConfigError(ValueError, TypeError):
     """A configuration that cannot be used; the message names the key, what came and what is accepted."""
 
 
 class Config(BaseModel):
     """All settings of a run. Defaults are those of the shapes world."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    pipeline: str = "shapes"
+    pipeline: str = Field("shapes", min_length=1)
     """Hub name or folder of a Stable Diffusion 3 pipeline; ``shapes`` is the bundled one."""
-    task: Literal["shapes", "geneval"] = "shapes"
-    seed: int = 0
+    task: Literal["shapes", "geneval", "rewards"] = "shapes"
+    """``rewards`` scores with ``rewards`` on the prompts of ``prompts``; the others bring both."""
+    prompts: str | None = Field(None, min_length=1)
+    """A bundled set of prompts or a file, for the task ``rewards``."""
+    rewards: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Weight of every reward by name, for the task ``rewards``."""
+    combine: Literal["sum", "normalized_sum", "gdpo", "per_reward"] = "sum"
+    """How several rewards become one advantage."""
+    seed: int = Field(0, ge=0, lt=2**63)
     device: str = "cpu"
-    """Device of the pipeline and of GPU rewards, such as ``cpu`` or ``cuda``."""
+    """Device of the pipeline and of GPU rewards, ``cpu``, ``cuda`` or ``cuda:1``; with several processes ``cuda`` is a
+    GPU for each."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights; adapters and latents are float32 always."""
-    resolution: int | None = Field(None, gt=0)
+    resolution: int | None = Field(None, gt=0, multiple_of=8)
     """Width and height of a picture in pixels; the pipeline's own by default."""
     gradient_checkpointing: bool = False
 
+    adapter: Literal["lora", "full"] = "lora"
+    """``full`` trains every weight of the transformer, in float32."""
     lora_rank: int = Field(32, gt=0)
     lora_alpha: int = Field(64, gt=0)
 
     epochs: int = Field(120, gt=0)
+    stages: list[dict[str, Any]] = []
+    """A curriculum: each stage has its ``epochs`` and whatever differs from the settings outside."""
     prompts_per_epoch: int = Field(24, gt=0)
     group_size: int = Field(12, gt=1)
     """Pictures per prompt, among which rewards are compared."""
-    rollout_steps: int = Field(10, gt=0)
+    rollout_steps: int = Field(10, gt=0, le=1000)
     rollout_solver: Solver = "euler"
-    rollout_options: dict[str, float] = {}
+    rollout_options: dict[str, Any] = {}
     """The solver's own options, such as ``{eta: 0.5}``."""
     rollout_batch: int = Field(96, gt=0)
+    """Most pictures that a process samples at a time."""
     compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
     max_sequence_length: int = Field(10, gt=0)
 
+    objective: Literal["nft", "sft", "rwr"] = "nft"
     timesteps_per_sample: int = Field(3, gt=0)
     """How many of the rollout's times each picture is trained on in an epoch."""
-    updates_per_epoch: int = Field(2, gt=0)
+    updates_per_epoch: int = Field(6, gt=0)
     micro_batch: int = Field(48, gt=0)
+    """Most pairs of picture and time that a process differentiates at a time."""
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -67,43 +94,184 @@ class Config(BaseModel):
     weighting: Literal["adaptive", "none", "t", "t2"] = "adaptive"
     advantage_mode: Literal["continuous", "positive_only", "negative_only", "one_only", "binary"] = "continuous"
     advantage_std: Literal["global", "group"] = "global"
+    rwr_temperature: float = Field(1.0, gt=0)
 
     eval_every: int = Field(10, gt=0)
     eval_prompts_per_group: int = Field(20, gt=0)
-    eval_steps: int = Field(10, gt=0)
+    eval_steps: int = Field(10, gt=0, le=1000)
     eval_solver: Solver = "heun"
+    keep_checkpoints: int = Field(2, gt=0)
+    """How many of the newest checkpoints stay; the best by held-out score always does."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    alarms: dict[str, float] = {}
+    """Thresholds that replace those of ``nft.alarms.THRESHOLDS``."""
+    preflight: bool = True
+    """Sample, score, decode and take a step on a copy before the first epoch."""
     verify_kernels_steps: int = Field(2, ge=0)
     """For how many optimizer steps the loss is compared with the float64 reference; 0 turns it off."""
 
+    _stages: list[Config] = PrivateAttr([])
 
-def load_config(name: str, overrides: list[str] | None = None) -> Config:
-    """Read a configuration.
+    @property
+    def pictures(self) -> int:
+        """Pictures in an epoch, over all processes."""
+        return self.prompts_per_epoch * self.group_size
 
-    Args:
-        name: a bundled configuration's name or the path of a YAML file.
-        overrides: ``key=value`` strings, the value in YAML.
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError(f"device: got {device!r}, accepted are cpu, cuda and cuda:N")
+        return device
 
-    Raises:
-        ConfigError: unknown file, key or value.
-    """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in _BUNDLED.glob("*.yaml")))
-        raise ConfigError(f"config: got {name!r}, accepted are {known} or the path of a YAML file")
-    values: dict[str, Any] = yaml.safe_load(path.read_text()) or {}
-    for item in overrides or []:
-        key, separator, value = item.partition("=")
-        if not separator:
-            raise ConfigError(f"override: got {item!r}, accepted is key=value")
-        values[key] = yaml.safe_load(value)
-        # YAML reads 3e-4 as text; the number was meant.
-        if isinstance(values[key], str):
+    @field_validator("alarms")
+    @classmethod
+    def _known_alarms(cls, alarms: dict[str, float]) -> dict[str, float]:
+        for name in alarms:
+            if name not in THRESHOLDS:
+                near = get_close_matches(name, THRESHOLDS, n=1) or list(THRESHOLDS)
+                raise ValueError(f"alarms.{name}: unknown key, did you mean {' or '.join(near)}?")
+        return alarms
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        pairs = self.pictures * self.timesteps_per_sample
+        if "micro_batch" not in self.model_fields_set:
+            self.__dict__["micro_batch"] = min(self.micro_batch, pairs)
+        if "updates_per_epoch" not in self.model_fields_set:
+            self.__dict__["updates_per_epoch"] = min(self.updates_per_epoch, self.pictures)
+        for key, largest, what in (
+            ("timesteps_per_sample", self.rollout_steps, "rollout_steps"),
+            ("updates_per_epoch", self.pictures, "the pictures of an epoch, prompts_per_epoch * group_size"),
+            ("micro_batch", pairs, "the pairs of an epoch, prompts_per_epoch * group_size * timesteps_per_sample"),
+        ):
+            if getattr(self, key) > largest:
+                raise ValueError(f"{key}: got {getattr(self, key)}, accepted are 1 to {largest}, {what}")
+        if (self.task == "rewards") != bool(self.rewards):
+            raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
+        if self.task == "rewards" and self.prompts is None:
+            raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
+        for key, solver, steps, options in (
+            ("rollout_solver", self.rollout_solver, self.rollout_steps, self.rollout_options),
+            ("eval_solver", self.eval_solver, self.eval_steps, {}),
+        ):
             try:
-                values[key] = float(values[key])
-            except ValueError:
-                pass
+                table(solver, schedule(steps), **options)
+            except (ValueError, TypeError) as error:
+                raise ValueError(
+                    f"{key}: got {solver} with options {options}, which it does not take: {error}"
+                ) from None
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum(self) -> Config:
+        outside = self.model_dump(exclude={"stages", "epochs"}, exclude_unset=True)
+        stages = []
+        for i, stage in enumerate(self.stages):
+            for key in stage:
+                if key in _FIXED:
+                    raise ValueError(f"stages.{i}.{key}: cannot differ between stages; set it outside")
+            if "epochs" not in stage:
+                raise ValueError(f"stages.{i}.epochs: missing, every stage needs its length")
+            try:
+                stages.append(_validated({**outside, **stage}))
+            except ConfigError as error:
+                raise ValueError(f"stages.{i}.{error}") from None
+        if stages:
+            total = sum(stage.epochs for stage in stages)
+            if "epochs" in self.model_fields_set and self.epochs != total:
+                raise ValueError(f"epochs: got {self.epochs}, but the stages add up to {total}; change stages.0.epochs")
+            self.__dict__["epochs"] = total
+        self._stages = stages
+        return self
+
+    def at(self, epoch: int) -> Config:
+        """The settings of one epoch (from 0): those of its stage, or these."""
+        return self._stages[self.stage_index(epoch)] if self._stages else self
+
+    def stage_index(self, epoch: int) -> int:
+        """Which stage an epoch (from 0) belongs to; the end belongs to the last."""
+        ends = list(accumulate(stage.epochs for stage in self._stages))
+        return min(bisect(ends, epoch), max(len(ends) - 1, 0))
+
+    def dump(self) -> str:
+        """The resolved settings as YAML that ``load_config`` takes."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+_REWARDS_RULE = "the task rewards needs at least one, the others bring their own"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 is a number, as in YAML 1.2, and a key comes once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{key}: comes {keys.count(key)} times, accepted is once")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        return Config(**values)
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{where}: is not YAML: {problem}") from None
+
+
+def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
+    path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in _BUNDLED.glob("*.yaml"))
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"config: got {name!r}, {hint}accepted are {', '.join(known)} or the path of a YAML file")
+    if path.resolve() in seen:
+        raise ConfigError(f"base: {path.name} is its own base")
+    try:
+        values = _parse(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path} holds {type(values).__name__}, accepted are key: value pairs")
+    bases = values.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError(f"base: got {bases!r}, accepted is the name of a configuration or a list of names")
+    inherited: dict[str, Any] = {}
+    for base in bases:
+        inherited |= _read(base, path.parent, (*seen, path.resolve()))
+    return inherited | values
+
+
+def _override(values: dict[str, Any], item: str) -> None:
+    """Set ``a.b=value`` in nested values; a part of the key is a name or the index of a list."""
+    dotted, separator, text = item.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"override: got {item!r}, accepted is key=value")
+    *path, last = dotted.split(".")
+    target: Any = values
+    try:
+        for part in path:
+            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+        target[int(last) if isinstance(target, list) else last] = _parse(text, dotted)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"override: got {item!r}, but there is no {dotted} to set") from None
+
+
+def _validated(values: dict[str, Any]) -> Config:
+    try:
+        return Config(**{str(key): value for key, value in values.items()})
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -111,6 +279,41 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
             if problem["type"] == "extra_forbidden":
                 near = get_close_matches(key, Config.model_fields, n=1)
                 lines.append(f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else ""))
+            elif problem["type"] == "value_error":
+                lines.append(str(problem["ctx"]["error"]))
             else:
                 lines.append(f"{key}: got {problem['input']!r}, {problem['msg'][0].lower()}{problem['msg'][1:]}")
         raise ConfigError("; ".join(lines)) from None
+
+
+def load_config(name: str, overrides: list[str] | None = None) -> Config:
+    """Read a configuration.
+
+    Args:
+        name: a bundled configuration's name or the path of a YAML file, either of which may name a ``base``.
+        overrides: ``key=value`` strings, the value in YAML, the key dotted for what is nested, such as
+            ``rollout_options.eta=0.5`` or ``stages.0.epochs=10``. The last of equal keys holds.
+
+    Raises:
+        ConfigError: a file that is missing, empty or no YAML mapping, an unknown key, or a value that cannot be used.
+    """
+    values = _read(name, Path())
+    for item in overrides or []:
+        _override(values, item)
+    return _validated(values)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of a configuration.
+
+    Raises:
+        ValueError: a device that this machine lacks.
+    """
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device: got {name!r}, but this machine has no usable GPU; accepted is cpu")
+        if (device.index or 0) >= torch.cuda.device_count():
+            last = torch.cuda.device_count() - 1
+            raise ValueError(f"device: got {name!r}, but this machine has cpu and cuda:0 to cuda:{last}")
+    return device

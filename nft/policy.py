@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import Config
+from .config import Config, usable_device
 
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
@@ -56,10 +56,13 @@ class Policy:
         """
         pipeline = config.pipeline
         source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.dtype = getattr(torch, config.dtype)
         try:
+            # The index alone tells a wrong name; the device is checked before gigabytes are read.
+            StableDiffusion3Pipeline.load_config(source)
+            self.device = usable_device(config.device)
             self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=self.dtype)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             hint = (
                 "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
                 if pipeline == "shapes"
@@ -77,24 +80,13 @@ class Policy:
             module.requires_grad_(False).eval()
         if self.pipeline.text_encoder_3 is not None:
             self.pipeline.text_encoder_3.requires_grad_(False).eval()
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: got {config.device!r}, but this machine has no usable GPU; accepted is cpu")
         self.pipeline.to(self.device)
         self.pipeline.vae.to(memory_format=torch.channels_last)
         # Beyond the size that the VAE was trained on, a picture is decoded in overlapping tiles.
         self.pipeline.vae.enable_tiling()
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        self.lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS
-        )
-        for name in ("default", "old"):
-            self.transformer.add_adapter(self.lora, adapter_name=name)
-        self.trained = self._adapter_parameters("default")
-        self._old = self._adapter_parameters("old")
-        # Small updates would vanish in half-precision weights.
-        for parameter in (*self.trained, *self._old):
-            parameter.data = parameter.data.float()
+        self._add_adapters(config)
         self.update_old(0.0)
         self._adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
         self._merged: list[Tensor] = []
@@ -106,6 +98,19 @@ class Policy:
         self._max_sequence_length = config.max_sequence_length
         self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         self.use("default")
+
+    def _add_adapters(self, config: Config) -> None:
+        """What is trained, and its copy that samples."""
+        self.lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS
+        )
+        for name in ("default", "old"):
+            self.transformer.add_adapter(self.lora, adapter_name=name)
+        self.trained = self._adapter_parameters("default")
+        self._old = self._adapter_parameters("old")
+        # Small updates would vanish in half-precision weights.
+        for parameter in (*self.trained, *self._old):
+            parameter.data = parameter.data.float()
 
     def _adapter_parameters(self, adapter: str) -> list[torch.nn.Parameter]:
         return [p for name, p in self.transformer.named_parameters() if f".{adapter}." in name]

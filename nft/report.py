@@ -1,11 +1,13 @@
-"""What a run leaves to look at: a reward curve, picture grids and one self-contained HTML page."""
+"""What runs leave to look at: curves, picture grids and self-contained HTML pages."""
 
 from __future__ import annotations
 
 import base64
 import html
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -13,6 +15,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from torch import Tensor
+
+_STYLE = """body{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}
+td,th{padding:.2rem 1rem;text-align:left}"""
+_SCORES = (
+    ("reward", "training reward", "-"),
+    ("strict", "training strict score", "-"),
+    ("eval_strict", "held-out strict score", "o-"),
+)
+_COMPARED = ("eval_strict", "reward", "loss", "kl", "old_deviation", "grad_norm", "zero_variance_groups", "x0_rms")
 
 
 def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24) -> None:
@@ -26,8 +37,36 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24)
         axis.imshow(pictures[i].numpy())
         axis.set_title(prompts[i], fontsize=7, wrap=True)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not lines:
+        raise FileNotFoundError(f"runs: {folder} holds no metrics.jsonl with an epoch in it")
+    return lines
+
+
+def _curve(axis: Any, lines: list[dict[str, Any]], key: str, label: str, style: str = "-") -> None:
+    points = [(line["epoch"], line[key]) for line in lines if key in line]
+    axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
+    axis.grid(alpha=0.3)
+
+
+def _embedded(data: bytes) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _page(title: str, body: str) -> str:
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{body}</html>'
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((folder / "config.yaml").read_text()))
 
 
 def write_report(folder: Path) -> Path:
@@ -35,42 +74,96 @@ def write_report(folder: Path) -> Path:
 
     Returns:
         the path of the page.
+
+    Raises:
+        FileNotFoundError: a folder without metrics.
     """
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = _metrics(folder)
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    for key, label, style in (
-        ("reward", "training reward (partial credit)", "-"),
-        ("strict", "training strict score", "-"),
-        ("eval_strict", "held-out strict score", "o-"),
-    ):
-        points = [(line["epoch"], line[key]) for line in lines if key in line]
-        axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
-    axis.set(xlabel="epoch", ylabel="score", ylim=(0, 1))
+    for key, label, style in _SCORES:
+        _curve(axis, lines, key, label, style)
+    axis.set(xlabel="epoch", ylabel="score")
     axis.legend()
-    axis.grid(alpha=0.3)
     figure.savefig(folder / "reward.png", dpi=120)
     plt.close(figure)
 
     def picture(name: str) -> str:
         path = folder / name
-        if not path.exists():
-            return ""
-        return f'<img src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        return _embedded(path.read_bytes()) if path.exists() else ""
 
     scores = [line for line in lines if "eval_strict" in line]
     rows = "".join(
         f"<tr><td>{name.removeprefix('eval_')}</td><td>{scores[0][name]:.3f}</td><td>{scores[-1][name]:.3f}</td></tr>"
         for name in scores[0]
-        if name.startswith("eval_")
+        if name.startswith("eval_") and name in scores[-1]
     )
-    config = html.escape(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()), sort_keys=False))
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>DiffusionNFT run</title>
-<style>body{{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}}img{{max-width:100%}}
-td,th{{padding:.2rem 1rem;text-align:left}}</style>
-<h1>DiffusionNFT run</h1><p>{lines[-1]["epoch"]} epochs, {lines[-1]["step"]} optimizer steps.</p>
+    alarms = "".join(
+        f"<li>epoch {line['epoch']}: {html.escape(message)}</li>"
+        for line in lines
+        for message in line.get("alarms", [])
+    )
+    config = html.escape(yaml.safe_dump(_settings(folder), sort_keys=False))
+    body = f"""<p>{lines[-1]["epoch"]} epochs, {lines[-1]["step"]} optimizer steps.</p>
 <h2>Held-out prompts, strict score</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
+<h2>Alarms</h2><ul>{alarms or "<li>none</li>"}</ul>
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}
-<h2>Configuration</h2><pre>{config}</pre></html>"""
-    (folder / "report.html").write_text(page)
+<h2>Configuration</h2><pre>{config}</pre>"""
+    (folder / "report.html").write_text(_page("DiffusionNFT run", body))
     return folder / "report.html"
+
+
+def write_comparison(folders: list[Path], output: Path) -> Path:
+    """One page about several runs: curves of each metric over one another, final scores, what their settings differ in,
+    and the pictures they ended with.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        FileNotFoundError: a folder without metrics.
+    """
+    runs = {str(folder): _metrics(folder) for folder in folders}
+    figure, axes = plt.subplots(len(_COMPARED) // 2, 2, figsize=(12, 14), squeeze=False)
+    for axis, key in zip(axes.flat, _COMPARED, strict=True):
+        for name, lines in runs.items():
+            _curve(axis, lines, key, name, "o-" if key.startswith("eval") else "-")
+        axis.set(xlabel="epoch", title=key)
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+
+    def final(lines: list[dict[str, Any]], key: str) -> str:
+        values = [line[key] for line in lines if key in line]
+        return f"{values[-1]:.3f}" if values else ""
+
+    scores = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{lines[-1]['epoch']}</td>"
+        + "".join(f"<td>{final(lines, key)}</td>" for key, _, _ in _SCORES)
+        + f"<td>{sum(line.get('seconds', 0) for line in lines):.0f}</td></tr>"
+        for name, lines in runs.items()
+    )
+    settings = [_settings(folder) for folder in folders]
+    keys = [
+        key for key in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(key)) for s in settings}) > 1
+    ]
+    differences = "".join(
+        f"<tr><td>{key}</td>" + "".join(f"<td>{html.escape(str(s.get(key)))}</td>" for s in settings) + "</tr>"
+        for key in keys
+    )
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in runs)
+    pictures = "".join(
+        f"<h3>{html.escape(str(folder))}</h3>{_embedded((folder / 'after.png').read_bytes())}"
+        for folder in folders
+        if (folder / "after.png").is_file()
+    )
+    columns = "".join(f"<th>{label}</th>" for _, label, _ in _SCORES)
+    body = f"""<table><tr><th>run</th><th>epochs</th>{columns}<th>seconds</th></tr>{scores}</table>
+<h2>Curves</h2>{_embedded(buffer.getvalue())}
+<h2>Settings that differ</h2><table><tr><th></th>{heads}</tr>{differences}</table>
+<h2>Pictures at the end</h2>{pictures}"""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(_page("DiffusionNFT runs", body))
+    return output

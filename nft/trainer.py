@@ -1,149 +1,236 @@
-"""The training loop of DiffusionNFT: sample with the old policy, score, and regress on the forward process."""
+"""The training loop of DiffusionNFT: sample with the old policy, score, and regress on the forward process.
+
+Every random choice comes from a stream that is named by seed, epoch and purpose, and every picture and pair has a seed
+of its own. So a resumed run does what an unbroken one would, and what is drawn does not depend on how many processes
+share the work: each takes its share of the epoch's pictures, then its share of the pairs of every update.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import random
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from nft_kernels import add_noise, group_advantages, nft_loss, optimality_probability
-from nft_kernels.check import compare_nft_loss
+from nft_kernels import add_noise, group_advantages, optimality_probability
 from nft_kernels.solvers import table
 
+from . import checkpoint
+from .alarms import Alarms, distribution, preflight
 from .config import Config
+from .distributed import Processes
+from .full import FullPolicy
+from .objectives import OBJECTIVES, Batch
+from .objectives.base import Loss
 from .policy import Policy, old_policy_decay
 from .rollout import rollout, times
 from .tasks import TASKS
+from .tracking import Tracker
+
+_MEASURED = ("loss", "kl", "old_deviation", "velocity_rms")
 
 
 class Trainer:
     """One run in one folder. ``train`` does everything; the other methods are its steps in order."""
 
     def __init__(self, config: Config, folder: Path, *, resume: bool = False):
-        """Build policy, optimizer and task; with ``resume`` continue from the folder's checkpoint.
+        """Build policy, optimizer and task; with ``resume`` continue from the folder's newest checkpoint, or from the
+        start where the run ended before its first.
 
         Raises:
             FileExistsError: a folder that holds a run already, without ``resume``.
-            FileNotFoundError: ``resume`` without a checkpoint, or a pipeline that cannot be loaded.
-            ValueError, TypeError: a device, resolution or solver option that cannot be used.
+            FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
+            CheckpointError: a damaged checkpoint.
+            ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used.
         """
-        checkpoint = folder / "checkpoint"
-        if resume and not checkpoint.is_dir():
-            raise FileNotFoundError(f"resume: {folder} holds no checkpoint")
+        if resume and not (folder / "config.yaml").is_file():
+            raise FileNotFoundError(f"resume: {folder} holds no checkpoint and no run")
         if not resume and (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
         self.config, self.folder = config, folder
+        self.processes = Processes(config.device)
+        self.tracker = Tracker(config, folder)
         torch.manual_seed(config.seed)
-        self.policy = Policy(config)
-        self.task = TASKS[config.task](self.policy.device)
-        self.groups = self.task.train_prompts()
+        self.policy = (FullPolicy if config.adapter == "full" else Policy)(config)
         self.optimizer = torch.optim.AdamW(
             self.policy.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.ema = EMAModel(self.policy.trained, decay=0.9)
-        self.grid = times(config.rollout_steps, self.policy.pipeline.scheduler.config.shift)
-        table(config.rollout_solver, self.grid.tolist(), **config.rollout_options)
+        self.alarms = Alarms(config.alarms)
+        self.score: float | None = None
+        """Held-out score of the weights as they are, where it was measured."""
         self.epoch = self.step = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-        if resume:
-            self._load(checkpoint)
+        self.stage: Config | None = None
+        if resume and (found := checkpoint.existing(folder / "checkpoints")):
+            self._load(found[-1])
+        self._enter_stage()
+        if self.processes.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.replace_text(folder / "config.yaml", config.dump())
+            if resume:
+                self._forget_later_metrics()
+            self.tracker.start()
+
+    def _enter_stage(self) -> None:
+        """Take the settings of the epoch that comes, and what is built from them."""
+        c = self.config.at(self.epoch)
+        if self.epoch and c is not self.config.at(self.epoch - 1):
+            # What another stage's task scored says nothing about this one's.
+            self.alarms.restart()
+        if c is self.stage:
+            return
+        self.stage = c
+        self.grid = times(c.rollout_steps, self.policy.pipeline.scheduler.config.shift)
+        table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
+        self.objective = OBJECTIVES[c.objective]
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = c.learning_rate, c.weight_decay
+        self.task = TASKS[c.task](self.policy.device)
+        self.groups = self.task.train_prompts()
 
     def _rng(self, purpose: str) -> random.Random:
         """A stream of its own for every purpose and epoch: a resumed run draws what an unbroken one would."""
         return random.Random(f"{self.config.seed} {self.epoch} {purpose}")
 
+    def _draw(
+        self, entries: list[dict[str, Any]], seeds: list[int], grid: Tensor, solver: str, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean latents, pictures and scores of this process' share of the entries."""
+        share = self.processes.share(len(entries))
+        if share.start == share.stop:
+            # More processes than pictures: draw one that nobody needs, which keeps the tensors' shapes.
+            share = slice(0, 1)
+        own = entries[share]
+        x0 = rollout(
+            self.policy,
+            [entry["prompt"] for entry in own],
+            seeds[share],
+            grid,
+            solver,
+            self.stage.rollout_batch,
+            **options,
+        )
+        pictures = self.policy.decode(x0)
+        return x0, pictures, self.task.score(pictures, own)
+
     def sample(self) -> dict[str, Any]:
-        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r."""
-        c, rng = self.config, self._rng("rollout")
+        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere."""
+        c, rng = self.stage, self._rng("rollout")
         groups = self.groups
         chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
         entries = [entry for entry in chosen for _ in range(c.group_size)]
-        prompts = [entry["prompt"] for entry in entries]
         seeds = [rng.getrandbits(62) for _ in entries]
         with self.policy.merged("old"):
-            x0 = rollout(self.policy, prompts, seeds, self.grid, c.rollout_solver, c.rollout_batch, **c.rollout_options)
-        scores = self.task.score(self.policy.decode(x0), entries)
-        ids = torch.arange(c.prompts_per_epoch).repeat_interleave(c.group_size)
-        advantages = group_advantages(scores[:, 0], ids, std=c.advantage_std)
-        r = optimality_probability(advantages, adv_clip_max=c.adv_clip_max, mode=c.advantage_mode)
-        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r.to(x0.device)}
+            x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **c.rollout_options)
+        x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
+        advantages, measured = self._advantages(scores)
+        measured |= distribution(
+            optimality_probability(advantages, adv_clip_max=c.adv_clip_max), scores[:, 0].view(-1, c.group_size), x0
+        )
+        r = self.objective.weights(advantages, c).to(x0.device)
+        prompts = [entry["prompt"] for entry in entries]
+        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r, "measured": measured}
 
-    def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> Any:
-        c, policy = self.config, self.policy
+    def _advantages(self, scores: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Advantages (B,) of the trained reward; one that is not finite counts as the mean of its group."""
+        c, rewards = self.stage, scores[:, 0].view(-1, self.stage.group_size)
+        broken = ~rewards.isfinite()
+        if broken.any():
+            known = rewards.masked_fill(broken, math.nan)
+            rewards = known.where(~broken, known.nanmean(1, keepdim=True)).nan_to_num(0.0)
+            scores[:, 0] = rewards.flatten()
+        ids = torch.arange(len(rewards)).repeat_interleave(c.group_size)
+        return group_advantages(scores[:, 0], ids, std=c.advantage_std), {"nonfinite_rewards": int(broken.sum())}
+
+    def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> tuple[Loss, Tensor]:
+        """The objective's loss of one micro-batch, and the velocity that it is about."""
+        policy = self.policy
         embeds, pooled = policy.embed(prompts)
         x_t = add_noise(x0, t, seed=seeds)
         v_old = v_ref = None
         with torch.no_grad():
-            if not policy.old_is_current:
+            if self.objective.needs_old and not policy.old_is_current:
                 policy.use("old")
                 v_old = policy.velocity(x_t, t, embeds, pooled)
-            if c.kl_weight > 0:
+            if self.stage.kl_weight > 0:
                 policy.use(None)
                 v_ref = policy.velocity(x_t, t, embeds, pooled)
         policy.use("default")
         v_theta = policy.velocity(x_t, t, embeds, pooled)
-        if v_old is None:
-            v_old = v_theta.detach()
-        options = {
-            "v_ref": v_ref,
-            "beta": c.beta,
-            "adv_clip_max": c.adv_clip_max,
-            "kl_weight": c.kl_weight,
-            "weighting": c.weighting,
-        }
-        if self.step < c.verify_kernels_steps:
-            compare_nft_loss(v_theta, v_old, x_t, x0, t, r, **options)
-        return nft_loss(v_theta, v_old, x_t, x0, t, r, **options)
+        verify = self.step < self.config.verify_kernels_steps
+        return self.objective.loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, r), self.stage, verify), v_theta.detach()
+
+    def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
+        """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
+        over that share. Nothing waits for the device."""
+        device = self.policy.device
+        own, sums = pairs[self.processes.share(len(pairs))], torch.zeros(len(_MEASURED), device=device)
+        for start in range(0, len(own), self.stage.micro_batch):
+            part = own[start : start + self.stage.micro_batch]
+            index = [i for i, _, _ in part]
+            t = torch.tensor([t for _, t, _ in part], device=device)
+            seeds = torch.tensor([seed for _, _, seed in part], device=device)
+            out, v = self._loss(data["x0"][index], data["r"][index], [data["prompts"][i] for i in index], t, seeds)
+            # The mean over all pairs of all processes.
+            (out.loss * (len(part) / len(pairs))).backward()
+            rms = v.float().square().flatten(1).mean(1).sqrt()
+            sums += torch.stack(
+                [out.loss.detach().float() * len(part), out.kl.sum(), out.old_deviation.sum(), rms.sum()]
+            )
+        return sums
+
+    def _update(self, sums: Tensor, count: int) -> dict[str, float]:
+        """One optimizer step on the summed gradients, unless something is not finite."""
+        policy = self.policy
+        sums = self.processes.sum_gradients(policy.trained, sums)
+        norm = torch.nn.utils.clip_grad_norm_(policy.trained, self.stage.max_grad_norm)
+        # The only place where an update waits for the device.
+        *means, grad_norm = torch.cat([sums / count, norm[None]]).tolist()
+        finite = math.isfinite(grad_norm) and all(map(math.isfinite, means))
+        if finite:
+            self.optimizer.step()
+            policy.old_is_current = False
+            self.ema.step(policy.trained)
+            self.step += 1
+        self.optimizer.zero_grad()
+        self.alarms.update(finite)
+        return dict(zip((*_MEASURED, "grad_norm"), (*means, grad_norm), strict=True))
 
     def optimize(self, data: dict[str, Any]) -> dict[str, float]:
-        """All optimizer steps of one epoch, then the old policy's update."""
-        c, rng = self.config, self._rng("train")
+        """All optimizer steps of one epoch, then the old policy's update.
+
+        Raises:
+            AlarmError: too many updates in a row that were not finite.
+        """
+        c, rng = self.stage, self._rng("train")
         order = list(range(len(data["prompts"])))
         rng.shuffle(order)
-        totals: dict[str, list[float]] = {}
         grid = self.grid[:-1].tolist()
-        share = -(-len(order) // c.updates_per_epoch)
-        for update in range(0, len(order), share):
+        updates = []
+        for update in range(c.updates_per_epoch):
             # Every picture with each of its times; a micro-batch mixes times.
+            first, last = (len(order) * k // c.updates_per_epoch for k in (update, update + 1))
             pairs = [
-                (i, t, rng.getrandbits(62))
-                for i in order[update : update + share]
-                for t in rng.sample(grid, min(c.timesteps_per_sample, c.rollout_steps))
+                (i, t, rng.getrandbits(62)) for i in order[first:last] for t in rng.sample(grid, c.timesteps_per_sample)
             ]
-            for start in range(0, len(pairs), c.micro_batch):
-                part = pairs[start : start + c.micro_batch]
-                index = [i for i, _, _ in part]
-                t = torch.tensor([t for _, t, _ in part], device=self.policy.device)
-                seeds = torch.tensor([seed for _, _, seed in part], device=self.policy.device)
-                out = self._loss(data["x0"][index], data["r"][index], [data["prompts"][i] for i in index], t, seeds)
-                (out.loss * (len(part) / len(pairs))).backward()
-                totals.setdefault("loss", []).append(out.loss.item())
-                totals.setdefault("kl", []).append(out.kl.mean().item())
-                totals.setdefault("old_deviation", []).append(out.old_deviation.mean().item())
-            norm = torch.nn.utils.clip_grad_norm_(self.policy.trained, c.max_grad_norm, error_if_nonfinite=True)
-            totals.setdefault("grad_norm", []).append(norm.item())
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.policy.old_is_current = False
-            self.ema.step(self.policy.trained)
-            self.step += 1
+            updates.append(self._update(self._accumulate(data, pairs), len(pairs)))
         self.epoch += 1
         self.policy.update_old(old_policy_decay(c.old_policy, self.epoch))
-        return {name: sum(values) / len(values) for name, values in totals.items()}
+        finite = [update for update in updates if all(map(math.isfinite, update.values()))]
+        metrics = {name: sum(update[name] for update in finite) / max(len(finite), 1) for name in updates[0]}
+        metrics["old_deviation_relative"] = metrics["old_deviation"] / max(metrics["velocity_rms"], 1e-12)
+        return {**metrics, "nonfinite_updates": len(updates) - len(finite)}
 
     @contextmanager
-    def _averaged(self) -> Any:
+    def _averaged(self) -> Iterator[None]:
         self.policy.use("default")
         self.ema.store(self.policy.trained)
         self.ema.copy_to(self.policy.trained)
@@ -154,68 +241,153 @@ class Trainer:
 
     def evaluate(self) -> tuple[dict[str, float], Tensor, list[str]]:
         """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver."""
-        c = self.config
+        c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
-        prompts = [entry["prompt"] for entry in entries]
         grid = times(c.eval_steps, self.policy.pipeline.scheduler.config.shift)
         with self._averaged(), self.policy.merged("default"):
-            x0 = rollout(self.policy, prompts, list(range(len(prompts))), grid, c.eval_solver, c.rollout_batch)
-        pictures = self.policy.decode(x0)
-        strict = self.task.score(pictures, entries)[:, 1]
+            _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, c.eval_solver)
+        pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))
+        strict = scores[:, 1]
         tags = [entry["tag"] for entry in entries]
         metrics = {
             f"eval_{tag}": strict[[i for i, other in enumerate(tags) if other == tag]].mean().item()
             for tag in dict.fromkeys(tags)
         }
+        prompts = [entry["prompt"] for entry in entries]
         return {"eval_strict": sum(metrics.values()) / len(metrics), **metrics}, pictures, prompts
 
+    def preflight_pictures(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, pictures and scores of two pictures of the first prompt."""
+        c, entries = self.stage, [self.groups[0][0]] * 2
+        prompts = [entry["prompt"] for entry in entries]
+        with self.policy.merged("old"):
+            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, 2, **c.rollout_options)
+        pictures = self.policy.decode(x0)
+        return x0, pictures, self.task.score(pictures, entries)
+
+    def backward(self, x0: Tensor, weights: Tensor) -> None:
+        """Gradients of the loss on a few pictures of the first prompt at the middle of the rollout's times."""
+        device = x0.device
+        t = self.grid[len(self.grid) // 2 - 1].expand(len(x0)).to(device)
+        prompts = [self.groups[0][0]["prompt"]] * len(x0)
+        out, _ = self._loss(x0, weights, prompts, t.contiguous(), torch.arange(len(x0), device=device))
+        out.loss.backward()
+
     def save(self) -> None:
-        """Write the checkpoint beside the old one, then put it in its place."""
-        target, fresh = self.folder / "checkpoint", self.folder / "checkpoint.tmp"
-        shutil.rmtree(fresh, ignore_errors=True)
-        for adapter in ("default", "old"):
-            self.policy.save_adapter(adapter, fresh / adapter)
-        state = {"optimizer": self.optimizer.state_dict(), "ema": self.ema.state_dict()}
-        torch.save({**state, "epoch": self.epoch, "step": self.step}, fresh / "state.pt")
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
+        """Write a checkpoint, point ``checkpoint`` and ``best`` at the newest and the best, and delete old ones.
 
-    def _load(self, checkpoint: Path) -> None:
+        Raises:
+            CheckpointError: it cannot be written; the ones before are as they were.
+        """
+        if self.processes.main:
+            parent = self.folder / "checkpoints"
+            stage = self.config.stage_index(self.epoch - 1)
+            about = {"format": 1, "epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
+            checkpoint.write(parent / f"epoch-{self.epoch:06d}", self._fill, about)
+            checkpoint.prune(parent, self.config.keep_checkpoints)
+            checkpoint.link(self.folder / "checkpoint", checkpoint.existing(parent)[-1])
+            if best := checkpoint.best(parent):
+                checkpoint.link(self.folder / "best", best)
+        self.processes.wait()
+
+    def _fill(self, folder: Path) -> None:
+        """The trained, the old and the averaged adapter in PEFT's format, and everything else in one file."""
         for adapter in ("default", "old"):
-            self.policy.load_adapter(adapter, checkpoint / adapter)
+            self.policy.save_adapter(adapter, folder / adapter)
+        with self._averaged():
+            self.policy.save_adapter("default", folder / "ema")
+        ema = {name: value for name, value in self.ema.state_dict().items() if name != "shadow_params"}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "ema": ema,
+            "alarms": self.alarms.state(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, folder / "state.pt")
+
+    def _load(self, folder: Path) -> None:
+        checkpoint.verify(folder)
+        self.policy.load_adapter("default", folder / "ema")
+        shadow = [parameter.detach().clone() for parameter in self.policy.trained]
+        for adapter in ("default", "old"):
+            self.policy.load_adapter(adapter, folder / adapter)
         self.policy.old_is_current = all(map(torch.equal, self.policy.trained, self.policy._old))
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        state = torch.load(folder / "state.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict(state["ema"])
+        self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
+        self.alarms.load(state["alarms"])
         self.epoch, self.step = state["epoch"], state["step"]
+        torch.set_rng_state(state["rng"])
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"epoch": self.epoch, "step": self.step, **metrics}) + "\n")
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl, and tell the tracker."""
+        if self.processes.main:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"epoch": self.epoch, "step": self.step, **metrics}) + "\n")
+            self.tracker.log(metrics, self.epoch)
+
+    def _forget_later_metrics(self) -> None:
+        """Drop what a killed process logged after its last checkpoint: it comes again."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                epoch = json.loads(line)["epoch"]
+            except ValueError:
+                # Cut off in the middle.
+                break
+            if epoch <= self.epoch and self.epoch > 0:
+                kept.append(line + "\n")
+        checkpoint.replace_text(path, "".join(kept))
 
     def train(
         self,
-        on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None,
+        on_epoch: Callable[[dict[str, Any]], None] = lambda metrics: None,
         on_eval: Callable[[int, Tensor, list[str]], None] = lambda epoch, pictures, prompts: None,
     ) -> None:
-        """Run to the last epoch. On an interrupt the finished epochs are kept: the checkpoint is of the last one."""
+        """Run to the last epoch. On an interrupt the finished epochs are kept: the checkpoint is of the last one.
+
+        Args:
+            on_epoch: told every epoch's and every evaluation's metrics, after they are logged and saved.
+            on_eval: told epoch, pictures (B, H, W, 3) and prompts of every evaluation.
+
+        Raises:
+            AlarmError: what cannot or can no longer be trained.
+            CheckpointError: a checkpoint that cannot be written.
+        """
         if self.epoch == 0:
-            self._evaluate_and_log(on_epoch, on_eval)
+            if self.config.preflight:
+                preflight(self)
+            metrics, *shown = self._evaluate()
+            self.log(metrics)
+            on_epoch(metrics)
+            on_eval(0, *shown)
         while self.epoch < self.config.epochs:
+            self._enter_stage()
+            self.score = None
             begin = time.perf_counter()
             data = self.sample()
-            metrics = self.optimize(data)
+            metrics = self.optimize(data) | data["measured"]
             reward, strict = data["scores"].mean(0).tolist()
             metrics |= {"reward": reward, "strict": strict, "seconds": time.perf_counter() - begin}
+            metrics["alarms"] = self.alarms.epoch(metrics)
             self.log(metrics)
+            shown = None
+            if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
+                held_out, *shown = self._evaluate()
+                self.log(held_out)
+            # After the evaluation, so that a checkpoint has everything that was logged before it.
             self.save()
             on_epoch(metrics)
-            if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
-                self._evaluate_and_log(on_epoch, on_eval)
+            if shown:
+                on_epoch(held_out)
+                on_eval(self.epoch, *shown)
+        self.tracker.finish()
 
-    def _evaluate_and_log(self, on_epoch: Callable[..., None], on_eval: Callable[..., None]) -> None:
+    def _evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
         metrics, pictures, prompts = self.evaluate()
-        self.log(metrics)
-        on_epoch(metrics)
-        on_eval(self.epoch, pictures, prompts)
+        self.score = metrics["eval_strict"]
+        return {**metrics, "alarms": self.alarms.evaluation(self.score)}, pictures, prompts

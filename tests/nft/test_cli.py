@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+import json
+
 import numpy as np
 from PIL import Image
 from typer.testing import CliRunner
@@ -77,3 +79,70 @@ def test_sample_names_bad_input(arguments, message):
 def test_solvers_are_listed():
     result = run(app, ["solvers"])
     assert result.exit_code == 0 and "dpm++2M" in result.output
+
+
+TINY = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
+        "eval_steps=1", "eval_solver=euler", "lora_rank=4", "epochs=2"]  # fmt: skip
+
+
+def train(pipeline, output, *more):
+    return run(app, ["train", pipeline, *TINY, "--output", str(output), *more])
+
+
+def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
+    for name in ("one", "two"):
+        result = train(pipeline, tmp_path / name, f"seed={len(name)}", "beta=0.5" if name == "one" else "beta=2")
+        assert result.exit_code == 0, result.output
+    assert "holds a run already" in train(pipeline, tmp_path / "one").output
+    # A resumed run keeps its settings but for what is given anew.
+    result = run(app, ["train", "epochs=3", "--resume", "--output", str(tmp_path / "one")])
+    assert result.exit_code == 0 and "epoch 3: held-out strict score" in result.output
+    folder = tmp_path / "one"
+    epochs = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == [0, 1, 2, 2, 3, 3]
+    assert {p.name for p in (folder / "pictures").iterdir()} == {f"epoch-00000{i}.png" for i in (0, 2, 3)}
+    # Two grids and the curve, and the alarm that an untrained pipeline's equal scores raise.
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png") == 3 and "zero_variance" in page
+    assert run(app, ["report", str(folder)]).exit_code == 0
+    result = run(app, ["report", str(folder), str(tmp_path / "two"), "--output", str(tmp_path / "both.html")])
+    assert result.exit_code == 0, result.output
+    both = (tmp_path / "both.html").read_text()
+    assert both.count("data:image/png") == 3 and "<td>beta</td><td>0.5</td><td>2</td>" in both.replace("2.0", "2")
+    assert "<td>lora_rank</td>" not in both
+    result = run(app, ["report", str(folder), str(tmp_path / "none")])
+    assert result.exit_code == 2 and "holds no metrics.jsonl" in result.output.replace("\n", " ")
+
+
+def test_config_show_prints_a_file_that_trains_the_same(tmp_path):
+    result = run(app, ["config", "show", "--config", "sd35_multi_reward_1gpu", "beta=0.2", "stages.1.epochs=7"])
+    assert result.exit_code == 0
+    (tmp_path / "shown.yaml").write_text(result.output)
+    shown = load_config(str(tmp_path / "shown.yaml"))
+    assert shown.beta == 0.2 and shown.at(806).rewards == {"geneval": 1.0} and shown.at(807).beta == 0.2
+    result = run(app, ["config", "show", "bta=1"])
+    assert result.exit_code == 2 and "did you mean beta?" in result.output
+
+
+def test_plan_prints_costs_without_the_weights():
+    result = run(app, ["plan", "--config", "shapes", "--gpus", "2"])
+    assert result.exit_code == 0 and "2,880 evaluations" in result.output and "GiB" in result.output
+    result = run(app, ["plan", "pipeline=/nowhere"])
+    assert result.exit_code == 2 and "/nowhere" in result.output
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["group_size=1"], "group_size: got 1"),
+        (["epochs"], "accepted is key=value"),
+        (["device=cuda:99"], "device: got 'cuda:99'"),
+        (["tracker=trackio"], "tracker: got 'trackio'"),
+        (["--config", "shape"], "did you mean shapes?"),
+    ],
+)
+def test_train_names_what_it_cannot_use_before_any_work(overrides, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("nft.tracking.get_available_trackers", lambda: [])
+    result = run(app, ["train", *overrides, "--output", str(tmp_path / "run")])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,70 @@
+"""A run's result in the formats of diffusers: a LoRA file, or a whole pipeline with the adapter merged in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from .full import WEIGHTS
+from .policy import SHAPES_PIPELINE, Policy
+
+
+def _weights(source: Path, weights: str) -> Path:
+    """The folder of the chosen weights in a run, a checkpoint, or itself."""
+    for folder in (source / weights, source / "checkpoint" / weights, source):
+        if (folder / "adapter_model.safetensors").is_file() or (folder / WEIGHTS).is_file():
+            return folder
+    return Policy.find_adapter(source)
+
+
+def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
+    """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
+
+    Args:
+        source: a run, one of its checkpoints, or a LoRA folder in PEFT's format.
+        output: folder to write to.
+        weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
+
+    Raises:
+        FileNotFoundError: a source that holds no adapter.
+        ValueError: the whole weights of full fine-tuning.
+    """
+    folder = _weights(source, weights)
+    if (folder / WEIGHTS).is_file():
+        raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
+    StableDiffusion3Pipeline.save_lora_weights(
+        output,
+        transformer_lora_layers=load_file(folder / "adapter_model.safetensors"),
+        transformer_lora_adapter_metadata=json.loads((folder / "adapter_config.json").read_text()),
+    )
+
+
+def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema") -> None:
+    """Write a whole pipeline folder whose transformer has the adapter merged into its weights, or the trained weights.
+
+    Args:
+        source, weights: as for ``export_lora``.
+        output: folder to write to; it must not hold a pipeline.
+        pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
+
+    Raises:
+        FileExistsError: an output that holds a pipeline already.
+        FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
+    """
+    if (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
+    whole, folder = StableDiffusion3Pipeline.from_pretrained(name), _weights(source, weights)
+    if (folder / WEIGHTS).is_file():
+        whole.register_modules(transformer=SD3Transformer2DModel.from_pretrained(folder))
+    else:
+        with TemporaryDirectory() as lora:
+            export_lora(folder, Path(lora), weights=weights)
+            whole.load_lora_weights(lora)
+        whole.fuse_lora(components=["transformer"])
+        whole.unload_lora_weights()
+    whole.save_pretrained(output)

@@ -1,0 +1,35 @@
+"""DiffusionNFT (arXiv 2509.16117): contrast an implicit positive and negative policy by the optimality probability."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nft_kernels import nft_loss, optimality_probability
+from nft_kernels.check import compare_nft_loss
+
+from ..config import Config
+from .base import OBJECTIVES, Batch, Loss, Objective
+
+
+def weights(advantages: Tensor, config: Config) -> Tensor:
+    """r in [0, 1]."""
+    return optimality_probability(advantages, adv_clip_max=config.adv_clip_max, mode=config.advantage_mode)
+
+
+def loss(batch: Batch, config: Config, verify: bool) -> Loss:
+    """``nft_kernels.nft_loss``; where the old policy is the trained one, its velocity is v_theta itself."""
+    v_old = batch.v_theta.detach() if batch.v_old is None else batch.v_old
+    tensors = (batch.v_theta, v_old, batch.x_t, batch.x0, batch.t, batch.weights)
+    options = {
+        "v_ref": batch.v_ref,
+        "beta": config.beta,
+        "adv_clip_max": config.adv_clip_max,
+        "kl_weight": config.kl_weight,
+        "weighting": config.weighting,
+    }
+    if verify:
+        compare_nft_loss(*tensors, **options)
+    return nft_loss(*tensors, **options)
+
+
+OBJECTIVES["nft"] = Objective(weights, loss, needs_old=True)

@@ -1,0 +1,184 @@
+"""What a run will cost, from its configuration and the transformer's: nothing is loaded.
+
+The transformer is built on the meta device, where tensors have shapes and no data, and one batch goes through it: every
+matrix product is counted as it would run, and every tensor that the backward needs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import SD3Transformer2DModel
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nft_kernels.solvers import schedule, table
+
+from .config import Config, ConfigError
+from .objectives import OBJECTIVES
+from .policy import SHAPES_PIPELINE, TARGETS, old_policy_decay
+
+# Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's settings, and
+# the parameters of the text encoders (CLIP-L, CLIP-G, T5-XXL) and the VAE (arXiv 2403.03206 and the model's page).
+_SD35_MEDIUM = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}  # fmt: skip
+_KNOWN = {"stabilityai/stable-diffusion-3.5-medium": (_SD35_MEDIUM, 5_665_000_000)}
+_CLIP_TOKENS, _VAE_FACTOR = 77, 8
+
+
+class Plan(NamedTuple):
+    """Costs of one epoch; FLOPs over all GPUs, memory per GPU, a multiply-add being two FLOPs."""
+
+    parameters: int
+    trained_parameters: int
+    rollout_evaluations: int
+    training_evaluations: int
+    """Forward passes of the trained, the old and the reference policy."""
+    held_out_evaluations: int
+    """For every task group in one evaluation, every ``eval_every`` epochs."""
+    rollout_flops: int
+    training_flops: int
+    memory: dict[str, int]
+    """Bytes by what they hold, of which ``activations`` is the larger of a rollout's and a backward's."""
+    seconds: float
+    """Of the transformer alone, with ``tflops``."""
+
+
+def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
+    """Settings of the transformer, tokens of the CLIP encoders, and bytes of the pipeline's other weights."""
+    source = str(SHAPES_PIPELINE) if config.pipeline == "shapes" else config.pipeline
+    size = 4 if config.dtype == "float32" else 2
+    if source in _KNOWN and not Path(source).is_dir():
+        settings, others = _KNOWN[source]
+        return settings, _CLIP_TOKENS, others * size
+    try:
+        settings = SD3Transformer2DModel.load_config(source, subfolder="transformer")
+    except OSError as error:
+        raise ConfigError(f"pipeline: the transformer's settings of {source!r} cannot be read: {error}") from None
+    weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
+    tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
+    tokens = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS
+    return settings, tokens, sum(path.stat().st_size for path in weights)
+
+
+class _Measured(NamedTuple):
+    flops: int
+    saved: int
+
+
+def _measure(model: SD3Transformer2DModel, inputs: tuple[Tensor, ...], train: bool) -> _Measured:
+    """One evaluation, with its backward if ``train``: FLOPs, and bytes that are kept for the backward."""
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    alive = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            # A freed storage's address would be used again.
+            alive.append(tensor)
+        return tensor
+
+    counter = FlopCounterMode(display=False)
+    with counter, torch.set_grad_enabled(train), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*inputs, return_dict=False)[0]
+        if train:
+            out.backward(torch.empty_like(out))
+    return _Measured(counter.get_total_flops(), sum(kept.values()))
+
+
+def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1) -> Plan:
+    """Estimate one epoch.
+
+    Args:
+        config: the run.
+        gpus: how many processes share an epoch.
+        tflops: what one GPU reaches on the transformer, in 1e12 FLOPs a second; 300 is typical of an H100 in bfloat16.
+        epoch: which epoch, from 0: the old policy is evaluated in fewer updates while it is a copy of the trained one.
+
+    Raises:
+        ConfigError: a transformer whose settings cannot be read.
+        ValueError: no GPU, or no speed.
+    """
+    if gpus < 1 or not tflops > 0:
+        raise ValueError(f"gpus and tflops: got {gpus} and {tflops}, accepted are positive numbers")
+    c, (settings, clip_tokens, others) = config.at(epoch), _settings(config)
+    dtype = getattr(torch, c.dtype)
+    with torch.device("meta"):
+        model = SD3Transformer2DModel.from_config(settings).to(device="meta", dtype=dtype)
+    shape = model.config
+    side = c.resolution // _VAE_FACTOR if c.resolution else shape.sample_size
+    tokens = clip_tokens + c.max_sequence_length
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty(size, device="meta", dtype=dtype)
+            for size in (
+                (batch, shape.in_channels, side, side),
+                (batch, tokens, shape.joint_attention_dim),
+                (batch, shape.pooled_projection_dim),
+                (batch,),
+            )
+        )
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = parameters + sum(buffer.numel() for buffer in model.buffers())
+    merged = _measure(model, inputs(1), train=False)
+    if c.adapter == "lora":
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=TARGETS))
+        model.to("meta")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapted, step = _measure(model, inputs(1), train=False), _measure(model, inputs(1), train=True)
+    flops = step.flops
+    if c.gradient_checkpointing:
+        flops += adapted.flops
+
+    rows = len(table(c.rollout_solver, schedule(c.rollout_steps), **c.rollout_options).times)
+    pairs = c.pictures * c.timesteps_per_sample
+    copied = old_policy_decay(c.old_policy, epoch) == 0
+    first = c.pictures // c.updates_per_epoch * c.timesteps_per_sample if copied else 0
+    old = pairs - first if OBJECTIVES[c.objective].needs_old else 0
+    reference = pairs if c.kl_weight > 0 else 0
+    adapted_weights = sum(m.base_layer.weight.numel() for m in model.modules() if isinstance(m, LoraLayer))
+    # Every process merges once an epoch.
+    rollout_flops = c.pictures * rows * merged.flops + gpus * 2 * c.lora_rank * adapted_weights
+    training_flops = pairs * flops + old * adapted.flops + reference * merged.flops
+
+    activations = step.saved
+    if c.gradient_checkpointing:
+        # One block is kept whole, of the others what goes in.
+        block = step.saved // shape.num_layers
+        width = shape.num_attention_heads * shape.attention_head_dim
+        activations = block + shape.num_layers * ((side // shape.patch_size) ** 2 + tokens) * width * dtype.itemsize
+    memory = {
+        # Of full fine-tuning this is the float32 copy that is the reference.
+        "transformer": stored * (dtype.itemsize if c.adapter == "lora" else 4),
+        "text encoders and VAE": others,
+        # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
+        "trained weights and optimizer": 7 * 4 * trained,
+        "merged weights": adapted_weights * dtype.itemsize,
+        "latents of an epoch": 4 * c.pictures * shape.in_channels * side * side,
+        "activations": activations * c.micro_batch,
+    }
+    return Plan(
+        parameters=parameters,
+        trained_parameters=trained,
+        rollout_evaluations=c.pictures * rows,
+        training_evaluations=pairs + old + reference,
+        held_out_evaluations=c.eval_prompts_per_group * len(table(c.eval_solver, schedule(c.eval_steps)).times),
+        rollout_flops=rollout_flops,
+        training_flops=training_flops,
+        memory=memory,
+        seconds=(rollout_flops + training_flops) / (gpus * tflops * 1e12),
+    )

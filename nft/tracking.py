@@ -1,0 +1,51 @@
+"""Trackers beside metrics.jsonl, which is always written: those that accelerate knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from .config import Config
+
+
+class Tracker:
+    """The tracker that a configuration names, or none. Only the main process starts it."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        """Check that it can be started.
+
+        Raises:
+            ValueError: its package is not installed.
+        """
+        self._config, self._folder = config, folder
+        self._tracker: Any = None
+        name = config.tracker
+        if name != "none" and name not in [str(found) for found in get_available_trackers()]:
+            raise ValueError(
+                f"tracker: got {name!r}, but its package is missing; `pip install {name}`, or tracker=none"
+            )
+
+    def start(self) -> None:
+        """Begin a run of the project ``nft``."""
+        if self._config.tracker == "none":
+            return
+        kind = LOGGER_TYPE_TO_CLASS[self._config.tracker]
+        place = {"logging_dir": self._folder} if kind.requires_logging_directory else {}
+        self._tracker = kind("nft", **place)
+        self._tracker.start()
+        # Trackers take flat values only.
+        flat = {k: v for k, v in self._config.model_dump().items() if not isinstance(v, dict | list) and v is not None}
+        self._tracker.store_init_configuration({**flat, "config": self._config.dump()})
+
+    def log(self, metrics: dict[str, Any], epoch: int) -> None:
+        """One epoch's numbers."""
+        if self._tracker:
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+            self._tracker.log(numbers, step=epoch)
+
+    def finish(self) -> None:
+        """Close it."""
+        if self._tracker:
+            self._tracker.finish()

@@ -1,0 +1,188 @@
+"""Every alarm is provoked, and a sound run raises none."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from distributed_worker import Brightness
+
+from nft.alarms import ALARMS, THRESHOLDS, AlarmError, Alarms, distribution, preflight
+from nft.config import ConfigError, load_config
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
+         "eval_steps=1", "eval_solver=euler", "lora_rank=4", "epochs=3", "verify_kernels_steps=0",
+         "updates_per_epoch=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    build_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def make(pipeline, tmp_path, monkeypatch):
+    def trainer(*overrides, task=Brightness):
+        monkeypatch.setitem(TASKS, "shapes", task)
+        return Trainer(load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides]), tmp_path / "run")
+
+    return trainer
+
+
+def alarms(trainer):
+    """Names of the alarms of a whole run, by epoch."""
+    found = {}
+    trainer.train(lambda metrics: found.setdefault(trainer.epoch, []).extend(metrics["alarms"]))
+    return {epoch: [message.partition(":")[0] for message in messages] for epoch, messages in found.items()}
+
+
+def scored(value):
+    class Scored(Brightness):
+        def score(self, pictures, entries):
+            return value(super().score(pictures, entries))
+
+    return Scored
+
+
+def test_a_sound_run_raises_none(make):
+    assert alarms(make()) == {0: [], 1: [], 2: [], 3: []}
+
+
+def test_equal_rewards(make):
+    found = alarms(make(task=scored(torch.zeros_like)))
+    assert {"zero_variance", "no_gradient"} <= set(found[1])
+
+
+def test_a_learning_rate_that_is_far_too_high(make):
+    assert alarms(make("learning_rate=3.0"))[1] == ["old_deviation"]
+
+
+def test_velocities_and_latents_that_have_grown(make):
+    trainer = make()
+    trainer.policy.transformer.proj_out.weight.data.mul_(100)
+    assert {"velocity", "x0_large"} <= set(alarms(trainer)[1])
+
+
+def test_large_gradients(make):
+    assert "gradient" in alarms(make("learning_rate=1.0", "kl_weight=1e4"))[1]
+
+
+def test_saturated_weights(make):
+    assert "saturated" in alarms(make("adv_clip_max=0.01"))[1]
+
+
+def test_collapsed_latents():
+    measured = distribution(torch.full((6,), 0.5), torch.rand(2, 3), torch.zeros(6, 4, 2, 2))
+    messages = Alarms({}).epoch({"reward": 0.5, **measured})
+    assert [message.partition(":")[0] for message in messages] == ["x0_small"]
+
+
+def test_a_reward_that_is_not_finite_counts_as_its_groups_mean(make):
+    def broken(scores):
+        scores[1, 0] = math.nan
+        scores[2, 0] = math.inf
+        return scores
+
+    trainer = make("preflight=false", task=scored(broken))
+    data = trainer.sample()
+    r = data["r"]
+    assert data["measured"]["nonfinite_rewards"] == 2
+    assert r.isfinite().all() and torch.equal(r[:3], torch.full((3,), 0.5)) and not torch.equal(r[3:], r[:3])
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(make, monkeypatch):
+    trainer = make("preflight=false")
+    before = [parameter.detach().clone() for parameter in trainer.policy.trained]
+    data, velocity = trainer.sample(), trainer.policy.velocity
+    monkeypatch.setattr(trainer.policy, "velocity", lambda *inputs: velocity(*inputs) * math.nan)
+    metrics = trainer.optimize(data)
+    assert metrics["nonfinite_updates"] == 2 and trainer.step == 0
+    assert all(map(torch.equal, before, trainer.policy.trained))
+    assert "nonfinite_updates: 2" in " ".join(trainer.alarms.epoch({"reward": 0.0, **metrics}))
+    with pytest.raises(AlarmError, match="nonfinite_updates: 4 updates in a row"):
+        trainer.optimize(data)
+    # One that is finite begins the count anew.
+    trainer.alarms.update(True)
+    monkeypatch.setattr(trainer.policy, "velocity", velocity)
+    assert trainer.optimize(data)["nonfinite_updates"] == 0 and trainer.step == 2
+
+
+def test_a_reward_that_is_exploited():
+    watch = Alarms({"reward_hacking": 0.1})
+    found = []
+    for reward, held_out in [(0.5, 0.5), (0.7, 0.5), (0.9, 0.3), (0.9, 0.2), (0.95, 0.1)]:
+        watch.epoch({"reward": reward})
+        found.append([message.partition(":")[0] for message in watch.evaluation(held_out)])
+    assert found == [[], [], ["reward_hacking"], [], []]
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_thresholds_and_messages(name):
+    """Just beyond the threshold and not on it, for a threshold of one's own; the message says what it was about."""
+    metric, threshold, above, advice = ALARMS[name]
+    for chosen in (threshold, 2 * threshold):
+        watch = Alarms({name: chosen})
+        for value, expected in ((chosen * (1.01 if above else 0.99), 1), (chosen, 0)):
+            messages = [m for m in watch.epoch({"reward": 0.0, metric: value}) if m.startswith(f"{name}:")]
+            assert len(messages) == expected
+            assert all(metric in message and advice in message for message in messages)
+    assert name in THRESHOLDS
+
+
+def test_unknown_thresholds_are_named():
+    with pytest.raises(ConfigError, match=r"alarms\.velocty: unknown key, did you mean velocity"):
+        load_config("shapes", ["alarms.velocty=1.0"])
+
+
+def test_preflight_leaves_no_trace(make):
+    trainer = make()
+    before = [p.detach().clone() for p in (*trainer.policy.trained, *trainer.policy._old)]
+    rng = torch.get_rng_state()
+    preflight(trainer)
+    assert all(map(torch.equal, before, (*trainer.policy.trained, *trainer.policy._old)))
+    assert all(parameter.grad is None for parameter in trainer.policy.trained)
+    assert torch.equal(rng, torch.get_rng_state()) and trainer.step == trainer.epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        ("scores", "scores are not finite"),
+        ("latents", "latents are not finite"),
+        ("pictures", "every picture has one colour"),
+        ("gradient", "the gradient is zero"),
+        ("backward", "the backward fails: .*does not require grad"),
+        ("step", "a step makes the weights infinite"),
+    ],
+)
+def test_preflight_names_what_is_broken(make, monkeypatch, breakage, message):
+    task = scored(lambda scores: scores * math.nan) if breakage == "scores" else Brightness
+    trainer = make(*(["learning_rate=1e38"] if breakage == "step" else []), task=task)
+    policy = trainer.policy
+    velocity, decode, backward = policy.velocity, policy.decode, trainer.backward
+
+    def large(_):
+        for parameter in policy.trained:
+            parameter.grad.fill_(1e3)
+
+    if breakage == "latents":
+        monkeypatch.setattr(policy, "velocity", lambda *inputs: velocity(*inputs) * math.nan)
+    if breakage == "pictures":
+        monkeypatch.setattr(policy, "decode", lambda x: torch.zeros_like(decode(x)))
+    if breakage == "gradient":
+        zero = [0 * policy.trained[0].sum()]
+        monkeypatch.setattr(policy, "velocity", lambda *inputs: velocity(*inputs).detach() + zero[0])
+    if breakage == "backward":
+        monkeypatch.setattr(policy, "velocity", lambda *inputs: velocity(*inputs).detach())
+    if breakage == "step":
+        monkeypatch.setattr(trainer, "backward", lambda *given: large(backward(*given)))
+    with pytest.raises(AlarmError, match=f"preflight: {message}"):
+        trainer.train()
+    assert not (trainer.folder / "metrics.jsonl").exists()

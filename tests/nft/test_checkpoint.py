@@ -1,0 +1,193 @@
+"""Checkpoints survive a kill at any moment, a full disk and a flipped bit, and load into diffusers."""
+
+import json
+import os
+import random
+import resource
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from distributed_worker import Brightness
+
+from nft import checkpoint
+from nft.alarms import Alarms
+from nft.checkpoint import CheckpointError
+from nft.config import load_config
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
+         "eval_steps=1", "eval_every=2", "lora_rank=4", "epochs=4", "eval_solver=euler"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    build_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def rewarded(monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+
+
+def settings(pipeline, *overrides):
+    return load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
+
+
+def state(folder):
+    """Everything that a checkpoint holds, as tensors and plain values by name."""
+    values = torch.load(folder / "state.pt", weights_only=True)
+    for path in folder.rglob("*.safetensors"):
+        values[path.relative_to(folder).as_posix()] = path.read_bytes()
+    return values
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def in_child(config, folder, *, dies_at=None, dies_after=None):
+    """Train in a process that kills itself at its n-th look at the disk, or that is killed after a time."""
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        count = 0
+        flush, rmtree, link = checkpoint._flush, checkpoint.shutil.rmtree, checkpoint.link
+
+        def fatal(function):
+            def wrapped(*args, **kwargs):
+                nonlocal count
+                count += 1
+                if count == dies_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return wrapped
+
+        checkpoint._flush, checkpoint.shutil.rmtree, checkpoint.link = map(fatal, (flush, rmtree, link))
+        try:
+            Trainer(config, folder, resume=(folder / "config.yaml").exists()).train()
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+        os._exit(0)
+    if dies_after:
+        timer = threading.Timer(dies_after, os.kill, (child, signal.SIGKILL))
+        timer.start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if dies_after:
+        timer.cancel()
+    return code
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(pipeline, tmp_path):
+    config = settings(pipeline)
+    begin = time.perf_counter()
+    assert in_child(config, tmp_path / "whole") == 0
+    whole = time.perf_counter() - begin
+    # In the first checkpoint or at the second's start, then after a time, then wherever; at last it may finish.
+    rng, killed = random.Random(0), 0
+    deaths = [{"dies_at": rng.randint(2, 20)} for _ in range(3)]
+    deaths += [{"dies_after": rng.uniform(0.3, 0.8) * whole} for _ in range(2)]
+    deaths += [{"dies_at": rng.randint(2, 45)} for _ in range(3)]
+    for death in [*deaths, {}]:
+        code = in_child(config, tmp_path / "parts", **death)
+        assert code in (0, -signal.SIGKILL)
+        if code == 0:
+            break
+        killed += 1
+    assert code == 0 and killed >= 3
+    for name in ("checkpoint", "best"):
+        assert equal(state(tmp_path / "whole" / name), state(tmp_path / "parts" / name))
+    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+    assert (
+        os.listdir(tmp_path / "whole" / "checkpoints").sort() == os.listdir(tmp_path / "parts" / "checkpoints").sort()
+    )
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline), tmp_path / "run")
+    trainer.epoch = 1
+    trainer.save()
+    before = state(tmp_path / "run" / "checkpoint")
+    trainer.optimize(trainer.sample())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond this, as on a disk that fills up.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"epoch-000002 could not be written.*earlier checkpoints are as"):
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-000001"]
+    checkpoint.verify(tmp_path / "run" / "checkpoints" / "epoch-000001")
+    assert equal(before, state(tmp_path / "run" / "checkpoint"))
+    trainer.save()
+    assert (tmp_path / "run" / "checkpoint").resolve().name == "epoch-000002"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A checkpoint of one file."""
+    folder = tmp_path / "checkpoints" / "epoch-000001"
+    checkpoint.write(
+        folder, lambda f: (f / "weights").write_bytes(bytes(1000)), {"epoch": 1, "score": None, "stage": 0}
+    )
+    return folder
+
+
+def test_damage_is_named(written):
+    assert checkpoint.verify(written)["epoch"] == 1
+    for damage, message in (
+        (lambda f: (f / "weights").write_bytes(bytes(999) + b"\1"), "weights has another checksum"),
+        (lambda f: (f / "weights").unlink(), "weights is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), "no readable manifest"),
+    ):
+        damage(written)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.verify(written)
+
+
+def test_a_damaged_checkpoint_is_not_resumed(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run")
+    trainer.train()
+    again = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
+    assert again.alarms.state() == trainer.alarms.state() != Alarms({}).state()
+    weights = tmp_path / "run" / "checkpoint" / "old" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"old/adapter_model\.safetensors has another checksum.*delete"):
+        Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    parent = tmp_path / "checkpoints"
+    for epoch, (score, stage) in enumerate([(0.9, 0), (None, 1), (0.2, 1), (0.6, 1), (0.6, 1), (0.1, 1), (0.3, 1)], 1):
+        about = {"epoch": epoch, "score": score, "stage": stage}
+        checkpoint.write(parent / f"epoch-{epoch:06d}", lambda f: (f / "weights").touch(), about)
+        checkpoint.prune(parent, 2)
+    # The score of another stage's task does not count, and of equals the first stays.
+    assert [path.name for path in checkpoint.existing(parent)] == ["epoch-000004", "epoch-000006", "epoch-000007"]
+    assert checkpoint.best(parent).name == "epoch-000004"
+    assert sorted(p.name for p in parent.iterdir()) == ["epoch-000004", "epoch-000006", "epoch-000007"]

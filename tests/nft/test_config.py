@@ -1,0 +1,164 @@
+"""Configurations: every bundled one is sound, and everything that is not is refused by name before any work."""
+
+import pytest
+
+pytest.importorskip("pydantic")
+
+import yaml
+
+from nft.config import _BUNDLED, ConfigError, load_config
+
+BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
+RUNS = ["shapes", "sd35_geneval", "sd35_ocr", "sd35_pickscore", "sd35_hpsv2", "sd35_multi_reward"]
+
+
+def refused(name="shapes", *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(name), list(overrides))
+    return str(caught.value)
+
+
+def test_every_run_has_a_variant_for_one_and_two_gpus():
+    assert set(BUNDLED) == {run + variant for run in RUNS for variant in ("", "_1gpu", "_2gpu")}
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_configuration_survives_being_saved(name, tmp_path):
+    config = load_config(name)
+    (tmp_path / "config.yaml").write_text(config.dump())
+    again = load_config(str(tmp_path / "config.yaml"))
+    for epoch in (0, config.epochs // 2, config.epochs - 1):
+        assert again.at(epoch).model_dump() == config.at(epoch).model_dump()
+    assert again.model_dump() == config.model_dump()
+
+
+def test_the_curriculum_has_the_papers_five_stages():
+    config = load_config("sd35_multi_reward")
+    starts = [0, 800, 1100, 1300, 1500]
+    assert config.epochs == 1600
+    for start, end in zip(starts, [*starts[1:], 1600], strict=True):
+        assert config.at(start).model_dump() == config.at(end - 1).model_dump()
+        assert start == 0 or config.at(start).rewards != config.at(start - 1).rewards
+    # What a stage does not name comes from outside, where an override reaches it too.
+    changed = load_config("sd35_multi_reward", ["seed=7", "stages.1.epochs=5"])
+    assert changed.epochs == 1305 and changed.at(800).rewards == {"geneval": 1.0} and changed.at(900).seed == 7
+
+
+def test_bases_are_read_first_and_may_be_files_beside(tmp_path):
+    (tmp_path / "one.yaml").write_text("base: shapes\nepochs: 3\nseed: 1\n")
+    (tmp_path / "two.yaml").write_text("seed: 2\n")
+    (tmp_path / "run.yaml").write_text("base: [one.yaml, two.yaml]\ngroup_size: 5\n")
+    config = load_config(str(tmp_path / "run.yaml"))
+    assert (config.epochs, config.seed, config.group_size, config.rollout_solver) == (3, 2, 5, "dpm++2M")
+    (tmp_path / "loop.yaml").write_text("base: loop.yaml\n")
+    assert "its own base" in refused(tmp_path / "loop.yaml")
+
+
+def test_dotted_overrides_reach_nested_values():
+    config = load_config("sd35_pickscore", ["rewards.hpsv2=0.5", "rollout_solver=ddim", "rollout_options.eta=5e-1"])
+    assert config.rewards == {"pickscore": 1.0, "hpsv2": 0.5} and config.rollout_options == {"eta": 0.5}
+
+
+def test_defaults_shrink_with_a_small_epoch_but_given_values_are_refused():
+    config = load_config("shapes", ["prompts_per_epoch=1", "group_size=2"])
+    assert (config.micro_batch, config.updates_per_epoch) == (6, 2)
+
+
+POSITIVE = ["lora_rank", "lora_alpha", "epochs", "prompts_per_epoch", "rollout_steps", "rollout_batch",
+            "max_sequence_length", "timesteps_per_sample", "updates_per_epoch", "micro_batch", "learning_rate",
+            "max_grad_norm", "beta", "adv_clip_max", "eval_every", "eval_prompts_per_group", "eval_steps",
+            "keep_checkpoints", "rwr_temperature", "resolution"]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["0", "-1", ".nan", ".inf", "[1]", "{a: 1}", "many", "true"])
+@pytest.mark.parametrize("key", POSITIVE)
+def test_positive_numbers(key, value):
+    assert refused("shapes", f"{key}={value}").startswith(f"{key}: got ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("group_size=1", "group_size: got 1"),
+        ("group_size=2.5", "group_size: got 2.5"),
+        ("seed=-1", "seed: got -1"),
+        ("kl_weight=-1", "kl_weight: got -1"),
+        ("weight_decay=-0.1", "weight_decay: got -0.1"),
+        ("epochs='3'", "epochs: got '3'"),
+        ("epochs=", "epochs: got None"),
+        ("gradient_checkpointing=1", "gradient_checkpointing: got 1"),
+        ("pipeline=", "pipeline: got None"),
+        ("pipeline=5", "pipeline: got 5"),
+        ("timesteps_per_sample=11", "timesteps_per_sample: got 11, accepted are 1 to 10, rollout_steps"),
+        ("updates_per_epoch=289", "updates_per_epoch: got 289, accepted are 1 to 288"),
+        ("micro_batch=865", "micro_batch: got 865, accepted are 1 to 864"),
+        ("rollout_solver=eulr", "rollout_solver: got 'eulr'"),
+        ("eval_solver=dpm", "eval_solver: got 'dpm'"),
+        ("rollout_options={eta: 0.5}", "rollout_solver: got dpm++2M with options {'eta': 0.5}"),
+        ("rollout_options.order=9", "rollout_solver: got dpm++2M"),
+        ("resolution=100", "resolution: got 100"),
+        ("device=gpu", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),
+        ("device=cuda:x", "device: got 'cuda:x'"),
+        ("dtype=float16", "dtype: got 'float16'"),
+        ("task=shape", "task: got 'shape'"),
+        ("objective=dpo", "objective: got 'dpo'"),
+        ("tracker=mlflow", "tracker: got 'mlflow'"),
+        ("combine=mean", "combine: got 'mean'"),
+        ("rewards.ocr=1.0", "rewards: got {'ocr': 1.0}, but the task is shapes"),
+        ("task=rewards", "rewards: got none, but the task is rewards"),
+        ("learning_rat=1", "learning_rat: unknown key, did you mean learning_rate?"),
+        ("=1", "override: got '=1', accepted is key=value"),
+        ("epochs", "override: got 'epochs', accepted is key=value"),
+        ("epochs.x=1", "epochs: got {'x': 1}"),
+        ("epochs=[1", "epochs: is not YAML"),
+        ("stages.0.epochs=1", "epochs"),
+        ("stages=[{epochs: 2, beta: -1}]", "stages.0.beta: got -1"),
+        ("stages=[{beta: 1}]", "stages.0.epochs: missing"),
+        ("stages=[{epochs: 2, seed: 1}]", "stages.0.seed: cannot differ between stages"),
+        ("stages=[{epochs: 2, bta: 1}]", "stages.0.bta: unknown key, did you mean beta?"),
+    ],
+)
+def test_a_bad_override_is_named(override, message):
+    assert message in refused("shapes", override)
+
+
+def test_rewards_are_checked():
+    assert "rewards.pickscore: got -1" in refused("sd35_pickscore", "rewards.pickscore=-1")
+    assert "rewards.pickscore: got 'a'" in refused("sd35_pickscore", "rewards.pickscore=a")
+    assert "prompts: got none" in refused("sd35_pickscore", "prompts=null")
+    assert "epochs: got 20, but the stages add up to 1600" in refused("sd35_multi_reward", "epochs=20")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds NoneType"),
+        ("- epochs: 3\n", "holds list"),
+        ("epochs\n", "holds str"),
+        ("epochs: 3\nepochs: 4\n", "epochs: comes 2 times"),
+        ("rewards: {a: 1.0, a: 2.0}\n", "a: comes 2 times"),
+        ("epochs: [3\n", "is not YAML"),
+        ("3: 4\n", "3: unknown key"),
+        ("base: 3\n", "base: got 3"),
+        ("base: shape\n", "config: got 'shape', did you mean shapes?"),
+        ("a: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+    ],
+)
+def test_a_bad_file_is_named(text, message, tmp_path):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert message in refused(tmp_path / "bad.yaml")
+
+
+def test_missing_and_unreadable_files_are_named(tmp_path):
+    assert "config: got 'sd35_genval', did you mean sd35_geneval" in refused("sd35_genval")
+    assert "nowhere.yaml" in refused(tmp_path / "nowhere.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in refused(tmp_path / "bytes.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    assert "folder.yaml" in refused(tmp_path / "folder.yaml")
+
+
+def test_numbers_in_exponent_notation_are_numbers_in_files_too(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 3e-4\n")
+    assert load_config(str(tmp_path / "run.yaml")).learning_rate == 3e-4
+    assert yaml.safe_load("3e-4") == "3e-4"

@@ -1,0 +1,118 @@
+"""One, two and three processes on the CPU train the same."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import distributed_worker
+from accelerate import PartialState
+
+from nft.distributed import Processes
+from nft.tasks import TASKS
+from nft.worlds.shapes.tiny import build_pipeline
+
+LOCAL = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def by_torchrun(count, folder, pipeline):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    command = [sys.executable, *launcher, distributed_worker.__file__, folder, pipeline]
+    done = subprocess.run(command, env={**os.environ, **LOCAL}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def by_fork(count, folder, pipeline):
+    """As torchrun does it, without importing everything once more."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update({k: str(v) for k, v in numbers.items()})
+            os.environ.update(LOCAL, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            PartialState._reset_state()
+            try:
+                distributed_worker.run(Path(folder), pipeline)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * count
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    pipeline = str(folder / "pipeline")
+    build_pipeline().save_pretrained(pipeline)
+    threads, shapes = torch.get_num_threads(), TASKS["shapes"]
+    try:
+        distributed_worker.run(folder / "run1", pipeline)
+        by_fork(2, str(folder / "run2"), pipeline)
+    finally:
+        torch.set_num_threads(threads)
+        TASKS["shapes"] = shapes
+    by_torchrun(3, str(folder / "run3"), pipeline)
+    return folder, {
+        count: [torch.load(folder / f"run{count}-{rank}.pt") for rank in range(count)] for count in (1, 2, 3)
+    }
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_same_pictures_advantages_and_weights_as_one_process(runs, count):
+    _, found = runs
+    (one,), many = found[1], found[count]
+    assert [out["processes"] for out in many] == [count] * count
+    for out in many:
+        # The first epoch's pictures come from equal weights: all that differs is the batch that they were drawn in.
+        torch.testing.assert_close(out["x0"][0], one["x0"][0], rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(out["r"], one["r"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for name in ("trained", "old", "ema"):
+            for ours, theirs in zip(out[name], one[name], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_all_processes_hold_the_same_bits(runs, count):
+    first, *others = runs[1][count]
+    for other in others:
+        for name in ("r", "x0", "trained", "old", "ema"):
+            assert all(map(torch.equal, first[name], other[name]))
+
+
+def test_one_process_writes(runs):
+    folder, found = runs
+    logs = {}
+    for count in found:
+        lines = (folder / f"run{count}" / "metrics.jsonl").read_text().splitlines()
+        logs[count] = [json.loads(line) for line in lines]
+        assert [line["epoch"] for line in logs[count]] == [0, 1, 2, 2]
+    for count in (2, 3):
+        for one, many in zip(logs[1], logs[count], strict=True):
+            assert one.keys() == many.keys()
+            for key in one.keys() & {"reward", "loss", "grad_norm", "kl", "velocity_rms", "eval_strict"}:
+                assert one[key] == pytest.approx(many[key], rel=1e-3, abs=1e-7), key
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 3, 7, 288])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_cover_everything_once_and_evenly(total, count):
+    processes = Processes("cpu")
+    processes.count = count
+    shares = [range(total)[processes.share(total, rank)] for rank in range(count)]
+    assert [i for share in shares for i in share] == list(range(total))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

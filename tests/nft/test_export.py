@@ -1,0 +1,78 @@
+"""What a run exports gives, in plain diffusers, the pictures that the trainer's policy draws."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import StableDiffusion3Pipeline
+from distributed_worker import Brightness
+from typer.testing import CliRunner
+
+from nft.cli import app
+from nft.config import load_config
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
+         "eval_steps=1", "eval_solver=euler", "lora_rank=4", "lora_alpha=12", "epochs=2",
+         "learning_rate=0.01"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    build_pipeline().save_pretrained(folder / "pipeline")
+    before, TASKS["shapes"] = TASKS["shapes"], Brightness
+    try:
+        run = Trainer(load_config("shapes", [f"pipeline={folder / 'pipeline'}", *SMALL]), folder / "run")
+        run.train()
+    finally:
+        TASKS["shapes"] = before
+    return run
+
+
+def velocities(transformer):
+    g = torch.Generator().manual_seed(0)
+    x, embeds, pooled = (torch.randn(2, *shape, generator=g) for shape in ((16, 8, 8), (20, 64), (64,)))
+    with torch.no_grad():
+        return transformer(x, embeds, pooled, torch.tensor([300.0, 800.0]), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("weights", ["ema", "default"])
+def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
+    base = StableDiffusion3Pipeline.from_pretrained(trainer.config.pipeline)
+    untouched = velocities(base.transformer)
+    if weights == "ema":
+        with trainer._averaged():
+            expected = velocities(trainer.policy.transformer)
+    else:
+        trainer.policy.use("default")
+        expected = velocities(trainer.policy.transformer)
+    assert (expected - untouched).abs().max() > 1e-3
+    for name, more in (("lora", []), ("merged", ["--merge"])):
+        arguments = ["export", str(trainer.folder), str(tmp_path / name), "--weights", weights, *more]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    base.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(velocities(base.transformer), expected, rtol=1e-4, atol=1e-5)
+    merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
+    assert not any("lora" in name for name, _ in merged.transformer.named_parameters())
+    torch.testing.assert_close(velocities(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere", "out"], "checkpoint: got '/nowhere'"),
+        (["RUN", "out", "--weights", "best"], "weights: got 'best'"),
+        (["RUN", "PIPELINE", "--merge"], "holds a pipeline already"),
+        (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"RUN": str(trainer.folder), "PIPELINE": trainer.config.pipeline}
+    result = CliRunner().invoke(app, ["export", *(names.get(argument, argument) for argument in arguments)])
+    assert result.exit_code == 2 and message in result.output.replace("\n", "")

@@ -1,0 +1,88 @@
+"""The plan against what a trainer really does: FLOPs by torch's counter, evaluations by counting calls."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("diffusers")
+
+from distributed_worker import Brightness
+
+from nft.config import ConfigError, load_config
+from nft.plan import plan
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
+         "eval_prompts_per_group=1", "eval_steps=2", "updates_per_epoch=3", "verify_kernels_steps=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    build_pipeline().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["kl_weight=0.1"],
+        ["gradient_checkpointing=true"],
+        ["objective=rwr", "rollout_solver=heun"],
+        ["adapter=full", "kl_weight=0.1"],
+        ["old_policy=delayed_0.999", "kl_weight=0.1"],
+    ],
+)
+def test_flops_and_evaluations_are_those_of_an_epoch(pipeline, tmp_path, monkeypatch, overrides):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    config = load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
+    trainer = Trainer(config, tmp_path)
+    # All but the transformer's products are left out of the measurement.
+    prompts = [entry["prompt"] for group in trainer.groups for entry in group]
+    trainer.policy.embed(prompts)
+    monkeypatch.setattr(trainer.policy, "decode", lambda x: torch.randint(0, 256, (len(x), 8, 8, 3), dtype=torch.uint8))
+    evaluations, velocity = [], trainer.policy.velocity
+    monkeypatch.setattr(
+        trainer.policy, "velocity", lambda x, *rest: (evaluations.append(len(x)), velocity(x, *rest))[1]
+    )
+    # The counter does not know the CPU's fused attention.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as rollout:
+        data = trainer.sample()
+    drawn = sum(evaluations)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as training:
+        trainer.optimize(data)
+    costs = plan(config, epoch=0)
+    assert costs.rollout_evaluations == drawn
+    assert costs.training_evaluations == sum(evaluations) - drawn
+    assert costs.rollout_flops == pytest.approx(rollout.get_total_flops(), rel=0.01)
+    assert costs.training_flops == pytest.approx(training.get_total_flops(), rel=0.01)
+
+
+def test_sd35_medium_has_its_published_size_and_fits_an_80_gb_gpu():
+    costs = plan(load_config("sd35_geneval"), 8)
+    # 2.5 billion with the table of positions (model page); the eight projections of 24 blocks at rank 32, 13 of which
+    # have a second attention that is not adapted, and the last of which adds nothing to the text: 1536 x 32 x 2 each.
+    assert 2.2e9 < costs.parameters < 2.5e9
+    assert costs.trained_parameters == (24 * 8 - 1) * 2 * 1536 * 32
+    assert costs.rollout_evaluations == 48 * 24 * 10
+    assert sum(costs.memory.values()) < 80e9
+
+
+def test_time_and_memory_follow_from_the_settings(pipeline):
+    config = load_config("shapes", [f"pipeline={pipeline}", *SMALL])
+    one, two = plan(config, 1, tflops=1), plan(config, 2, tflops=1)
+    assert one.seconds == pytest.approx((one.rollout_flops + one.training_flops) / 1e12)
+    assert one.seconds / 2 < two.seconds < 1.05 * one.seconds / 2
+    smaller = plan(config.model_copy(update={"micro_batch": 1}))
+    assert one.memory["activations"] == 5 * smaller.memory["activations"]
+
+
+def test_bad_plans_are_named(pipeline):
+    with pytest.raises(ConfigError, match="pipeline: the transformer's settings of '/nowhere'"):
+        plan(load_config("shapes", ["pipeline=/nowhere"]))
+    with pytest.raises(ValueError, match="got 0"):
+        plan(load_config("shapes", [f"pipeline={pipeline}"]), 0)
