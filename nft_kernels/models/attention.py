@@ -75,6 +75,7 @@ def _order(major: int) -> tuple[str, ...]:
     return (*newest, "flash2", "flash", "cudnn", "efficient", "math")
 
 
+@torch.compiler.disable
 def select(choice: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     """Name of the implementation that ``attend`` is to run for tensors (B, S, H, d) like these.
 

@@ -38,7 +38,7 @@ def dense(x: Any) -> Any:
     return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
 
 
-def matching(name: str, x: Tensor, model: Tensor, shape: tuple[int, ...], kind: str) -> None:
+def matching(name: str, x: Any, model: Tensor, shape: tuple[int, ...], kind: str) -> None:
     """``x`` must be floating, of ``shape``, which ``kind`` describes, and on the device of ``model``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape {shape}")

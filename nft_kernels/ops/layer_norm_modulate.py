@@ -148,9 +148,9 @@ def layer_norm_modulate(
     _validate.number("eps", eps, positive=True)
     if y is not None:
         _validate.tensor_like("y", y, x, "x")
-    named = {"gate": gate, "scale": scale, "shift": shift, "scale2": scale2, "shift2": shift2}
+    named = {"scale": scale, "shift": shift, "gate": gate, "scale2": scale2, "shift2": shift2}
     for name, modulation in named.items():
-        if modulation is not None:
+        if modulation is not None or name in ("scale", "shift"):
             matching(name, modulation, x, (x.shape[0], x.shape[2]), "(B, D)")
     args = (x, y, gate, scale, shift, scale2, shift2, float(eps))
     if backend_of("layer_norm_modulate", backend, x) == "reference":

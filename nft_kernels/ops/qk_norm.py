@@ -155,7 +155,7 @@ def qk_norm(
         _validate.tensor_like("context_k", context_k, context_q, "context_q")
     names = "weight_q", "weight_k", "context_weight_q", "context_weight_k"
     for name, weight in zip(names, (weight_q, weight_k, *context[2:]), strict=True):
-        if weight is not None:
+        if weight is not None or not name.startswith("context"):
             matching(name, weight, q, q.shape[-1:], "(d,)")
     _validate.number("eps", eps, positive=True)
     args = (q, k, weight_q, weight_k, *context, float(eps))
