@@ -7,7 +7,8 @@ module is added or exchanged, so adapters, checkpoints and optimizers see the mo
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -24,6 +25,7 @@ from ..ops import _validate
 from ..ops.layer_norm_modulate import layer_norm_modulate
 from ..ops.qk_norm import qk_norm
 from . import attention as attention_kernels
+from . import float8
 
 try:
     from peft.tuners.lora import Linear as LoraLinear
@@ -42,6 +44,31 @@ class FastPath:
     backend: str
     attention_used: dict[tuple[Any, ...], str] = field(default_factory=dict)
     """Implementation that ran, by shape (B, S, H, d) of the queries, dtype, device and whether a gradient is kept."""
+    _quantized: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
+
+    @contextmanager
+    def float8(self) -> Iterator[None]:
+        """Take the products with frozen weights of the attention and feed-forward layers in float8, for rollouts only:
+        whatever policy is evaluated inside, and none that needs a gradient. Adapters keep their own dtype, and layers
+        that ``accelerate`` does not know theirs. Weights may be exchanged inside, but not changed in place.
+
+        Raises:
+            RuntimeError: at the first evaluation, where it cannot run, with the reason.
+        """
+        self._quantized = {}
+        try:
+            yield
+        finally:
+            self._quantized = None
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear, in float8 if so wanted. A weight is quantized once, and kept so that its address stays its own."""
+        if self._quantized is None:
+            return F.linear(x, weight, bias)
+        key = weight.data_ptr(), len(weight)
+        if key not in self._quantized:
+            self._quantized[key] = weight, float8.quantize(weight)
+        return float8.linear(x, self._quantized[key][1], bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
@@ -101,7 +128,7 @@ def _adapters(layer: Any) -> list[Adapter] | None:
     return [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in active]
 
 
-def _project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
+def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> list[Tensor]:
     """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
 
     Layers of another kind are called one by one, and so are all under torch.compile, which must not move weights.
@@ -113,7 +140,7 @@ def _project(layers: Sequence[Any], x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers]
     weight = _joined([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
-    outs = list(F.linear(x, weight, bias).split([linear.out_features for linear in linears], -1))
+    outs = list(product(x, weight, bias).split([linear.out_features for linear in linears], -1))
     pairs = [(i, *adapter) for i, found in enumerate(adapters) for adapter in found or ()]
     if pairs:
         dtype = outs[0].dtype
@@ -129,7 +156,10 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
     """Outputs of the attention for x (B, S, D) and, if given and wanted by the block, for the context (B, S', D)."""
 
     def qkv(names: tuple[str, ...], stream: Tensor) -> list[Tensor]:
-        return [y.unflatten(-1, (attn.heads, -1)) for y in _project([getattr(attn, name) for name in names], stream)]
+        return [
+            y.unflatten(-1, (attn.heads, -1))
+            for y in _project([getattr(attn, name) for name in names], stream, path.product)
+        ]
 
     q, k, v = qkv(QKV, x)
     joined = () if context is None else qkv(CONTEXT_QKV, context)
@@ -142,21 +172,21 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
     if joined:
         v = torch.cat([v, joined[2]], 1)
     out = path.attend(q, k, v)
-    results = [attn.to_out[0](out[:, : x.shape[1]])]
+    results = _project([attn.to_out[0]], out[:, : x.shape[1]], path.product)
     if context is not None and not attn.context_pre_only:
-        results.append(attn.to_add_out(out[:, x.shape[1] :]))
+        results += _project([attn.to_add_out], out[:, x.shape[1] :], path.product)
     return results
 
 
-def _feed_forward(ff: Any, x: Tensor) -> Tensor:
+def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
     linear = ff.net[0].proj
-    if x.is_cuda and not torch.is_grad_enabled() and type(linear) is nn.Linear:
+    if x.is_cuda and not torch.is_grad_enabled() and type(linear) is nn.Linear and path._quantized is None:
         # GELU in the product's epilogue, of which a gradient would need the argument. On CUDA it is the tanh form.
         hidden = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.T, use_gelu=True)
         hidden = hidden.unflatten(0, x.shape[:2])
     else:
-        hidden = ff.net[0](x)
-    return ff.net[2](hidden)
+        hidden = F.gelu(_project([linear], x, path.product)[0], approximate="tanh")
+    return _project([ff.net[2]], hidden, path.product)[0]
 
 
 def _block(
@@ -174,11 +204,11 @@ def _block(
         x = torch.addcmul(x, gate[:, None], y)
         (y,), gate = _attention(path, block.attn2, second[0]), dual[2]
     x, normed = norm(x, ff_scale, ff_shift, y=y, gate=gate)
-    x = torch.addcmul(x, ff_gate[:, None], _feed_forward(block.ff, normed))
+    x = torch.addcmul(x, ff_gate[:, None], _feed_forward(path, block.ff, normed))
     if not last:
         _, _, gate, ff_shift, ff_scale, ff_gate = context_mod
         context, normed = norm(context, ff_scale, ff_shift, y=context_y[0], gate=gate)
-        context = torch.addcmul(context, ff_gate[:, None], _feed_forward(block.ff_context, normed))
+        context = torch.addcmul(context, ff_gate[:, None], _feed_forward(path, block.ff_context, normed))
     return context, x
 
 
@@ -216,6 +246,14 @@ def _forward(
                 f"{name}: got {type(value).__name__}, accepted is None; restore(transformer) brings it back"
             )
     path = self._fast_path
+    if path._quantized is not None:
+        reason = float8.why_not(hidden_states)
+        if torch.is_grad_enabled():
+            reason = "it is for rollouts, under torch.no_grad()"
+        elif torch.compiler.is_compiling():
+            reason = "it is not known to torch.compile"
+        if reason is not None:
+            raise RuntimeError(f"float8: cannot run: {reason}")
     height, width = hidden_states.shape[-2:]
     x = self.pos_embed(hidden_states).contiguous()
     context = self.context_embedder(encoder_hidden_states)

@@ -18,11 +18,11 @@ def backend_of(op: str, backend: str, x: Tensor) -> str:
     Raises:
         ValueError, RuntimeError: as ``choose``, also for ``native``.
     """
-    wish = os.environ.get("NFT_KERNELS_BACKEND") or "auto" if backend == "auto" else backend
+    named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
+    wish = named or backend
     if wish == "native":
-        raise RuntimeError(
-            f"backend: 'native' cannot run: it has no kernel for {op}, accepted are triton and reference"
-        )
+        origin = "NFT_KERNELS_BACKEND" if named else "backend"
+        raise RuntimeError(f"{origin}: 'native' cannot run: it has no kernel for {op}, accepted are triton, reference")
     if wish != "auto":
         return choose(wish, x)
     if x.device.type != "cuda":

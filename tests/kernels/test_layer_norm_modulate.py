@@ -145,3 +145,14 @@ def test_compiles_and_passes_opcheck(backend):
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):
         layer_norm_modulate(**inputs(torch.float32, True, True) | change)
+
+
+def test_the_environment_chooses(monkeypatch):
+    named = inputs(torch.float32, False, False)
+    monkeypatch.setenv("NFT_KERNELS_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="NFT_KERNELS_BACKEND: 'native' cannot run"):
+        layer_norm_modulate(**named)
+    layer_norm_modulate(**named, backend="reference")
+    monkeypatch.setenv("NFT_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="NFT_KERNELS_BACKEND: got 'fast'"):
+        layer_norm_modulate(**named)
