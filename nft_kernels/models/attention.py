@@ -39,7 +39,8 @@ def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _selected(*qkv: Tensor) -> SDPBackend | None:
     """What scaled_dot_product_attention would run now; on the CPU it raises where nothing can, on a GPU it warns."""
     try:
-        chosen = torch._fused_sdp_choice(*_heads_first(*qkv))
+        with torch.enable_grad():
+            chosen = torch._fused_sdp_choice(*_heads_first(*qkv))
     except RuntimeError:
         return None
     return next((backend for backend in _TORCH.values() if backend.value == chosen), None)
@@ -77,11 +78,14 @@ def _order(major: int) -> tuple[str, ...]:
 
 @torch.compiler.disable
 def select(choice: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Name of the implementation that ``attend`` is to run for tensors (B, S, H, d) like these.
+    """Name of the implementation that ``attend`` is to run for tensors (B, S, H, d) like these, with a gradient or
+    without: policies that are compared should differ by their weights alone.
 
     Raises:
         RuntimeError: an explicit choice that cannot run, with the reason.
     """
+    with torch.inference_mode(False):
+        q, k, v = (torch.empty_like(x, requires_grad=True) for x in (q, k, v))
     if choice == "native":
         chosen = _selected(q, k, v)
         return next((name for name, backend in _TORCH.items() if backend is chosen), "math")

@@ -36,6 +36,10 @@ QKV = ("to_q", "to_k", "to_v")
 CONTEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
+# Devices on which the GELU in a product's epilogue is the tanh form that the model was trained with.
+_TANH_EPILOGUE = ("cuda",)
+
+
 @dataclass
 class FastPath:
     """What ``accelerate`` returns and the transformer's forward goes by."""
@@ -43,23 +47,36 @@ class FastPath:
     attention: str
     backend: str
     attention_used: dict[tuple[Any, ...], str] = field(default_factory=dict)
-    """Implementation that ran, by shape (B, S, H, d) of the queries, dtype, device and whether a gradient is kept."""
+    """Implementation that runs, by shape (B, S, H, d) of the queries, dtype and device."""
+    _in_rollout: bool = False
     _quantized: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
 
     @contextmanager
-    def float8(self) -> Iterator[None]:
-        """Take the products with frozen weights of the attention and feed-forward layers in float8, for rollouts only:
-        whatever policy is evaluated inside, and none that needs a gradient. Adapters keep their own dtype, and layers
-        that ``accelerate`` does not know theirs. Weights may be exchanged inside, but not changed in place.
+    def rollout(self, *, float8: bool = False) -> Iterator[None]:
+        """What only evaluations without a gradient can do: GELU in the epilogue of its product (on CUDA) and, if
+        wanted, the products with frozen weights of the attention and feed-forward layers in float8.
+
+        It is chosen here and not by the gradient mode, so that outside of it all policies are evaluated alike: one with
+        a gradient and one without agree bitwise where their weights do. Inside, adapters keep their own dtype, as do
+        layers that ``accelerate`` does not know. Weights may be exchanged inside, but not changed in place.
 
         Raises:
-            RuntimeError: at the first evaluation, where it cannot run, with the reason.
+            RuntimeError: at an evaluation that cannot run so, with the reason.
         """
-        self._quantized = {}
+        self._in_rollout, self._quantized = True, {} if float8 else None
         try:
             yield
         finally:
-            self._quantized = None
+            self._in_rollout, self._quantized = False, None
+
+    def check(self, x: Tensor) -> None:
+        """Whether the evaluation of x can run."""
+        if self._in_rollout and torch.is_grad_enabled():
+            raise RuntimeError("rollout: cannot run: it gives no gradients, evaluate under torch.no_grad()")
+        if self._quantized is not None:
+            reason = "torch.compile does not see it" if torch.compiler.is_compiling() else float8.why_not(x)
+            if reason is not None:
+                raise RuntimeError(f"float8: cannot run: {reason}")
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear, in float8 if so wanted. A weight is quantized once, and kept so that its address stays its own."""
@@ -72,8 +89,7 @@ class FastPath:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
-        keeps_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        key = tuple(q.shape), q.dtype, q.device, keeps_grad
+        key = tuple(q.shape), q.dtype, q.device
         if key not in self.attention_used:
             self.attention_used[key] = attention_kernels.select(self.attention, q, k, v)
         return attention_kernels.attend(self.attention_used[key], q, k, v).flatten(2)
@@ -180,8 +196,8 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
 
 def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
     linear = ff.net[0].proj
-    if x.is_cuda and not torch.is_grad_enabled() and type(linear) is nn.Linear and path._quantized is None:
-        # GELU in the product's epilogue, of which a gradient would need the argument. On CUDA it is the tanh form.
+    plain = type(linear) is nn.Linear and path._quantized is None
+    if path._in_rollout and plain and x.device.type in _TANH_EPILOGUE:
         hidden = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.T, use_gelu=True)
         hidden = hidden.unflatten(0, x.shape[:2])
     else:
@@ -246,14 +262,7 @@ def _forward(
                 f"{name}: got {type(value).__name__}, accepted is None; restore(transformer) brings it back"
             )
     path = self._fast_path
-    if path._quantized is not None:
-        reason = float8.why_not(hidden_states)
-        if torch.is_grad_enabled():
-            reason = "it is for rollouts, under torch.no_grad()"
-        elif torch.compiler.is_compiling():
-            reason = "it is not known to torch.compile"
-        if reason is not None:
-            raise RuntimeError(f"float8: cannot run: {reason}")
+    path.check(hidden_states)
     height, width = hidden_states.shape[-2:]
     x = self.pos_embed(hidden_states).contiguous()
     context = self.context_embedder(encoder_hidden_states)
