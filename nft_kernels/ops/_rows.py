@@ -24,7 +24,7 @@ def backend_of(op: str, backend: str, x: Tensor) -> str:
         origin = "NFT_KERNELS_BACKEND" if named else "backend"
         raise RuntimeError(f"{origin}: 'native' cannot run: it has no kernel for {op}, accepted are triton, reference")
     if wish != "auto":
-        return choose(wish, x)
+        return choose(backend, x)
     if x.device.type != "cuda":
         return "reference"
     try:
