@@ -76,16 +76,15 @@ def _order(major: int) -> tuple[str, ...]:
     return (*newest, "flash2", "flash", "cudnn", "efficient", "math")
 
 
-@torch.compiler.disable
-def select(choice: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Name of the implementation that ``attend`` is to run for tensors (B, S, H, d) like these, with a gradient or
-    without: policies that are compared should differ by their weights alone.
+def select(choice: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """Name of the implementation that ``attend`` is to run for queries, keys and values of this shape (B, S, H, d),
+    with a gradient or without: policies that are compared should differ by their weights alone.
 
     Raises:
         RuntimeError: an explicit choice that cannot run, with the reason.
     """
     with torch.inference_mode(False):
-        q, k, v = (torch.empty_like(x, requires_grad=True) for x in (q, k, v))
+        q, k, v = (torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
     if choice == "native":
         chosen = _selected(q, k, v)
         return next((name for name, backend in _TORCH.items() if backend is chosen), "math")
@@ -93,8 +92,12 @@ def select(choice: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return next((name for name in _order(_capability(q.device)) if why_not(name, q, k, v) is None), "math")
     reason = why_not(choice, q, k, v)
     if reason is not None:
-        raise RuntimeError(f"attention: {choice!r} cannot run for {q.dtype} of shape {tuple(q.shape)}: {reason}")
+        raise RuntimeError(f"attention: {choice!r} cannot run for {dtype} of shape {tuple(shape)}: {reason}")
     return choice
+
+
+# What torch.compiler.assume_constant_result sets, without importing the compiler: the choice is made while it looks.
+select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class FastPath:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
         key = tuple(q.shape), q.dtype, q.device
         if key not in self.attention_used:
-            self.attention_used[key] = attention_kernels.select(self.attention, q, k, v)
+            self.attention_used[key] = attention_kernels.select(self.attention, *key)
         return attention_kernels.attend(self.attention_used[key], q, k, v).flatten(2)
 
 
