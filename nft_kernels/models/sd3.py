@@ -126,12 +126,9 @@ def _adapters(layer: Any) -> list[Adapter] | None:
     wrapped = LoraLinear is not None and type(layer) is LoraLinear
     linear = layer.base_layer if wrapped else layer
     hooked = layer._forward_hooks or layer._forward_pre_hooks or linear._forward_hooks or linear._forward_pre_hooks
-    if (
-        type(linear) is not nn.Linear
-        or type(linear.weight) is not nn.Parameter
-        or linear.weight.requires_grad
-        or hooked
-    ):
+    if type(linear) is not nn.Linear or hooked:
+        return None
+    if any(type(p) is not nn.Parameter or p.requires_grad for p in linear.parameters()):
         return None
     if not wrapped:
         return []
@@ -151,8 +148,10 @@ def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> list[
     """
     adapters = [_adapters(layer) for layer in layers]
     linears = [getattr(layer, "base_layer", layer) for layer in layers]
-    plain = all(found is not None for found in adapters) and len({linear.bias is None for linear in linears}) == 1
-    if not plain or torch.compiler.is_compiling():
+    if None in adapters or torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    kinds = {(linear.bias is None, linear.weight.dtype, linear.weight.device) for linear in linears}
+    if len(kinds) > 1 or len({a.weight.dtype for found in adapters for a, _, _ in found or ()}) > 1:
         return [layer(x) for layer in layers]
     weight = _joined([linear.weight for linear in linears])
     bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])

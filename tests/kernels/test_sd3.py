@@ -222,10 +222,13 @@ def test_joined_parameters_keep_working_after_inference_mode_and_a_change_of_dty
     assert_same([out], [model(*inputs(torch.float64), return_dict=False)[0]], 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["trained base", "dora", "dropout", "hook", "some"])
+@pytest.mark.parametrize("kind", ["trained base", "trained biases", "dora", "dropout", "hook", "some"])
 def test_other_layers_are_called_as_they_are(model, kind):
     if kind == "trained base":
         model.requires_grad_(True)
+    elif kind == "trained biases":
+        for name, p in add_adapters(model).named_parameters():
+            p.requires_grad_(name.endswith("base_layer.bias"))
     elif kind == "dora":
         add_adapters(model, use_dora=True)
     elif kind == "dropout":
@@ -240,6 +243,23 @@ def test_other_layers_are_called_as_they_are(model, kind):
     accelerate(model)
     torch.manual_seed(5)
     assert_same(evaluate(model), wanted)
+
+
+@pytest.mark.parametrize("mixed", ["weights", "adapters"])
+def test_dtypes_may_differ_under_autocast(model, mixed):
+    add_adapters(model)
+    for name, p in model.named_parameters():
+        if "to_k" in name and ("lora" in name) == (mixed == "adapters"):
+            p.data = p.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = run(model)
+        accelerate(model)
+        got = run(model)
+    changed = {p.dtype for name, p in model.named_parameters() if "to_k" in name and "old" not in name}
+    assert got.dtype == wanted.dtype and changed == {torch.float32, torch.bfloat16}
+    restore(model)
+    exact = run(model.float())
+    assert (got - exact).norm() <= 2 * (wanted - exact).norm()
 
 
 def test_restore_gives_the_original_bitwise(model, tmp_path):
