@@ -17,13 +17,26 @@ else:
     else:
         from ._common import INTERPRETED
         from .add_noise import add_noise
+        from .layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_gradient
         from .nft_loss import nft_loss, nft_loss_gradient
+        from .qk_norm import qk_norm, qk_norm_gradient
         from .solver_step import solver_step
 
 # The backward computes the loss' gradient, and holds no buffer until then.
 GRADIENT_AHEAD = False
 
-__all__ = ["GRADIENT_AHEAD", "add_noise", "nft_loss", "nft_loss_gradient", "solver_step", "why_not"]
+__all__ = [
+    "GRADIENT_AHEAD",
+    "add_noise",
+    "layer_norm_modulate",
+    "layer_norm_modulate_gradient",
+    "nft_loss",
+    "nft_loss_gradient",
+    "qk_norm",
+    "qk_norm_gradient",
+    "solver_step",
+    "why_not",
+]
 
 
 def why_not(tensors: Sequence[Tensor]) -> str | None:

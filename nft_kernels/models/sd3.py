@@ -1,0 +1,342 @@
+"""A fused forward for Stable Diffusion 3 and 3.5 (Esser et al., arXiv 2403.03206) in diffusers' SD3Transformer2DModel.
+
+``accelerate(transformer)`` replaces the forward of that one instance and ``restore(transformer)`` puts it back. No
+module is added or exchanged, so adapters, checkpoints and optimizers see the model they know.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import RMSNorm
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from ..ops import _validate
+from ..ops.layer_norm_modulate import layer_norm_modulate
+from ..ops.qk_norm import qk_norm
+from . import attention as attention_kernels
+from . import float8
+
+try:
+    from peft.tuners.lora import Linear as LoraLinear
+except ImportError:
+    LoraLinear = None  # type: ignore[assignment, misc]
+
+QKV = ("to_q", "to_k", "to_v")
+CONTEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+# Devices on which the GELU in a product's epilogue is the tanh form that the model was trained with.
+_TANH_EPILOGUE = ("cuda",)
+
+
+@dataclass
+class FastPath:
+    """What ``accelerate`` returns and the transformer's forward goes by."""
+
+    attention: str
+    backend: str
+    attention_used: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    """Implementation that runs, by shape (B, S, H, d) of the queries, dtype and device."""
+    _in_rollout: bool = False
+    _quantized: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
+
+    @contextmanager
+    def rollout(self, *, float8: bool = False) -> Iterator[None]:
+        """What only evaluations without a gradient can do: GELU in the epilogue of its product (on CUDA) and, if
+        wanted, the products with frozen weights of the attention and feed-forward layers in float8.
+
+        It is chosen here and not by the gradient mode, so that outside of it all policies are evaluated alike: one with
+        a gradient and one without agree bitwise where their weights do. Inside, adapters keep their own dtype, as do
+        layers that ``accelerate`` does not know. Weights may be exchanged inside, but not changed in place.
+
+        Raises:
+            RuntimeError: at an evaluation that cannot run so, with the reason.
+        """
+        self._in_rollout, self._quantized = True, {} if float8 else None
+        try:
+            yield
+        finally:
+            self._in_rollout, self._quantized = False, None
+
+    def check(self, x: Tensor) -> None:
+        """Whether the evaluation of x can run."""
+        if self._in_rollout and torch.is_grad_enabled():
+            raise RuntimeError("rollout: cannot run: it gives no gradients, evaluate under torch.no_grad()")
+        if self._quantized is not None:
+            reason = "torch.compile does not see it" if torch.compiler.is_compiling() else float8.why_not(x)
+            if reason is not None:
+                raise RuntimeError(f"float8: cannot run: {reason}")
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear, in float8 if so wanted. A weight is quantized once, and kept so that its address stays its own."""
+        if self._quantized is None:
+            return F.linear(x, weight, bias)
+        key = weight.data_ptr(), len(weight)
+        if key not in self._quantized:
+            self._quantized[key] = weight, float8.quantize(weight)
+        return float8.linear(x, self._quantized[key][1], bias)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
+        key = tuple(q.shape), q.dtype, q.device
+        if key not in self.attention_used:
+            self.attention_used[key] = attention_kernels.select(self.attention, *key)
+        return attention_kernels.attend(self.attention_used[key], q, k, v).flatten(2)
+
+
+def _one_after_another(parameters: Sequence[Tensor]) -> bool:
+    """Whether they lie in one storage as a single tensor of all their rows would."""
+    storage, offset = parameters[0].untyped_storage().data_ptr(), parameters[0].storage_offset()
+    for p in parameters:
+        if p.untyped_storage().data_ptr() != storage or p.storage_offset() != offset or not p.is_contiguous():
+            return False
+        offset += p.numel()
+    return True
+
+
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
+    """One tensor of the rows of all parameters, which share its memory: whoever changes a parameter in place changes it
+    too, and parameters that were given other memory since, as by a merge of adapters, are moved together anew."""
+    if not _one_after_another(parameters):
+        # The parameters may outlive a caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            together = torch.cat(list(parameters))
+        for p, part in zip(parameters, together.split([len(p) for p in parameters]), strict=True):
+            p.data = part
+    first = parameters[0].detach()
+    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
+
+
+Adapter = tuple[nn.Linear, nn.Linear, float]
+
+
+def _adapters(layer: Any) -> list[Adapter] | None:
+    """Active LoRA products of a layer; None if it is not a frozen nn.Linear with or without plain LoRA around it."""
+    wrapped = LoraLinear is not None and type(layer) is LoraLinear
+    linear = layer.base_layer if wrapped else layer
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or linear._forward_hooks or linear._forward_pre_hooks
+    if type(linear) is not nn.Linear or hooked:
+        return None
+    if any(type(p) is not nn.Parameter or p.requires_grad for p in linear.parameters()):
+        return None
+    if not wrapped:
+        return []
+    if layer.disable_adapters or layer.merged:
+        # PEFT takes a merged adapter out of the weights when it is disabled.
+        return None if layer.disable_adapters and layer.merged else []
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if any(name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity for name in active):
+        return None
+    return [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in active]
+
+
+def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> list[Tensor]:
+    """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
+
+    Layers of another kind are called one by one, and so are all under torch.compile, which must not move weights.
+    """
+    adapters = [_adapters(layer) for layer in layers]
+    linears = [getattr(layer, "base_layer", layer) for layer in layers]
+    if None in adapters or torch.compiler.is_compiling():
+        return [layer(x) for layer in layers]
+    kinds = {(linear.bias is None, linear.weight.dtype, linear.weight.device) for linear in linears}
+    if len(kinds) > 1 or len({a.weight.dtype for found in adapters for a, _, _ in found or ()}) > 1:
+        return [layer(x) for layer in layers]
+    weight = _joined([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
+    outs = list(product(x, weight, bias).split([linear.out_features for linear in linears], -1))
+    pairs = [(i, *adapter) for i, found in enumerate(adapters) for adapter in found or ()]
+    if pairs:
+        dtype = outs[0].dtype
+        down = torch.cat([a.weight for _, a, _, _ in pairs])
+        lows = F.linear(x.to(down.dtype), down).split([a.out_features for _, a, _, _ in pairs], -1)
+        for (i, _, b, scaling), low in zip(pairs, lows, strict=True):
+            outs[i] = outs[i] + b(low) * scaling
+        outs = [out.to(dtype) for out in outs]
+    return outs
+
+
+def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
+    """Outputs of the attention for x (B, S, D) and, if given and wanted by the block, for the context (B, S', D)."""
+
+    def qkv(names: tuple[str, ...], stream: Tensor) -> list[Tensor]:
+        return [
+            y.unflatten(-1, (attn.heads, -1))
+            for y in _project([getattr(attn, name) for name in names], stream, path.product)
+        ]
+
+    q, k, v = qkv(QKV, x)
+    joined = () if context is None else qkv(CONTEXT_QKV, context)
+    if attn.norm_q is not None:
+        weights = attn.norm_q.weight, attn.norm_k.weight
+        more = (*joined[:2], attn.norm_added_q.weight, attn.norm_added_k.weight) if joined else ()
+        q, k = qk_norm(q, k, *weights, *more, eps=attn.norm_q.eps, backend=path.backend)
+    elif joined:
+        q, k = torch.cat([q, joined[0]], 1), torch.cat([k, joined[1]], 1)
+    if joined:
+        v = torch.cat([v, joined[2]], 1)
+    out = path.attend(q, k, v)
+    results = _project([attn.to_out[0]], out[:, : x.shape[1]], path.product)
+    if context is not None and not attn.context_pre_only:
+        results += _project([attn.to_add_out], out[:, x.shape[1] :], path.product)
+    return results
+
+
+def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
+    linear = ff.net[0].proj
+    plain = type(linear) is nn.Linear and path._quantized is None
+    if path._in_rollout and plain and x.device.type in _TANH_EPILOGUE:
+        hidden = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.T, use_gelu=True)
+        hidden = hidden.unflatten(0, x.shape[:2])
+    else:
+        hidden = F.gelu(_project([linear], x, path.product)[0], approximate="tanh")
+    return _project([ff.net[2]], hidden, path.product)[0]
+
+
+def _block(
+    path: FastPath, block: Any, x: Tensor, context: Tensor, mod: Sequence[Tensor], context_mod: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One joint block: x (B, S, D) and context (B, S', D) under modulations (B, D), in the order of their linears."""
+    norm = functools.partial(layer_norm_modulate, eps=block.norm1.norm.eps, backend=path.backend)
+    shift, scale, gate, ff_shift, ff_scale, ff_gate, *dual = mod
+    last = block.context_pre_only
+    context_scale, context_shift = context_mod if last else (context_mod[1], context_mod[0])
+    _, normed, *second = norm(x, scale, shift, *((dual[1], dual[0]) if dual else ()))
+    _, normed_context = norm(context, context_scale, context_shift)
+    y, *context_y = _attention(path, block.attn, normed, normed_context)
+    if dual:
+        x = torch.addcmul(x, gate[:, None], y)
+        (y,), gate = _attention(path, block.attn2, second[0]), dual[2]
+    x, normed = norm(x, ff_scale, ff_shift, y=y, gate=gate)
+    x = torch.addcmul(x, ff_gate[:, None], _feed_forward(path, block.ff, normed))
+    if not last:
+        _, _, gate, ff_shift, ff_scale, ff_gate = context_mod
+        context, normed = norm(context, ff_scale, ff_shift, y=context_y[0], gate=gate)
+        context = torch.addcmul(context, ff_gate[:, None], _feed_forward(path, block.ff_context, normed))
+    return context, x
+
+
+def _modulations(transformer: Any, temb: Tensor) -> list[tuple[Tensor, ...]]:
+    """All modulations of one timestep: of the blocks' samples and contexts in turn, and of the output."""
+    norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
+    outs = _project([norm.linear for norm in (*norms, transformer.norm_out)], F.silu(temb))
+    return [out.split(temb.shape[-1], -1) for out in outs]
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+    block_controlnet_hidden_states: None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    return_dict: bool = True,
+    skip_layers: None = None,
+) -> Any:
+    """As SD3Transformer2DModel.forward.
+
+    Raises:
+        ValueError: one of the options that only the original forward knows.
+    """
+    options = {
+        "block_controlnet_hidden_states": block_controlnet_hidden_states,
+        "joint_attention_kwargs": joint_attention_kwargs or None,
+        "skip_layers": skip_layers,
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: got {type(value).__name__}, accepted is None; restore(transformer) brings it back"
+            )
+    path = self._fast_path
+    path.check(hidden_states)
+    height, width = hidden_states.shape[-2:]
+    x = self.pos_embed(hidden_states).contiguous()
+    context = self.context_embedder(encoder_hidden_states)
+    *mods, out_mod = _modulations(self, self.time_text_embed(timestep, pooled_projections))
+    for block, mod, context_mod in zip(self.transformer_blocks, mods[::2], mods[1::2], strict=True):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            context, x = self._gradient_checkpointing_func(_block, path, block, x, context, mod, context_mod)
+        else:
+            context, x = _block(path, block, x, context, mod, context_mod)
+    scale, shift = out_mod
+    _, x = layer_norm_modulate(x, scale, shift, eps=self.norm_out.norm.eps, backend=path.backend)
+    p = self.config.patch_size
+    patches = self.proj_out(x).unflatten(-1, (p, p, self.out_channels)).unflatten(1, (height // p, width // p))
+    sample = torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)
+    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _check(transformer: SD3Transformer2DModel) -> None:
+    for name, attn in transformer.named_modules():
+        if not isinstance(attn, Attention):
+            continue
+        if type(attn.processor) is not JointAttnProcessor2_0 or attn.fused_projections:
+            kind = f"{type(attn.processor).__name__} in {name}"
+            raise ValueError(f"transformer: got {kind}, accepted is JointAttnProcessor2_0 without fused projections")
+        for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
+            if norm is not None and (type(norm) is not RMSNorm or norm.weight is None or norm.bias is not None):
+                raise ValueError(
+                    f"transformer: got {type(norm).__name__} in {name}, accepted is qk_norm='rms_norm' or None"
+                )
+    if any(block._chunk_size is not None for block in transformer.transformer_blocks):
+        raise ValueError("transformer: got forward chunking, accepted is none: call disable_forward_chunking() first")
+
+
+def accelerate(transformer: SD3Transformer2DModel, *, attention: str = "auto", backend: str = "auto") -> FastPath:
+    """Give this transformer a fused forward, in place, until ``restore``.
+
+    Frozen projections of the same input are moved together in memory (their parameters stay what they are), so that one
+    matrix product makes queries, keys and values, and another all modulations of a timestep.
+
+    Args:
+        transformer: any SD3 or SD3.5 transformer of diffusers, with or without LoRA adapters of PEFT, which may come,
+            go, be switched or be merged at any time.
+        attention: ``auto`` takes the first that can run for a shape; ``native`` is torch's own choice among ``cudnn``,
+            ``flash``, ``efficient`` and ``math``; ``flash2``, ``flash3`` and ``flash4`` are the packages flash_attn,
+            flash_attn_interface and flash_attn.cute. A choice that cannot run raises at the first forward.
+        backend: of the fused normalizations: ``auto``, ``triton`` or ``reference``.
+
+    Returns:
+        The handle; its ``attention_used`` says which attention ran for which shapes.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named, with what is accepted.
+    """
+    if not isinstance(transformer, SD3Transformer2DModel):
+        raise TypeError(f"transformer: got {type(transformer).__name__}, accepted is diffusers' SD3Transformer2DModel")
+    _validate.choice("attention", attention, attention_kernels.CHOICES)
+    _validate.choice("backend", backend, ("auto", "triton", "reference"))
+    if "forward" in vars(transformer):
+        raise ValueError("transformer: its forward was already replaced, by accelerate or by hooks; restore it first")
+    _check(transformer)
+    path = FastPath(attention, backend)
+    transformer._fast_path = path
+    transformer.forward = MethodType(_forward, transformer)
+    return path
+
+
+def restore(transformer: SD3Transformer2DModel) -> None:
+    """Undo ``accelerate``: diffusers' forward again, and weights that were moved together in memory of their own.
+
+    Raises:
+        ValueError: a transformer that is not accelerated.
+    """
+    if "_fast_path" not in vars(transformer):
+        raise ValueError("transformer: got one that is not accelerated")
+    del transformer.forward, transformer._fast_path
+    for p in transformer.parameters():
+        if p.untyped_storage().nbytes() != p.numel() * p.element_size():
+            p.data = p.data.clone()

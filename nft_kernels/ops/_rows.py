@@ -1,0 +1,54 @@
+"""Shared by the ops on rows of a transformer, which have Triton kernels only."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import choose
+from . import _validate
+
+
+def backend_of(op: str, backend: str, x: Tensor) -> str:
+    """``choose`` without the C++ kernels: ``triton`` or ``reference``.
+
+    Raises:
+        ValueError, RuntimeError: as ``choose``, also for ``native``.
+    """
+    named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
+    wish = named or backend
+    if wish == "native":
+        origin = "NFT_KERNELS_BACKEND" if named else "backend"
+        raise RuntimeError(f"{origin}: 'native' cannot run: it has no kernel for {op}, accepted are triton, reference")
+    if wish != "auto":
+        return choose(backend, x)
+    if x.device.type != "cuda":
+        return "reference"
+    try:
+        return choose("triton", x)
+    except RuntimeError:
+        return "reference"
+
+
+def dense(x: Any) -> Any:
+    """``x``, copied if it is a tensor whose rows are not dense."""
+    return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
+
+
+def matching(name: str, x: Any, model: Tensor, shape: tuple[int, ...], kind: str) -> None:
+    """``x`` must be floating, of ``shape``, which ``kind`` describes, and on the device of ``model``."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape {shape}")
+    _validate.floating(name, x.dtype)
+    if x.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {kind} = {shape}")
+    if x.device != model.device:
+        raise ValueError(f"{name}: got device {x.device}, accepted is {model.device}")
+
+
+def call(op: Any, function: Any, *args: Any) -> Any:
+    """The op that the compiler knows while it looks, else the autograd function."""
+    return op(*args) if torch.compiler.is_compiling() else function.apply(*args)

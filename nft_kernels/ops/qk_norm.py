@@ -1,0 +1,164 @@
+"""``qk_norm``: queries and keys of one or two streams, normalized and written into one sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..backends import load
+from ..reference import compute_dtype
+from ..reference import qk_norm as reference
+from . import _validate
+from ._rows import backend_of, call, dense, matching
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """(B, S, H, d) as (B, S, H d)."""
+    return [dense(x.flatten(2)) for x in tensors]
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    context_q: Tensor | None,
+    context_k: Tensor | None,
+    context_weight_q: Tensor | None,
+    context_weight_k: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    joint = _fake(q, k, weight_q, weight_k, context_q)
+    kernel, heads, length = load("triton").qk_norm, q.shape[2], q.shape[1]
+    kernel(_rows(q, k), (weight_q, weight_k), _rows(*(x[:, :length] for x in joint)), heads, eps)
+    if context_q is not None and context_k is not None:
+        weights = context_weight_q, context_weight_k
+        kernel(_rows(context_q, context_k), weights, _rows(*(x[:, length:] for x in joint)), heads, eps)
+    return joint
+
+
+def _fake(q, k, weight_q, weight_k, context_q, *_):
+    batch, length, heads, dim = q.shape
+    shape = (batch, length + (0 if context_q is None else context_q.shape[1]), heads, dim)
+    return q.new_empty(shape), k.new_empty(shape)
+
+
+def _gradient(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, grad_q: Tensor, grad_k: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one stream's queries and keys."""
+    outputs = _fake_gradient(q, k)
+    load("triton").qk_norm_gradient(
+        _rows(q, k), (weight_q, weight_k), _rows(grad_q, grad_k), _rows(*outputs), q.shape[2], eps
+    )
+    return outputs
+
+
+def _fake_gradient(q, k, *_):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+_op = torch.library.custom_op("nft_kernels::qk_norm", _run, mutates_args=())
+_op.register_fake(_fake)
+_gradient_op = torch.library.custom_op("nft_kernels::qk_norm_gradient", _gradient, mutates_args=())
+_gradient_op.register_fake(_fake_gradient)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, eps: float) -> Tensor:
+    dtype = compute_dtype(x, weight)
+    return (grad.to(dtype) * reference.rms_norm(x.to(dtype), torch.ones_like(weight), eps)).sum((0, 1, 2))
+
+
+def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    results: list[Tensor | None] = []
+    length = saved[0].shape[1]
+    for first, part in ((0, slice(None, length)), (4, slice(length, None))):
+        q, k, *weights = saved[first : first + 4]
+        if q is None:
+            results += [None] * 4
+            continue
+        parts = [grad[:, part] for grad in grads]
+        results += gradient(q, k, *weights, *parts, ctx.eps)
+        # Training of adapters leaves the weights frozen, so plain PyTorch will do.
+        for x, weight, grad, i in zip((q, k), weights, parts, (2, 3), strict=True):
+            wanted = ctx.needs_input_grad[first + i]
+            results.append(_weight_gradient(x, weight, grad, ctx.eps) if wanted else None)
+    return (*results, None)
+
+
+_op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), setup_context=_setup_context)
+
+
+class _Fused(torch.autograd.Function):
+    forward = staticmethod(_run)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, _gradient, grads)
+
+
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    context_q: Tensor | None = None,
+    context_k: Tensor | None = None,
+    context_weight_q: Tensor | None = None,
+    context_weight_k: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of queries and keys over each head (Zhang and Sennrich, arXiv 1910.07467), written straight into the
+    joint sequence of a stream and its context, as the joint attention of Esser et al. (arXiv 2403.03206) takes it.
+
+    Computed in float32, or in float64 if any tensor is. Heads that are not dense in memory are copied.
+
+    Args:
+        q, k: (B, S, H, d), float32, bfloat16, float16 or float64.
+        weight_q, weight_k: (d,).
+        context_q, context_k: (B, S', H, d), appended to the sequence.
+        context_weight_q, context_weight_k: (d,). All four of the context or none.
+        eps: added to the mean square.
+        backend: ``auto``, ``triton`` or ``reference``.
+
+    Returns:
+        Queries and keys, (B, S + S', H, d), of the dtype of ``q`` and ``k``.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named, with what is accepted.
+        RuntimeError: an explicit backend that cannot run.
+    """
+    _validate.latents("q", q)
+    if q.ndim != 4:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, accepted is (B, S, H, d)")
+    _validate.tensor_like("k", k, q, "q")
+    context = context_q, context_k, context_weight_q, context_weight_k
+    given = sum(x is not None for x in context)
+    if given not in (0, 4):
+        raise ValueError(f"context_q, context_k and their weights: got {given} of the 4, accepted are all or none")
+    if context_q is not None and context_k is not None:
+        _validate.latents("context_q", context_q)
+        matching("context_q", context_q, q, (q.shape[0], *context_q.shape[1:2], *q.shape[2:]), "(B, S', H, d)")
+        _validate.tensor_like("context_k", context_k, context_q, "context_q")
+    names = "weight_q", "weight_k", "context_weight_q", "context_weight_k"
+    for name, weight in zip(names, (weight_q, weight_k, *context[2:]), strict=True):
+        if weight is not None or not name.startswith("context"):
+            matching(name, weight, q, q.shape[-1:], "(d,)")
+    _validate.number("eps", eps, positive=True)
+    args = (q, k, weight_q, weight_k, *context, float(eps))
+    if backend_of("qk_norm", backend, q) == "reference":
+        return reference.qk_norm(*args)
+    return call(_op, _Fused, *args)

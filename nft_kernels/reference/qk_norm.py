@@ -1,0 +1,35 @@
+"""RMS norm of queries and keys (Zhang and Sennrich, arXiv 1910.07467) of two streams joined into one sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import compute_dtype
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    dtype = compute_dtype(x, weight)
+    wide = x.to(dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)).to(x.dtype)
+
+
+def qk_norm(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    context_q: Tensor | None,
+    context_k: Tensor | None,
+    context_weight_q: Tensor | None,
+    context_weight_k: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, S + S', H, d) of streams (B, S, H, d) and (B, S', H, d), each with its own weights (d,)."""
+    q, k = rms_norm(q, weight_q, eps), rms_norm(k, weight_k, eps)
+    if context_q is not None and context_k is not None:
+        assert context_weight_q is not None and context_weight_k is not None
+        q = torch.cat([q, rms_norm(context_q, context_weight_q, eps)], 1)
+        k = torch.cat([k, rms_norm(context_k, context_weight_k, eps)], 1)
+    return q, k

@@ -1,0 +1,58 @@
+"""The kernels on rows of a transformer, compiled ahead of time as test_triton_aot does with the others."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import test_triton_aot as aot
+import torch
+
+# Rows are dense in any layout.
+CASES = [case for case in aot.CASES if case[1] == "dense"]
+KERNELS = {"_differentiate": 4, "_layer_norm_modulate": 2, "_qk_norm": 2}
+
+
+def launch_all(backend, dtype, _):
+    """Both ops with all they can do and with as little, at the sizes of Stable Diffusion 3.5 Medium and Large."""
+
+    def tensor(width):
+        """Part of a fused projection."""
+        return torch.zeros(2, 32, 3 * width, dtype=dtype).split(width, -1)[1]
+
+    none = torch.empty(0, dtype=dtype)
+    for width, full in ((1536, True), (2432, False)):
+        row, x = torch.zeros(2, 9 * width, dtype=dtype).split(width, -1)[0], tensor(width)
+        dual, y = (row, tensor(width)) if full else (None, None)
+        h, out2 = (tensor(width), tensor(width)) if full else (none, none)
+        backend.layer_norm_modulate(x, y, dual, row, row, dual, dual, h, tensor(width), out2, 1e-6)
+        grads = (tensor(width) if full else None, tensor(width), tensor(width) if full else None)
+        backend.layer_norm_modulate_gradient(x, dual, row, dual, *grads, tensor(width), out2, 1e-6)
+        pair, weights = [tensor(width), tensor(width)], [torch.zeros(64, dtype=dtype)] * 2
+        backend.qk_norm(pair, weights, pair, width // 64, 1e-6)
+        backend.qk_norm_gradient(pair, weights, pair, pair, width // 64, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def report():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(("dtype", "layout"), CASES)
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_kernels_compile_without_spills(report, target, dtype, layout):
+    rows = [row for row in report if row["case"] == [target, dtype, layout]]
+    names = [row["kernel"] for row in rows]
+    assert {name: names.count(name) for name in sorted(names)} == KERNELS
+    assert all(row["spilled"] == 0 for row in rows)
+    assert all(row["vectorized"] for row in rows)
+
+
+if __name__ == "__main__":
+    aot.launch_all, aot.CASES = launch_all, CASES
+    aot.main()
