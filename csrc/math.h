@@ -123,7 +123,7 @@ struct WeightedSums {
   }
 };
 
-// Whether there is more than one mask or r in a sample, or coefficients that take more than the plain sums.
+// Whether elements of a sample count differently or the gradient flows through the weights: that takes WeightedSums.
 NFT_HD bool elementwise(const LossArgs& a) { return a.has_mask || a.r_per_element || !a.detach_weight; }
 
 // Where the elements of sample b are; packed tensors are one row, of which the samples are parts.

@@ -29,7 +29,8 @@ int main() {
   for (int64_t batch : {1, 2, 9, 512, 513, 70000})
     for (int64_t packs : {1, 2, 31, 32, 255, 256, 257, 8192, 100003, 1 << 28}) {
       const Slices s = slices_of(batch, packs);
-      expect(s.splits >= 1 && batch * s.splits <= batch + kBlocks, "slices for the workspace");
+      expect(s.splits >= 1 && s.splits <= most_splits(batch), "slices for the grid");
+      expect(batch * most_splits(batch) <= batch + kBlocks, "slices for the workspace");
       expect(s.first(0) == 0 && s.last(s.splits - 1) == packs, "both ends");
       for (int64_t i = 0; i < s.splits; ++i) {
         expect(s.first(i) < s.last(i), "no slice is empty");
