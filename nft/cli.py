@@ -101,8 +101,8 @@ def train(
         except KeyboardInterrupt:
             progress.stop()
             again = " ".join(["nft train", f"--config {config}", f"--output {folder} --resume", *(overrides or [])])
-            saved = f"epoch {trainer.epoch} is saved; go on with\n  {again}"
-            _console.print(f"stopped: {saved if trainer.epoch else 'no epoch was finished'}")
+            kept = f"epoch {trainer.epoch} is saved; go on with\n  {again}"
+            _console.print(f"stopped: {kept if trainer.epoch else 'no epoch was finished'}")
             raise typer.Exit(130) from None
         except (AlarmError, CheckpointError, KernelMismatchError, OSError) as error:
             progress.stop()

@@ -68,7 +68,6 @@ class Trainer:
         self.score: float | None = None
         """Held-out score of the weights as they are, where it was measured."""
         self.epoch = self.step = 0
-        self.stage: Config | None = None
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
             self._load(found[-1])
         self._enter_stage()
@@ -81,13 +80,10 @@ class Trainer:
 
     def _enter_stage(self) -> None:
         """Take the settings of the epoch that comes, and what is built from them."""
-        c = self.config.at(self.epoch)
+        c = self.stage = self.config.at(self.epoch)
         if self.epoch and c is not self.config.at(self.epoch - 1):
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
-        if c is self.stage:
-            return
-        self.stage = c
         self.grid = times(c.rollout_steps, self.policy.pipeline.scheduler.config.shift)
         table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
         self.objective = OBJECTIVES[c.objective]
@@ -361,12 +357,12 @@ class Trainer:
         if self.epoch == 0:
             if self.config.preflight:
                 preflight(self)
-            metrics, *shown = self._evaluate()
-            self.log(metrics)
-            on_epoch(metrics)
-            on_eval(0, *shown)
+            held_out = self._evaluate()
+            on_epoch(held_out[0])
+            on_eval(0, *held_out[1:])
         while self.epoch < self.config.epochs:
-            self._enter_stage()
+            if self.config.at(self.epoch) is not self.stage:
+                self._enter_stage()
             self.score = None
             begin = time.perf_counter()
             data = self.sample()
@@ -375,19 +371,21 @@ class Trainer:
             metrics |= {"reward": reward, "strict": strict, "seconds": time.perf_counter() - begin}
             metrics["alarms"] = self.alarms.epoch(metrics)
             self.log(metrics)
-            shown = None
-            if self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs:
-                held_out, *shown = self._evaluate()
-                self.log(held_out)
+            due = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
+            if due:
+                held_out = self._evaluate()
             # After the evaluation, so that a checkpoint has everything that was logged before it.
             self.save()
             on_epoch(metrics)
-            if shown:
-                on_epoch(held_out)
-                on_eval(self.epoch, *shown)
+            if due:
+                on_epoch(held_out[0])
+                on_eval(self.epoch, *held_out[1:])
         self.tracker.finish()
 
     def _evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
-        metrics, pictures, prompts = self.evaluate()
-        self.score = metrics["eval_strict"]
-        return {**metrics, "alarms": self.alarms.evaluation(self.score)}, pictures, prompts
+        """Evaluate, compare with the last time, and log."""
+        scores, pictures, prompts = self.evaluate()
+        self.score = scores["eval_strict"]
+        metrics = {**scores, "alarms": self.alarms.evaluation(self.score)}
+        self.log(metrics)
+        return metrics, pictures, prompts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from nft_kernels import nft_loss, optimality_probability
@@ -20,7 +22,7 @@ def loss(batch: Batch, config: Config, verify: bool) -> Loss:
     """``nft_kernels.nft_loss``; where the old policy is the trained one, its velocity is v_theta itself."""
     v_old = batch.v_theta.detach() if batch.v_old is None else batch.v_old
     tensors = (batch.v_theta, v_old, batch.x_t, batch.x0, batch.t, batch.weights)
-    options = {
+    options: dict[str, Any] = {
         "v_ref": batch.v_ref,
         "beta": config.beta,
         "adv_clip_max": config.adv_clip_max,

@@ -26,7 +26,8 @@ LOCAL = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 def by_torchrun(count, folder, pipeline):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command = [sys.executable, *launcher, distributed_worker.__file__, folder, pipeline]
-    done = subprocess.run(command, env={**os.environ, **LOCAL}, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, **LOCAL, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -42,8 +42,10 @@ def test_flops_and_evaluations_are_those_of_an_epoch(pipeline, tmp_path, monkeyp
     config = load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
     trainer = Trainer(config, tmp_path)
     # All but the transformer's products are left out of the measurement.
-    prompts = [entry["prompt"] for group in trainer.groups for entry in group]
-    trainer.policy.embed(prompts)
+    embeds, pooled = trainer.policy.embed(["a red circle"])
+    monkeypatch.setattr(
+        trainer.policy, "embed", lambda prompts: (embeds.expand(len(prompts), -1, -1), pooled.expand(len(prompts), -1))
+    )
     monkeypatch.setattr(trainer.policy, "decode", lambda x: torch.randint(0, 256, (len(x), 8, 8, 3), dtype=torch.uint8))
     evaluations, velocity = [], trainer.policy.velocity
     monkeypatch.setattr(

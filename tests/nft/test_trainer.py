@@ -73,6 +73,27 @@ def test_interrupted_and_resumed_run_equals_an_unbroken_one(pipeline, tmp_path):
     assert write_report(tmp_path / "whole").read_text().count("data:image/png") == 1
 
 
+def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_path):
+    stages = "stages=[{epochs: 1}, {epochs: 2, rollout_steps: 4, timesteps_per_sample: 3, learning_rate: 0.01}]"
+    whole = Trainer(settings(pipeline, stages), tmp_path / "whole")
+    seen = []
+    whole.train(lambda metrics: seen.append((whole.epoch, len(whole.grid), whole.optimizer.param_groups[0]["lr"])))
+    assert seen == [(0, 4, 1e-3), (1, 4, 1e-3), (2, 5, 0.01), (2, 5, 0.01), (3, 5, 0.01), (3, 5, 0.01)]
+    for stop in (1, 2):
+        first = Trainer(settings(pipeline, stages), tmp_path / str(stop))
+
+        def interrupt(metrics, run=first, stop=stop):
+            if run.epoch == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            first.train(interrupt)
+        second = Trainer(settings(pipeline, stages), tmp_path / str(stop), resume=True)
+        second.train()
+        assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
+        assert second.alarms.state() == whole.alarms.state()
+
+
 def test_base_weights_never_change(pipeline, tmp_path):
     trainer = Trainer(settings(pipeline, "epochs=1"), tmp_path / "run")
     base = {n: p.clone() for n, p in trainer.policy.transformer.named_parameters() if "lora" not in n}
