@@ -40,7 +40,7 @@ def _quieten_libraries() -> None:
 
 
 def _fail(error: Exception) -> typer.Exit:
-    _console.print(f"[red]error:[/red] {error}", highlight=False)
+    _console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 
