@@ -68,11 +68,12 @@ def train(
     from .alarms import AlarmError
     from .checkpoint import CheckpointError
     from .report import save_grid, write_report
+    from .rewards.base import RewardError
     from .trainer import Trainer
 
     try:
         trainer = Trainer(settings, folder, resume=resume)
-    except (CheckpointError, OSError, ValueError, TypeError) as error:
+    except (CheckpointError, RewardError, OSError, ValueError, TypeError) as error:
         raise _fail(error) from None
     main = trainer.processes.main
     _console.quiet = not main
@@ -104,7 +105,7 @@ def train(
             kept = f"epoch {trainer.epoch} is saved; go on with\n  {again}"
             _console.print(f"stopped: {kept if trainer.epoch else 'no epoch was finished'}")
             raise typer.Exit(130) from None
-        except (AlarmError, CheckpointError, KernelMismatchError, OSError) as error:
+        except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError) as error:
             progress.stop()
             raise _fail(error) from None
     if main:
@@ -254,7 +255,7 @@ def sample(
     grid = times(steps, policy.pipeline.scheduler.config.shift)
     with _console.status(f"drawing {len(entries)} pictures"), policy.merged("default"):
         pictures = policy.decode(
-            rollout(policy, entries, seeds, grid, solver, settings.rollout_batch, guidance=guidance)
+            rollout(policy, entries, seeds, grid, solver, min(settings.rollout_batch, len(entries)), guidance=guidance)
         ).cpu()
     output.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
+from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -16,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 from .alarms import THRESHOLDS
+from .rewards import registry
+from .rewards.pool import RewardSpec
 
 Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
@@ -41,9 +44,12 @@ class Config(BaseModel):
     task: Literal["shapes", "geneval", "rewards"] = "shapes"
     """``rewards`` scores with ``rewards`` on the prompts of ``prompts``; the others bring both."""
     prompts: str | None = Field(None, min_length=1)
-    """A bundled set of prompts or a file, for the task ``rewards``."""
-    rewards: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Weight of every reward by name, for the task ``rewards``."""
+    """For the task ``rewards``: ``shapes``, ``geneval``, ``ocr``, or a .txt or .jsonl file."""
+    held_out_prompts: str | None = Field(None, min_length=1)
+    """The same to evaluate on; by default of the same set, and beside a file it must be given."""
+    rewards: dict[str, Any] = {}
+    """For the task ``rewards``: the weight of every reward by name, or the settings of ``RewardSpec``, such as
+    ``{mine: {reward: "module:attribute", weight: 0.5, workers: 2}}``. The first one is reported."""
     combine: Literal["sum", "normalized_sum", "gdpo", "per_reward"] = "sum"
     """How several rewards become one advantage."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -133,6 +139,21 @@ class Config(BaseModel):
                 raise ValueError(f"alarms.{name}: unknown key, did you mean {' or '.join(near)}?")
         return alarms
 
+    @field_validator("rewards")
+    @classmethod
+    def _known_rewards(cls, rewards: dict[str, Any]) -> dict[str, Any]:
+        for name, value in rewards.items():
+            spec = _reward_spec(name, value)
+            if ":" not in spec.reward and spec.reward not in registry.known():
+                near = get_close_matches(spec.reward, registry.known(), n=1)
+                guess = f", did you mean {near[0]}?" if near else ""
+                raise ValueError(f"rewards.{name}: unknown reward{guess}; `nft rewards` lists them")
+        return rewards
+
+    def reward_specs(self) -> dict[str, RewardSpec]:
+        """``rewards`` by the name that they are logged under."""
+        return {name: _reward_spec(name, value) for name, value in self.rewards.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         pairs = self.pictures * self.timesteps_per_sample
@@ -151,6 +172,8 @@ class Config(BaseModel):
             raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
         if self.task == "rewards" and self.prompts is None:
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
+        if self.combine == "per_reward" and self.objective != "nft":
+            raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
         for key, solver, steps, options in (
             ("rollout_solver", self.rollout_solver, self.rollout_steps, self.rollout_options),
             ("eval_solver", self.eval_solver, self.eval_steps, {}),
@@ -189,6 +212,10 @@ class Config(BaseModel):
         """The settings of one epoch (from 0): those of its stage, or these."""
         return self._stages[self.stage_index(epoch)] if self._stages else self
 
+    def all_stages(self) -> list[Config]:
+        """Every stage in its order, or these settings alone."""
+        return self._stages or [self]
+
     def stage_index(self, epoch: int) -> int:
         """Which stage an epoch (from 0) belongs to; the end belongs to the last."""
         ends = list(accumulate(stage.epochs for stage in self._stages))
@@ -197,6 +224,20 @@ class Config(BaseModel):
     def dump(self) -> str:
         """The resolved settings as YAML that ``load_config`` takes."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def _reward_spec(name: str, value: Any) -> RewardSpec:
+    settings = value if isinstance(value, dict) else {"weight": value}
+    unknown = set(settings) - {field.name for field in fields(RewardSpec)}
+    if unknown:
+        raise ValueError(f"rewards.{name}.{min(unknown)}: unknown key, accepted are the settings of RewardSpec")
+    weight = settings.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+        raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
+    try:
+        return RewardSpec(**{"reward": name, **settings})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"rewards.{name}.{error}") from None
 
 
 _REWARDS_RULE = "the task rewards needs at least one, the others bring their own"

@@ -48,7 +48,6 @@ def rollout(
         ValueError, TypeError: a solver, grid or option that does not fit, named.
     """
     steps = table(solver, [float(t) for t in grid], **options)
-    batch = min(batch, len(prompts))
     # A multiple of 8 rows gives the same bits on the CPU; a GPU gives them for the same number of rows only.
     unit = 8 if policy.device.type == "cpu" else batch
     finished = []

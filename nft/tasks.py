@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import Config
 from .data import prompts
-from .rewards.base import Scored
-from .rewards.combine import Combined, combine, weighted_sum
+from .rewards import registry
 from .rewards.detector import GenEvalReward
 from .rewards.geneval import Verdict
 from .rewards.pool import RewardSpec, Scorer
@@ -18,27 +20,56 @@ from .worlds.shapes.prompts import sample, split
 from .worlds.shapes.verify import verify
 
 
-class Task(Protocol):
-    """Made with the policy's device.
+class Task(ABC):
+    """What is drawn and how it is scored. A rollout calls ``submit`` for each batch that is finished, and then ``gather``.
 
-    ``score`` returns (B, 2): the reward that is trained and the score that is reported.
+    A score is a row (R + 1): the rewards of ``weights`` in their order, and the score that is reported.
     """
 
-    def __init__(self, device: torch.device) -> None: ...
-    def train_prompts(self) -> list[list[dict[str, Any]]]: ...
-    def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]: ...
-    def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor: ...
+    weights: Mapping[str, float] = MappingProxyType({"reward": 1.0})
+    """What every reward counts in the combination."""
+    method = "sum"
+    """How several rewards become one, see ``nft.rewards.combine.combine``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._scored: list[Tensor] = []
+
+    @abstractmethod
+    def train_prompts(self) -> list[list[dict[str, Any]]]:
+        """Training prompts by task group."""
+
+    @abstractmethod
+    def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
+        """A fixed set of prompts that are never trained on."""
+
+    @abstractmethod
+    def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
+        """(B, R + 1) for uint8 pictures (B, H, W, 3)."""
+
+    def submit(self, pictures: Tensor, entries: list[dict[str, Any]]) -> None:
+        """Hand over pictures to be scored."""
+        self._scored.append(self.score(pictures, entries))
+
+    def gather(self) -> Tensor:
+        """(B, R + 1) of all that was submitted since the last call, in its order.
+
+        Raises:
+            RewardError: a reward failed, named. Nothing is lost: call again to score what is missing.
+        """
+        scored, self._scored = self._scored, []
+        return torch.cat(scored)
+
+    def close(self) -> None:
+        """Forget what was submitted and stop what the task has started."""
+        self._scored.clear()
 
 
 def _table(verdicts: Iterable[Verdict]) -> Tensor:
     return torch.tensor([(verdict.partial, verdict.strict) for verdict in verdicts])
 
 
-class Shapes:
+class Shapes(Task):
     """The bundled shapes world: trains on GenEval's partial credit, reports the strict score."""
-
-    def __init__(self, device: torch.device) -> None:
-        pass
 
     def train_prompts(self) -> list[list[dict[str, Any]]]:
         """Training prompts by task group."""
@@ -54,12 +85,13 @@ class Shapes:
         return _table(verdicts).clamp_min(0)
 
 
-class GenEval:
+class GenEval(Task):
     """GenEval with COCO objects: trains on the partial credit, reports the strict score."""
 
     _BATCH = 16
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
         self.reward = GenEvalReward(device=device)
 
     def train_prompts(self) -> list[list[dict[str, Any]]]:
@@ -76,12 +108,14 @@ class GenEval:
         return _table(verdict for part in parts for verdict in self.reward.verdicts(pictures[part], entries[part]))
 
 
-class Rewards:
-    """Any prompts with any rewards, which are scored while the next pictures are drawn.
+def _prompts(train: str, held_out: str | None) -> list[list[dict[str, Any]]]:
+    if held_out is None and train not in prompts.SETS:
+        raise ValueError(f"held_out_prompts: got none, accepted beside {train!r} is a prompt set or a file")
+    return prompts.train(train, prompts.held_out(held_out or train))
 
-    A rollout calls ``submit`` as each batch is finished and ``gather`` at the end; ``combine`` makes of the scores what
-    the loss needs. ``score`` does all of it at once.
-    """
+
+class Rewards(Task):
+    """Any prompts with any rewards, which are scored while the next pictures are drawn."""
 
     def __init__(
         self,
@@ -106,12 +140,11 @@ class Rewards:
         Raises:
             OSError, ValueError, RewardError: prompts or a reward that cannot be had, named.
         """
-        if held_out is None and train not in prompts.SETS:
-            raise ValueError(f"held_out: got none, accepted beside {train!r} is a prompt set or a file")
+        super().__init__(device)
         self._held_out = held_out or train
-        self._train = prompts.train(train, prompts.held_out(self._held_out))
-        self._weights = {name: spec.weight for name, spec in rewards.items()}
-        self._method = method
+        self._train = _prompts(train, held_out)
+        self.weights = {name: spec.weight for name, spec in rewards.items()}
+        self.method = method
         self.scorer = Scorer(rewards, device=str(device), max_pending=max_pending)
 
     def train_prompts(self) -> list[list[dict[str, Any]]]:
@@ -126,25 +159,17 @@ class Rewards:
         """Start to score uint8 pictures (B, H, W, 3); see ``Scorer.submit``."""
         self.scorer.submit(pictures, entries)
 
-    def gather(self) -> dict[str, Scored]:
-        """Scores of all that was submitted, by reward; see ``Scorer.gather``."""
-        return self.scorer.gather()
-
-    def combine(self, scores: Mapping[str, Scored], group_ids: Tensor, **options: Any) -> Combined:
-        """r, advantages and a line to log; ``options`` are ``std``, ``adv_clip_max`` and ``mode``."""
-        rewards = {name: scored.score for name, scored in scores.items()}
-        return combine(rewards, self._weights, group_ids, method=self._method, **options)
-
-    def table(self, scores: Mapping[str, Scored]) -> Tensor:
-        """(B, 2): the weighted sum of all rewards, and the score that is reported."""
+    def gather(self) -> Tensor:
+        """(B, R + 1), last the first reward's detail ``strict``, or its score if it has none; see ``Scorer.gather``."""
+        scores = self.scorer.gather()
         first = next(iter(scores.values()))
-        total = weighted_sum({name: scored.score for name, scored in scores.items()}, self._weights)
-        return torch.stack([total, first.details.get("strict", first.score)], dim=1)
+        rewards = [scored.score for scored in scores.values()]
+        return torch.stack([*rewards, first.details.get("strict", first.score)], dim=1)
 
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
-        """(B, 2) as in ``table``."""
+        """(B, R + 1), all at once."""
         self.submit(pictures, entries)
-        return self.table(self.gather())
+        return self.gather()
 
     def close(self) -> None:
         """Stop the rewards' workers."""
@@ -152,3 +177,36 @@ class Rewards:
 
 
 TASKS: dict[str, type[Task]] = {"shapes": Shapes, "geneval": GenEval}
+
+
+def build(config: Config, device: torch.device) -> Task:
+    """The task of a configuration.
+
+    Raises:
+        OSError, ValueError, RewardError: prompts or a reward that cannot be had, named.
+    """
+    if config.task != "rewards":
+        return TASKS[config.task](device)
+    assert config.prompts is not None
+    return Rewards(
+        device,
+        config.reward_specs(),
+        train=config.prompts,
+        held_out=config.held_out_prompts,
+        method=config.combine,
+    )
+
+
+def check(config: Config) -> None:
+    """Read the prompts and look for the packages of a task that is built later, so that a curriculum cannot fail at its
+    second stage for what could be known at its start.
+
+    Raises:
+        OSError, ValueError, RewardError: as ``build``.
+    """
+    if config.task != "rewards":
+        return
+    assert config.prompts is not None
+    _prompts(config.prompts, config.held_out_prompts)
+    for spec in config.reward_specs().values():
+        registry.check(spec.reward)

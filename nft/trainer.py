@@ -20,10 +20,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from nft_kernels import add_noise, group_advantages, optimality_probability
+from nft_kernels import add_noise, optimality_probability
 from nft_kernels.solvers import table
 
-from . import checkpoint
+from . import checkpoint, tasks
 from .alarms import Alarms, distribution, preflight
 from .config import Config
 from .distributed import Processes
@@ -31,10 +31,13 @@ from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch
 from .objectives.base import Loss
 from .policy import Policy, old_policy_decay
+from .rewards.base import RewardError
+from .rewards.combine import Combined, combine, weighted_sum
 from .rollout import rollout, times
-from .tasks import TASKS
 from .tracking import Tracker
 
+# Seconds to wait before a failed reward is asked again.
+_WAITS = (5, 30)
 _MEASURED = ("loss", "kl", "old_deviation", "velocity_rms")
 
 
@@ -68,6 +71,9 @@ class Trainer:
         self.score: float | None = None
         """Held-out score of the weights as they are, where it was measured."""
         self.epoch = self.step = 0
+        self.task: tasks.Task | None = None
+        for stage in config.all_stages():
+            tasks.check(stage)
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
             self._load(found[-1])
         self._enter_stage()
@@ -89,7 +95,9 @@ class Trainer:
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = c.learning_rate, c.weight_decay
-        self.task = TASKS[c.task](self.policy.device)
+        if self.task is not None:
+            self.task.close()
+        self.task = tasks.build(c, self.policy.device)
         self.groups = self.task.train_prompts()
 
     def _rng(self, purpose: str) -> random.Random:
@@ -104,18 +112,24 @@ class Trainer:
         if share.start == share.stop:
             # More processes than pictures: draw one that nobody needs, which keeps the tensors' shapes.
             share = slice(0, 1)
-        own = entries[share]
-        x0 = rollout(
-            self.policy,
-            [entry["prompt"] for entry in own],
-            seeds[share],
-            grid,
-            solver,
-            self.stage.rollout_batch,
-            **options,
-        )
-        pictures = self.policy.decode(x0)
-        return x0, pictures, self.task.score(pictures, own)
+        latents, pictures, batch = [], [], self.stage.rollout_batch
+        for start in range(share.start, share.stop, batch):
+            part = slice(start, min(start + batch, share.stop))
+            prompts = [entry["prompt"] for entry in entries[part]]
+            latents.append(rollout(self.policy, prompts, seeds[part], grid, solver, batch, **options))
+            pictures.append(self.policy.decode(latents[-1]))
+            # A task may score them while the next ones are drawn.
+            self.task.submit(pictures[-1], entries[part])
+        return torch.cat(latents), torch.cat(pictures), self._scores()
+
+    def _scores(self) -> Tensor:
+        """What the task has scored. A reward that fails is asked again: its server may be starting anew."""
+        for wait in _WAITS:
+            try:
+                return self.task.gather()
+            except RewardError:
+                time.sleep(wait)
+        return self.task.gather()
 
     def sample(self) -> dict[str, Any]:
         """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere."""
@@ -127,24 +141,38 @@ class Trainer:
         with self.policy.merged("old"):
             x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **c.rollout_options)
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
-        advantages, measured = self._advantages(scores)
-        measured |= distribution(
-            optimality_probability(advantages, adv_clip_max=c.adv_clip_max), scores[:, 0].view(-1, c.group_size), x0
-        )
-        r = self.objective.weights(advantages, c).to(x0.device)
+        combined, measured = self._combine(scores)
+        total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
+        measured |= distribution(optimality_probability(combined.advantages, adv_clip_max=c.adv_clip_max), total, x0)
+        measured |= {"reward": total.mean().item(), "strict": scores[:, -1].mean().item()}
+        weights = self.objective.weights(combined.advantages, c)
+        r = (combined.r if c.combine == "per_reward" else weights).to(x0.device)
         prompts = [entry["prompt"] for entry in entries]
         return {"x0": x0, "prompts": prompts, "scores": scores, "r": r, "measured": measured}
 
-    def _advantages(self, scores: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Advantages (B,) of the trained reward; one that is not finite counts as the mean of its group."""
-        c, rewards = self.stage, scores[:, 0].view(-1, self.stage.group_size)
-        broken = ~rewards.isfinite()
+    def _by_reward(self, scores: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.task.weights, scores.unbind(1), strict=False))
+
+    def _combine(self, scores: Tensor) -> tuple[Combined, dict[str, Any]]:
+        """Advantages and r (B,) of the rewards; a score that is not finite counts as the mean of its group."""
+        c = self.stage
+        groups = scores.view(-1, c.group_size, scores.shape[1])
+        broken = ~groups[..., :-1].isfinite()
         if broken.any():
+            rewards = groups[..., :-1]
             known = rewards.masked_fill(broken, math.nan)
-            rewards = known.where(~broken, known.nanmean(1, keepdim=True)).nan_to_num(0.0)
-            scores[:, 0] = rewards.flatten()
-        ids = torch.arange(len(rewards)).repeat_interleave(c.group_size)
-        return group_advantages(scores[:, 0], ids, std=c.advantage_std), {"nonfinite_rewards": int(broken.sum())}
+            rewards.copy_(known.where(~broken, known.nanmean(1, keepdim=True)).nan_to_num(0.0))
+        combined = combine(
+            self._by_reward(scores),
+            self.task.weights,
+            torch.arange(len(groups)).repeat_interleave(c.group_size),
+            method=self.task.method,
+            std=c.advantage_std,
+            adv_clip_max=c.adv_clip_max,
+            mode=c.advantage_mode,
+        )
+        each = combined.metrics if len(self.task.weights) > 1 else {}
+        return combined, {"nonfinite_rewards": int(broken.sum()), **each}
 
     def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> tuple[Loss, Tensor]:
         """The objective's loss of one micro-batch, and the velocity that it is about."""
@@ -243,7 +271,7 @@ class Trainer:
         with self._averaged(), self.policy.merged("default"):
             _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))
-        strict = scores[:, 1]
+        strict = scores[:, -1]
         tags = [entry["tag"] for entry in entries]
         metrics = {
             f"eval_{tag}": strict[[i for i, other in enumerate(tags) if other == tag]].mean().item()
@@ -367,8 +395,7 @@ class Trainer:
             begin = time.perf_counter()
             data = self.sample()
             metrics = self.optimize(data) | data["measured"]
-            reward, strict = data["scores"].mean(0).tolist()
-            metrics |= {"reward": reward, "strict": strict, "seconds": time.perf_counter() - begin}
+            metrics |= {"seconds": time.perf_counter() - begin}
             metrics["alarms"] = self.alarms.epoch(metrics)
             self.log(metrics)
             due = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs

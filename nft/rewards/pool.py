@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Mapping
@@ -19,7 +20,6 @@ from torch import Tensor
 from . import registry
 from .base import Metadata, Reward, RewardError, Scored, join, score
 
-_REMOTE = ("http://", "https://")
 _TRIES = 3
 
 
@@ -42,6 +42,8 @@ class RewardSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight: got {self.weight}, accepted are finite numbers")
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, accepted are positive numbers")
 
@@ -144,7 +146,7 @@ class Scorer:
         self._workers: dict[str, Any] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         for name, spec in rewards.items():
-            remote = spec.reward.startswith(_REMOTE)
+            remote = spec.reward.startswith(registry.REMOTE)
             kind = None if remote else registry.find(spec.reward)
             here = remote or kind is None or kind.threaded
             self._workers[name] = _Here(spec, device) if here else _Processes(spec)

@@ -12,6 +12,7 @@ from typing import Any
 from .base import Reward, RewardError, install_hint, missing_packages
 
 ENTRY_POINTS = "nft.rewards"
+REMOTE = ("http://", "https://")
 
 BUNDLED = {
     "shapes": "nft.worlds.shapes.reward:ShapesReward",
@@ -58,6 +59,21 @@ def find(name: str) -> type[Reward]:
         raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}") from None
 
 
+def check(name: str) -> None:
+    """Whether a reward could be made, without making it.
+
+    Raises:
+        ValueError: an unknown reward.
+        RewardError: packages that are not installed, with the command that installs them.
+    """
+    if name.startswith(REMOTE):
+        return
+    kind = find(name)
+    missing = missing_packages(kind)
+    if missing:
+        raise RewardError(f"reward {name}: {', '.join(missing)} not installed: {install_hint(kind)}")
+
+
 def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
     """Make a reward.
 
@@ -70,12 +86,10 @@ def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
         ValueError: an unknown reward.
         RewardError: packages that are not installed, with the command that installs them.
     """
-    if name.startswith(("http://", "https://")):
+    check(name)
+    if name.startswith(REMOTE):
         from .client import RemoteReward
 
         return RemoteReward(name, **options)
     kind = find(name)
-    missing = missing_packages(kind)
-    if missing:
-        raise RewardError(f"reward {name}: {', '.join(missing)} not installed: {install_hint(kind)}")
     return kind(**({"device": device} if kind.uses_device else {}), **options)

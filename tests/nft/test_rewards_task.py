@@ -110,14 +110,10 @@ def test_a_task_of_several_rewards():
             task.submit(pictures[start : start + 5], entries[start : start + 5])
         scores = task.gather()
         expected = Shapes(torch.device("cpu")).score(pictures, entries)
-        assert torch.equal(scores["shapes"].score, expected[:, 0])
-        table = task.table(scores)
-        assert torch.allclose(table[:, 0], expected[:, 0] + 0.5 * scores["small"].score)
-        assert torch.equal(table[:, 1], expected[:, 1]) and torch.equal(task.score(pictures, entries), table)
-        ids = torch.arange(len(entries)) // 2
-        combined = task.combine(scores, ids, std="group")
-        assert combined.r.shape == (len(entries),) and combined.metrics["reward_small"] < 0
-        # Within a pair the white picture is smaller, and neither shows an object.
-        assert (combined.r[::2] > 0.5).all() and (combined.r[1::2] < 0.5).all()
+        assert torch.equal(scores[:, 0], expected[:, 0]) and torch.equal(scores[:, 2], expected[:, 1])
+        # A white picture is smaller.
+        assert (scores[::2, 1] > scores[1::2, 1][: len(scores[::2])].max()).all()
+        assert torch.equal(task.score(pictures, entries), scores)
+        assert task.weights == {"shapes": 1.0, "small": 0.5} and task.method == "normalized_sum"
     finally:
         task.close()
