@@ -127,24 +127,24 @@ class Trainer:
         with self.policy.merged("old"):
             x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **c.rollout_options)
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
-        advantages, measured = self._advantages(scores)
-        measured |= distribution(
-            optimality_probability(advantages, adv_clip_max=c.adv_clip_max), scores[:, 0].view(-1, c.group_size), x0
-        )
-        r = self.objective.weights(advantages, c).to(x0.device)
+        rewards, broken = self._finite(scores[:, 0].view(-1, c.group_size))
+        ids = torch.arange(c.prompts_per_epoch).repeat_interleave(c.group_size)
+        advantages = group_advantages(rewards.flatten(), ids, std=c.advantage_std)
+        r = optimality_probability(advantages, adv_clip_max=c.adv_clip_max)
+        measured = {"nonfinite_rewards": broken, **distribution(r, rewards, x0)}
+        scores = torch.stack([rewards.flatten(), scores[:, 1]], 1)
+        weights = self.objective.weights(advantages, c).to(x0.device)
         prompts = [entry["prompt"] for entry in entries]
-        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r, "measured": measured}
+        return {"x0": x0, "prompts": prompts, "scores": scores, "r": weights, "measured": measured}
 
-    def _advantages(self, scores: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Advantages (B,) of the trained reward; one that is not finite counts as the mean of its group."""
-        c, rewards = self.stage, scores[:, 0].view(-1, self.stage.group_size)
+    @staticmethod
+    def _finite(rewards: Tensor) -> tuple[Tensor, int]:
+        """Rewards (P, G) in which one that is not finite counts as the mean of its group, and how many were not."""
         broken = ~rewards.isfinite()
-        if broken.any():
-            known = rewards.masked_fill(broken, math.nan)
-            rewards = known.where(~broken, known.nanmean(1, keepdim=True)).nan_to_num(0.0)
-            scores[:, 0] = rewards.flatten()
-        ids = torch.arange(len(rewards)).repeat_interleave(c.group_size)
-        return group_advantages(scores[:, 0], ids, std=c.advantage_std), {"nonfinite_rewards": int(broken.sum())}
+        if not broken.any():
+            return rewards, 0
+        known = rewards.masked_fill(broken, math.nan)
+        return known.where(~broken, known.nanmean(1, keepdim=True)).nan_to_num(0.0), int(broken.sum())
 
     def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> tuple[Loss, Tensor]:
         """The objective's loss of one micro-batch, and the velocity that it is about."""
