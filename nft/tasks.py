@@ -21,7 +21,7 @@ from .worlds.shapes.verify import verify
 
 
 class Task(ABC):
-    """What is drawn and how it is scored. A rollout calls ``submit`` for each batch that is finished, and then ``gather``.
+    """What is drawn and how it is scored. A rollout calls ``submit`` for each finished batch, and then ``gather``.
 
     A score is a row (R + 1): the rewards of ``weights`` in their order, and the score that is reported.
     """

@@ -145,10 +145,9 @@ class Trainer:
         total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
         measured |= distribution(optimality_probability(combined.advantages, adv_clip_max=c.adv_clip_max), total, x0)
         measured |= {"reward": total.mean().item(), "strict": scores[:, -1].mean().item()}
-        weights = self.objective.weights(combined.advantages, c)
-        r = (combined.r if c.combine == "per_reward" else weights).to(x0.device)
+        weights = combined.r if c.combine == "per_reward" else self.objective.weights(combined.advantages, c)
         prompts = [entry["prompt"] for entry in entries]
-        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r, "measured": measured}
+        return {"x0": x0, "prompts": prompts, "scores": scores, "r": weights.to(x0.device), "measured": measured}
 
     def _by_reward(self, scores: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.task.weights, scores.unbind(1), strict=False))

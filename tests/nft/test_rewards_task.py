@@ -84,7 +84,7 @@ def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
     assert [[e["prompt"] for e in g] for g in prompts.train(b, prompts.held_out(a))] == [["a dog"]]
     with pytest.raises(ValueError, match="no prompt that is not held out"):
         prompts.train(a, prompts.held_out(b))
-    with pytest.raises(ValueError, match="held_out: got none"):
+    with pytest.raises(ValueError, match="held_out_prompts: got none"):
         Rewards(torch.device("cpu"), {"jpeg": RewardSpec("jpeg")}, train=a)
 
 

@@ -1,0 +1,94 @@
+"""The trainer with a task of several rewards, which are scored beside the sampling."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from nft import tasks, trainer
+from nft.config import load_config
+from nft.rewards.base import RewardError
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=3", "rollout_batch=4", "timesteps_per_sample=2",
+         "eval_prompts_per_group=1", "eval_steps=2", "lora_rank=4", "epochs=1"]  # fmt: skip
+REWARDS = [
+    "task=rewards",
+    "prompts=shapes",
+    "rewards={jpeg: 1.0, plain: {reward: jpeg, weight: 0.5, options: {quality: 10}}}",
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "pipeline")
+    made = []
+
+    def make(*overrides):
+        settings = load_config("shapes", [f"pipeline={tmp_path / 'pipeline'}", *SMALL, *REWARDS, *overrides])
+        made.append(Trainer(settings, tmp_path / "run"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.task.close()
+
+
+def test_rewards_of_all_batches_are_combined_within_their_groups(run):
+    """GDPO: r = clip(sum_k w_k (R_k - mean) / (std + 1e-4) / 10 + 1/2) with each group's own mean and biased std."""
+    one = run("combine=gdpo")
+    data = one.sample()
+    assert data["scores"].shape == (6, 3)
+    rewards = data["scores"][:, :2].double().view(2, 3, 2)
+    assert (rewards.std(1) > 0).all()
+    centred = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    expected = ((centred * torch.tensor([1.0, 0.5])).sum(2) / 10 + 0.5).clamp(0, 1).flatten()
+    torch.testing.assert_close(data["r"].double(), expected, rtol=0, atol=1e-5)
+    assert data["measured"]["reward"] == pytest.approx((rewards * torch.tensor([1.0, 0.5])).sum(2).mean().item())
+    for k, name in enumerate(("jpeg", "plain")):
+        assert data["measured"][f"reward_{name}"] == pytest.approx(rewards[..., k].mean().item())
+
+
+def test_a_reward_that_fails_is_asked_again_and_then_named(run, monkeypatch):
+    monkeypatch.setattr(trainer, "_WAITS", (0.0, 0.0))
+    one = run()
+    gather, failures = one.task.gather, [3]
+
+    def failing():
+        if failures[0]:
+            failures[0] -= 1
+            raise RewardError("reward jpeg: gone")
+        return gather()
+
+    monkeypatch.setattr(one.task, "gather", failing)
+    with pytest.raises(RewardError, match="reward jpeg: gone"):
+        one.sample()
+    one.task.scorer.discard()
+    failures[0] = 2
+    assert one.sample()["scores"].shape == (6, 3)
+
+
+def test_a_later_stage_s_prompts_are_looked_for_at_the_start(run, tmp_path):
+    stages = "[{epochs: 1}, {epochs: 1, prompts: /nowhere.txt, held_out_prompts: shapes}]"
+    with pytest.raises(OSError, match="nowhere"):
+        tasks.check(load_config("shapes", [*SMALL[:-1], *REWARDS, f"stages={stages}"]).all_stages()[1])
+    with pytest.raises(OSError, match="nowhere"):
+        build_pipeline().save_pretrained(tmp_path / "again")
+        settings = [f"pipeline={tmp_path / 'again'}", *SMALL[:-1], *REWARDS, f"stages={stages}"]
+        Trainer(load_config("shapes", settings), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (["rewards={jpg: 1.0}"], "rewards.jpg: unknown reward, did you mean jpeg"),
+        (["rewards={jpeg: {wight: 1.0}}"], "rewards.jpeg.wight: unknown key"),
+        (["rewards={jpeg: {workers: 0}}"], "rewards.jpeg.workers: got 0"),
+        (["objective=sft", "combine=per_reward"], "combine: got per_reward with objective=sft"),
+    ],
+)
+def test_bad_rewards_are_named(override, message):
+    with pytest.raises(ValueError) as caught:
+        load_config("shapes", [*SMALL, *REWARDS, *override])
+    assert message in str(caught.value)
