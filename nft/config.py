@@ -26,7 +26,7 @@ _BUNDLED = Path(__file__).parent / "configs"
 _FIXED = {
     "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "adapter", "lora_rank",
     "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every", "preflight",
-    "compile_rollout",
+    "compile_rollout", "float8_rollout", "fused_transformer",
 }  # fmt: skip
 
 
@@ -61,6 +61,8 @@ class Config(BaseModel):
     resolution: int | None = Field(None, gt=0, multiple_of=8)
     """Width and height of a picture in pixels; the pipeline's own by default."""
     gradient_checkpointing: bool = False
+    fused_transformer: bool = False
+    """Evaluate the transformer by ``nft_kernels.models.sd3``, all policies alike."""
 
     adapter: Literal["lora", "full"] = "lora"
     """``full`` trains every weight of the transformer, in float32."""
@@ -81,6 +83,8 @@ class Config(BaseModel):
     """Most pictures that a process samples at a time."""
     compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
+    float8_rollout: bool = False
+    """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU that has them."""
     max_sequence_length: int = Field(10, gt=0)
 
     objective: Literal["nft", "sft", "rwr"] = "nft"
@@ -172,6 +176,8 @@ class Config(BaseModel):
             raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
         if self.task == "rewards" and self.prompts is None:
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
+        if self.float8_rollout and (not self.fused_transformer or self.compile_rollout):
+            raise ValueError("float8_rollout: got true, it needs fused_transformer=true and no compile_rollout")
         if self.combine == "per_reward" and self.objective != "nft":
             raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
         for key, solver, steps, options in (

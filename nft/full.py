@@ -41,11 +41,10 @@ class FullPolicy(Policy):
     def merged(self, adapter: str) -> Iterator[None]:
         """Evaluate with these weights; there is nothing to merge."""
         self.use(adapter)
-        self._forward = self._rollout_forward
         try:
-            yield
+            with self._rollouts():
+                yield
         finally:
-            self._forward = self.transformer
             self.use("default")
 
     def velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from nft_kernels.models.sd3 import accelerate
 
 from .config import Config, usable_device
 
@@ -90,6 +92,8 @@ class Policy:
         self.update_old(0.0)
         self._adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
         self._merged: list[Tensor] = []
+        self._fast_path = accelerate(self.transformer) if config.fused_transformer else None
+        self._float8 = config.float8_rollout
         self._forward = self.transformer
         self._rollout_forward = (
             torch.compile(self.transformer, mode=config.compile_rollout) if config.compile_rollout else self.transformer
@@ -142,13 +146,24 @@ class Policy:
                 with torch.no_grad():
                     copy.copy_(weight.float() + layer.get_delta_weight(adapter))
                 layer.base_layer.weight.data = copy
-            self._forward = self._rollout_forward
-            yield
+            with self._rollouts():
+                yield
         finally:
-            self._forward = self.transformer
+            # The fused path may have moved them together.
+            self._merged = [layer.base_layer.weight.data for layer in self._adapted]
             for layer, weight in zip(self._adapted, base, strict=True):
                 layer.base_layer.weight.data = weight
             self.use("default")
+
+    @contextmanager
+    def _rollouts(self) -> Iterator[None]:
+        """Evaluate by what only rollouts may use: a compiled transformer, GELU in an epilogue, float8."""
+        self._forward = self._rollout_forward
+        try:
+            with self._fast_path.rollout(float8=self._float8) if self._fast_path else nullcontext():
+                yield
+        finally:
+            self._forward = self.transformer
 
     @torch.no_grad()
     def update_old(self, decay: float) -> None:

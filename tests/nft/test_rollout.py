@@ -100,3 +100,27 @@ def test_compiled_rollouts_draw_what_eager_ones_do(tmp_path, monkeypatch):
             pictures.append(rollout(policy, PROMPTS[:3], [1, 2, 3], times(3, 1.0), "unipc", 8))
     assert compiled == ["default"]
     torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-5)
+
+
+def test_the_fused_transformer_draws_and_trains_as_diffusers_does(tmp_path):
+    build_pipeline().save_pretrained(tmp_path)
+    pictures, gradients = [], []
+    for extra in ([], ["fused_transformer=true"]):
+        torch.manual_seed(0)
+        policy = Policy(load_config("shapes", [f"pipeline={tmp_path}", "lora_rank=2", *extra]))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in (*policy.trained, *policy._old):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        addresses = []
+        for _ in range(3):
+            with policy.merged("old"):
+                x0 = rollout(policy, PROMPTS[:3], [1, 2, 3], times(3, 1.0), "dpm++2M", 8)
+            addresses.append([copy.data_ptr() for copy in policy._merged])
+            v = policy.velocity(x0, torch.full((3,), 0.5), *policy.embed(PROMPTS[:3]))
+        assert addresses[1] == addresses[2]
+        pictures.append(x0)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(v.square().sum(), policy.trained)]))
+    assert "forward" in vars(policy.transformer)
+    torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
