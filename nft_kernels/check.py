@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch import Tensor
 
 from .backends import load
 from .ops.add_noise import add_noise
+from .ops.layer_norm_modulate import layer_norm_modulate
 from .ops.nft_loss import nft_loss
+from .ops.qk_norm import qk_norm
 from .ops.solver_step import solver_step
 from .reference import add_noise as noise_reference
 from .solvers import schedule, table
@@ -34,6 +38,9 @@ class Comparison:
     @property
     def passed(self) -> bool:
         return self.error <= self.bound
+
+
+Check = Callable[[str, torch.dtype, str], Comparison]
 
 
 def _compare(quantity: str, got: Tensor, plain: Tensor, exact: Tensor, scale: float = 0.0) -> Comparison:
@@ -69,7 +76,7 @@ def compare_nft_loss(
 
     def run(chosen: str, dtype: torch.dtype | None, r: Tensor = r) -> dict[str, Tensor]:
         def cast(x: Any) -> Any:
-            return x.detach().to(dtype) if dtype and isinstance(x, Tensor) else x
+            return x.detach().to(dtype) if dtype and isinstance(x, Tensor) and x.is_floating_point() else x
 
         leaf = v_theta.detach().to(dtype or v_theta.dtype).clone().requires_grad_()
         with torch.enable_grad():
@@ -104,12 +111,17 @@ def _check_loss(backend: str, dtype: torch.dtype, device: str) -> Comparison:
     t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], device=device)
     r = torch.tensor([0.0, 1.0, 0.5, 0.3, 0.7], device=device)
     v_theta, v_old, x_t, x0, v_ref = x
+    tensors = (v_theta, v_old, x_t, x0)
+    common: dict[str, Any] = {"v_ref": v_ref, "kl_weight": 0.01, "beta": 0.7, "backend": backend}
     results = []
     for prediction, kl_space in (("v", "v"), ("x0", "x0"), ("eps", "x0")):
-        options = {"v_ref": v_ref, "kl_weight": 0.01, "beta": 0.7, "prediction": prediction, "kl_space": kl_space}
         # An x0 prediction cannot be had from eps at t = 1.
-        results += compare_nft_loss(v_theta, v_old, x_t, x0, 0.9 * t if prediction == "eps" else t, r,
-                                    backend=backend, **options)  # fmt: skip
+        times = 0.9 * t if prediction == "eps" else t
+        results += compare_nft_loss(*tensors, times, r, prediction=prediction, kl_space=kl_space, **common)
+    mask = torch.linspace(-0.5, 1, 31, device=device, dtype=dtype).clamp_min(0)
+    results += compare_nft_loss(*tensors, t, v_ref.sigmoid(), mask=mask, detach_weight=False, **common)
+    offsets = torch.tensor([0, 2, 5], device=device)
+    results += compare_nft_loss(*tensors, t[:2], r[:2], segments=offsets, **common)
     return max(results, key=lambda c: c.error / c.bound)
 
 
@@ -143,6 +155,39 @@ def _check_step(backend: str, dtype: torch.dtype, device: str) -> Comparison:
     return max(results, key=lambda c: c.error / c.bound)
 
 
+def _check_rows(op: Callable[..., tuple[Tensor, ...]], shapes: Sequence[tuple[int, ...]]) -> Check:
+    """Of an op on rows: all outputs, and the gradient of the first argument."""
+
+    def check(backend: str, dtype: torch.dtype, device: str) -> Comparison:
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+        def run(backend: str, wide: bool) -> list[Tensor]:
+            x, *others = (y.double() if wide else y for y in tensors)
+            outs = op(x.requires_grad_(), *others, backend=backend)
+            return [*outs, *torch.autograd.grad(torch.stack([out.sin().sum() for out in outs]).sum(), x)]
+
+        triples = zip(run(backend, False), run("reference", False), run("reference", True), strict=True)
+        results = [_compare("row", got.detach(), plain.detach(), exact.detach()) for got, plain, exact in triples]
+        return max(results, key=lambda c: c.error / c.bound)
+
+    return check
+
+
+_CHECKS: dict[str, Check] = {
+    "add_noise": _check_noise,
+    "nft_loss": _check_loss,
+    "solver_step": _check_step,
+    "layer_norm_modulate": _check_rows(
+        lambda x, y, *rest, backend: layer_norm_modulate(x, *rest[1:], y=y, gate=rest[0], backend=backend),
+        [(2, 7, 96)] * 2 + [(2, 96)] * 5,
+    ),
+    "qk_norm": _check_rows(qk_norm, [(2, 7, 3, 32)] * 2 + [(32,)] * 2 + [(2, 5, 3, 32)] * 2 + [(32,)] * 2),
+}
+# These have no C++ kernels.
+_ROWS = ("layer_norm_modulate", "qk_norm")
+
+
 def main() -> int:
     gpu = ["cuda"] if torch.cuda.is_available() else []
     candidates = [("reference", "cpu"), ("native", "cpu"), *(("native", d) for d in gpu), ("triton", *(gpu or ["cpu"]))]
@@ -154,24 +199,16 @@ def main() -> int:
         else:
             reasons[backend, device] = reason
     rows = []
-    for backend, device in places:
-        for op, check in (("add_noise", _check_noise), ("nft_loss", _check_loss), ("solver_step", _check_step)):
-            for dtype in _DTYPES:
-                try:
-                    worst = check(backend, dtype, device)
-                    rows.append(
-                        (
-                            op,
-                            f"{backend} {device}",
-                            str(dtype)[6:],
-                            f"{worst.error:.2e}",
-                            f"{worst.bound:.2e}",
-                            worst.passed,
-                        )
-                    )
-                except KernelMismatchError as error:
-                    rows.append((op, f"{backend} {device}", str(dtype)[6:], str(error), "", False))
-    line = "{:11} {:13} {:9} {:>12} {:>10}  {}"
+    for (backend, device), (op, check), dtype in itertools.product(places, _CHECKS.items(), _DTYPES):
+        if backend == "native" and op in _ROWS:
+            continue
+        try:
+            worst = check(backend, dtype, device)
+            numbers, passed = (f"{worst.error:.2e}", f"{worst.bound:.2e}"), worst.passed
+        except KernelMismatchError as error:
+            numbers, passed = (str(error), ""), False
+        rows.append((op, f"{backend} {device}", str(dtype)[6:], *numbers, passed))
+    line = "{:19} {:13} {:9} {:>12} {:>10}  {}"
     print(line.format("op", "backend", "dtype", "worst error", "bound", "pass"))
     for row in rows:
         print(line.format(*row[:5], "yes" if row[5] else "NO"))
