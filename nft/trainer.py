@@ -58,6 +58,8 @@ class Trainer:
             raise FileNotFoundError(f"resume: {folder} holds no checkpoint and no run")
         if not resume and (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
+        for stage in config.all_stages():
+            tasks.check(stage)
         self.config, self.folder = config, folder
         self.processes = Processes(config.device)
         self.tracker = Tracker(config, folder)
@@ -72,8 +74,6 @@ class Trainer:
         """Held-out score of the weights as they are, where it was measured."""
         self.epoch = self.step = 0
         self.task: tasks.Task | None = None
-        for stage in config.all_stages():
-            tasks.check(stage)
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
             self._load(found[-1])
         self._enter_stage()
