@@ -27,6 +27,8 @@ def read(path: Path) -> list[Entry]:
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts: got {str(path)!r}, accepted are {', '.join(SETS)} or a .txt or .jsonl file")
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts: got {str(path)!r}, but there is no such file; bring one prompt per line")
     lines = [(n, line) for n, line in enumerate(path.read_text().splitlines(), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"prompts: {path} is empty, accepted is at least one prompt")
