@@ -21,17 +21,17 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from nft_kernels import add_noise, group_advantages, optimality_probability
-from nft_kernels.solvers import table
+from nft_kernels.solvers import Row, table
 
 from . import checkpoint
 from .alarms import Alarms, distribution, preflight
 from .config import Config
 from .distributed import Processes
 from .full import FullPolicy
-from .objectives import OBJECTIVES, Batch
+from .objectives import OBJECTIVES, Batch, Step
 from .objectives.base import Loss
 from .policy import Policy, old_policy_decay
-from .rollout import rollout, times
+from .rollout import noisy, rollout, solver_options, times
 from .tasks import TASKS
 from .tracking import Tracker
 
@@ -118,14 +118,18 @@ class Trainer:
         return x0, pictures, self.task.score(pictures, own)
 
     def sample(self) -> dict[str, Any]:
-        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere."""
+        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere; for an
+        objective that trains on the rollout's steps its states too."""
         c, rng = self.stage, self._rng("rollout")
         groups = self.groups
         chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
         entries = [entry for entry in chosen for _ in range(c.group_size)]
         seeds = [rng.getrandbits(62) for _ in entries]
+        states: list[Tensor] = []
+        options = solver_options(c, self.epoch) | ({"states": states} if self.objective.trajectory else {})
         with self.policy.merged("old"):
-            x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **c.rollout_options)
+            x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
+        states = [self.processes.gather(part, len(entries)) for part in states]
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
         advantages, measured = self._advantages(scores)
         measured |= distribution(
@@ -133,7 +137,17 @@ class Trainer:
         )
         r = self.objective.weights(advantages, c).to(x0.device)
         prompts = [entry["prompt"] for entry in entries]
-        return {"x0": x0, "prompts": prompts, "scores": scores, "r": r, "measured": measured}
+        return {"x0": x0, "states": states, "prompts": prompts, "scores": scores, "r": r, "measured": measured}
+
+    def _rows(self) -> tuple[Row, ...]:
+        """The rows of this epoch's rollout that draw noise."""
+        c = self.stage
+        solver = table(c.rollout_solver, self.grid.tolist(), **solver_options(c, self.epoch))
+        return solver.rows[noisy(solver)]
+
+    def _times(self) -> list[float]:
+        """The times that are trained on: the rollout's, or those of its rows that draw noise."""
+        return [row.t for row in self._rows()] if self.objective.trajectory else self.grid[:-1].tolist()
 
     def _advantages(self, scores: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Advantages (B,) of the trained reward; one that is not finite counts as the mean of its group."""
@@ -146,11 +160,25 @@ class Trainer:
         ids = torch.arange(len(rewards)).repeat_interleave(c.group_size)
         return group_advantages(scores[:, 0], ids, std=c.advantage_std), {"nonfinite_rewards": int(broken.sum())}
 
-    def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> tuple[Loss, Tensor]:
+    def _step(self, states: Tensor, t: Tensor) -> tuple[Tensor, Step]:
+        """The states (B, C, H, W) before the rollout's rows at times t (B,), and what those rows did, of all ``states``
+        (B, K + 1, C, H, W)."""
+        rows = self._rows()
+        k = torch.searchsorted(-torch.tensor([row.t for row in rows], device=t.device), -t)
+        a, b, c = (
+            torch.tensor(values, device=t.device)[k]
+            for values in zip(*((row.a, row.b[0], row.c) for row in rows), strict=True)
+        )
+        i = torch.arange(len(k), device=k.device)
+        return states[i, k], Step(states[i, k + 1], a, b, c)
+
+    def _loss(
+        self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor, states: Tensor | None = None
+    ) -> tuple[Loss, Tensor]:
         """The objective's loss of one micro-batch, and the velocity that it is about."""
         policy = self.policy
         embeds, pooled = policy.embed(prompts)
-        x_t = add_noise(x0, t, seed=seeds)
+        x_t, step = (add_noise(x0, t, seed=seeds), None) if states is None else self._step(states, t)
         v_old = v_ref = None
         with torch.no_grad():
             if self.objective.needs_old and not policy.old_is_current:
@@ -162,7 +190,9 @@ class Trainer:
         policy.use("default")
         v_theta = policy.velocity(x_t, t, embeds, pooled)
         verify = self.step < self.config.verify_kernels_steps
-        return self.objective.loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, r), self.stage, verify), v_theta.detach()
+        return self.objective.loss(
+            Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step), self.stage, verify
+        ), v_theta.detach()
 
     def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
         """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
@@ -174,7 +204,9 @@ class Trainer:
             index = [i for i, _, _ in part]
             t = torch.tensor([t for _, t, _ in part], device=device)
             seeds = torch.tensor([seed for _, _, seed in part], device=device)
-            out, v = self._loss(data["x0"][index], data["r"][index], [data["prompts"][i] for i in index], t, seeds)
+            prompts = [data["prompts"][i] for i in index]
+            states = [part[index] for part in data["states"]]
+            out, v = self._loss(data["x0"][index], data["r"][index], prompts, t, seeds, *states)
             # The mean over all pairs of all processes.
             (out.loss * (len(part) / len(pairs))).backward()
             rms = v.float().square().flatten(1).mean(1).sqrt()
@@ -200,6 +232,10 @@ class Trainer:
         self.alarms.update(finite)
         return dict(zip((*_MEASURED, "grad_norm"), (*means, grad_norm), strict=True))
 
+    def _noises(self, ts: list[float], rng: random.Random) -> list[tuple[float, int]]:
+        """A choice of times ``ts`` to train a picture on, each with a seed for its noise."""
+        return [(t, rng.getrandbits(62)) for t in rng.sample(ts, self.stage.timesteps_per_sample)]
+
     def optimize(self, data: dict[str, Any]) -> dict[str, float]:
         """All optimizer steps of one epoch, then the old policy's update.
 
@@ -209,13 +245,15 @@ class Trainer:
         c, rng = self.stage, self._rng("train")
         order = list(range(len(data["prompts"])))
         rng.shuffle(order)
-        grid = self.grid[:-1].tolist()
-        updates = []
+        ts, updates = self._times(), []
+        shared = [self._noises(ts, rng) for _ in range(c.prompts_per_epoch)] if c.shared_noise else []
         for update in range(c.updates_per_epoch):
             # Every picture with each of its times; a micro-batch mixes times.
             first, last = (len(order) * k // c.updates_per_epoch for k in (update, update + 1))
             pairs = [
-                (i, t, rng.getrandbits(62)) for i in order[first:last] for t in rng.sample(grid, c.timesteps_per_sample)
+                (i, *noise)
+                for i in order[first:last]
+                for noise in (shared[i // c.group_size] if shared else self._noises(ts, rng))
             ]
             updates.append(self._update(self._accumulate(data, pairs), len(pairs)))
         self.epoch += 1
@@ -257,16 +295,19 @@ class Trainer:
         c, entries = self.stage, [self.groups[0][0]] * 2
         prompts = [entry["prompt"] for entry in entries]
         with self.policy.merged("old"):
-            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, 2, **c.rollout_options)
+            options = solver_options(c, self.epoch)
+            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, 2, **options)
         pictures = self.policy.decode(x0)
         return x0, pictures, self.task.score(pictures, entries)
 
     def backward(self, x0: Tensor, weights: Tensor) -> None:
-        """Gradients of the loss on a few pictures of the first prompt at the middle of the rollout's times."""
-        device = x0.device
-        t = self.grid[len(self.grid) // 2 - 1].expand(len(x0)).to(device)
+        """Gradients of the loss on a few pictures of the first prompt at the middle of the times that are trained on."""
+        device, ts = x0.device, self._times()
+        t = torch.full((len(x0),), ts[(len(ts) - 1) // 2], device=device)
         prompts = [self.groups[0][0]["prompt"]] * len(x0)
-        out, _ = self._loss(x0, weights, prompts, t.contiguous(), torch.arange(len(x0), device=device))
+        # Whether a gradient comes back does not depend on which states these are.
+        states = [x0[:, None].expand(-1, len(ts) + 1, *x0.shape[1:])] if self.objective.trajectory else []
+        out, _ = self._loss(x0, weights, prompts, t, torch.arange(len(x0), device=device), *states)
         out.loss.backward()
 
     def save(self) -> None:
