@@ -118,18 +118,18 @@ class Trainer:
         return x0, pictures, self.task.score(pictures, own)
 
     def sample(self) -> dict[str, Any]:
-        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere; for an
-        objective that trains on the rollout's steps its states too."""
+        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere, and the
+        rollout's states for an objective that trains on them."""
         c, rng = self.stage, self._rng("rollout")
         groups = self.groups
         chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
         entries = [entry for entry in chosen for _ in range(c.group_size)]
         seeds = [rng.getrandbits(62) for _ in entries]
-        states: list[Tensor] = []
-        options = solver_options(c, self.epoch) | ({"states": states} if self.objective.trajectory else {})
+        kept: list[Tensor] = []
+        options = solver_options(c, self.epoch) | ({"states": kept} if self.objective.trajectory else {})
         with self.policy.merged("old"):
             x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
-        states = [self.processes.gather(part, len(entries)) for part in states]
+        states = self.processes.gather(torch.cat(kept), len(entries)) if kept else None
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
         advantages, measured = self._advantages(scores)
         measured |= distribution(
@@ -161,8 +161,7 @@ class Trainer:
         return group_advantages(scores[:, 0], ids, std=c.advantage_std), {"nonfinite_rewards": int(broken.sum())}
 
     def _step(self, states: Tensor, t: Tensor) -> tuple[Tensor, Step]:
-        """The states (B, C, H, W) before the rollout's rows at times t (B,), and what those rows did, of all ``states``
-        (B, K + 1, C, H, W)."""
+        """Of a rollout's states (B, K + 1, C, H, W) those before its rows at times t (B,), and what these rows did."""
         rows = self._rows()
         k = torch.searchsorted(-torch.tensor([row.t for row in rows], device=t.device), -t)
         a, b, c = (
@@ -190,9 +189,8 @@ class Trainer:
         policy.use("default")
         v_theta = policy.velocity(x_t, t, embeds, pooled)
         verify = self.step < self.config.verify_kernels_steps
-        return self.objective.loss(
-            Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step), self.stage, verify
-        ), v_theta.detach()
+        batch = Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step)
+        return self.objective.loss(batch, self.stage, verify), v_theta.detach()
 
     def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
         """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
@@ -205,8 +203,8 @@ class Trainer:
             t = torch.tensor([t for _, t, _ in part], device=device)
             seeds = torch.tensor([seed for _, _, seed in part], device=device)
             prompts = [data["prompts"][i] for i in index]
-            states = [part[index] for part in data["states"]]
-            out, v = self._loss(data["x0"][index], data["r"][index], prompts, t, seeds, *states)
+            states = None if data["states"] is None else data["states"][index]
+            out, v = self._loss(data["x0"][index], data["r"][index], prompts, t, seeds, states)
             # The mean over all pairs of all processes.
             (out.loss * (len(part) / len(pairs))).backward()
             rms = v.float().square().flatten(1).mean(1).sqrt()
@@ -301,13 +299,13 @@ class Trainer:
         return x0, pictures, self.task.score(pictures, entries)
 
     def backward(self, x0: Tensor, weights: Tensor) -> None:
-        """Gradients of the loss on a few pictures of the first prompt at the middle of the times that are trained on."""
+        """Gradients of the loss on a few pictures of the first prompt at the middle of the times to train on."""
         device, ts = x0.device, self._times()
         t = torch.full((len(x0),), ts[(len(ts) - 1) // 2], device=device)
         prompts = [self.groups[0][0]["prompt"]] * len(x0)
         # Whether a gradient comes back does not depend on which states these are.
-        states = [x0[:, None].expand(-1, len(ts) + 1, *x0.shape[1:])] if self.objective.trajectory else []
-        out, _ = self._loss(x0, weights, prompts, t, torch.arange(len(x0), device=device), *states)
+        states = x0[:, None].expand(-1, len(ts) + 1, *x0.shape[1:]) if self.objective.trajectory else None
+        out, _ = self._loss(x0, weights, prompts, t, torch.arange(len(x0), device=device), states)
         out.loss.backward()
 
     def save(self) -> None:

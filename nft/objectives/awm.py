@@ -19,7 +19,7 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
 
 
 def loss(batch: Batch, config: Config, verify: bool) -> Measured:
-    """Clipped ratio e^(L_old - L_theta) with L = s mean_elements (v_theta - v)^2, and kl_weight mean (v_theta - v_ref)^2.
+    """Clipped ratio e^(L_old - L_theta) with L = s mean (v_theta - v)^2, and kl_weight mean (v_theta - v_ref)^2.
 
     ``weighting`` is s: 1, t, t^2, or for ``adaptive`` the old policy's own 1 / L, so that no time outweighs another.
     While the policies are equal the gradient is that of the flow-matching loss weighed by the advantage.

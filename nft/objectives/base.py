@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """What a row of the rollout's solver did from x_t: x' = a x_t + b v + c z. ``x`` (B, C, H, W) is x', the rest (B,)."""
+    """What a row of the rollout's solver did from x_t: x' = a x_t + b v + c z, where ``x`` (B, C, H, W) is x'."""
 
     x: Tensor
     a: Tensor
+    """(B,) as are b and c."""
     b: Tensor
     c: Tensor
 

@@ -23,9 +23,9 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
 def loss(batch: Batch, config: Config, verify: bool) -> Measured:
     """Clipped ratio of the densities of x' under N(a x + b v, c^2), and kl_weight KL to the reference's step.
 
-    The log-density is the mean over elements, as in Flow-GRPO, and so is the KL, mean b^2 (v_theta - v_ref)^2 / (2 c^2).
-    With the step's error e = x' - a x - b v_old and d = b (v_theta - v_old) the log-ratio is d (2 e - d) / (2 c^2), which
-    has no cancellation where the policies are close.
+    The log-density is the mean over elements, as in Flow-GRPO, and so is the KL, b^2 (v_theta - v_ref)^2 / (2 c^2).
+    With the step's error e = x' - a x - b v_old and d = b (v_theta - v_old) the log-ratio is d (2 e - d) / (2 c^2),
+    which has no cancellation where the policies are close.
     """
     assert batch.step is not None
     v_theta, v_old, v_ref = velocities(batch)
