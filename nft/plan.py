@@ -72,8 +72,8 @@ def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
 
 
 def evaluations(config: Config, epoch: int = 1) -> tuple[int, int, int, int]:
-    """Forward passes of one epoch (from 0) over all processes: of its rollout, and in training those of the trained, the
-    old and the reference policy. The old policy is evaluated in fewer updates while it is a copy of the trained one."""
+    """Forward passes of one epoch (from 0) over all processes: of its rollout, and in training of the trained, the old
+    and the reference policy. The old policy is evaluated in fewer updates while it is a copy of the trained one."""
     c = config.at(epoch)
     rows = len(table(c.rollout_solver, schedule(c.rollout_steps), **solver_options(c, epoch)).times)
     pairs = c.pictures * c.timesteps_per_sample
