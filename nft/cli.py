@@ -189,6 +189,47 @@ def export(
 
 
 @app.command()
+def compare(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings of all methods")] = None,
+    suite: Annotated[str, typer.Option(help="what is compared: shapes")] = "shapes",
+    objectives: Annotated[str | None, typer.Option(help="names with commas between them; all by default")] = None,
+    ablations: Annotated[bool, typer.Option("--ablations", help="the first method against changes to it")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="about ten minutes on two cores")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 5,
+    minutes: Annotated[float | None, typer.Option(min=0.001, help="of training per run")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="of every run")] = None,
+    target: Annotated[float | None, typer.Option(help="score whose cost is compared; halfway by default")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder; comparisons/SUITE by default")] = None,
+) -> None:
+    """Train by several objectives, or by changes to one, and compare; goes on where it was interrupted."""
+    _quieten_libraries()
+    from nft_kernels.check import KernelMismatchError
+
+    from .alarms import AlarmError
+    from .checkpoint import CheckpointError
+    from .compare import compare as run
+
+    with _console.status("") as status:
+        try:
+            page = run(
+                suite,
+                output or Path("comparisons") / suite,
+                objectives=None if objectives is None else objectives.split(","),
+                ablations=ablations,
+                quick=quick,
+                seeds=seeds,
+                minutes=minutes,
+                epochs=epochs,
+                target=target,
+                overrides=overrides or [],
+                on_run=lambda method, seed: status.update(f"{method}, seed {seed}"),
+            )
+        except (AlarmError, CheckpointError, KernelMismatchError, OSError, ValueError, TypeError) as error:
+            raise _fail(error) from None
+    _console.print(f"comparison: {page}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     output: Annotated[Path, typer.Option(help="page that compares several runs")] = Path("comparison.html"),

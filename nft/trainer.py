@@ -271,13 +271,14 @@ class Trainer:
         finally:
             self.ema.restore(self.policy.trained)
 
-    def evaluate(self) -> tuple[dict[str, float], Tensor, list[str]]:
-        """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver."""
+    def evaluate(self, solver: str | None = None) -> tuple[dict[str, float], Tensor, list[str]]:
+        """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver, by
+        default ``eval_solver``."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
         grid = times(c.eval_steps, self.policy.pipeline.scheduler.config.shift)
         with self._averaged(), self.policy.merged("default"):
-            _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, c.eval_solver)
+            _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, solver or c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))
         strict = scores[:, 1]
         tags = [entry["tag"] for entry in entries]

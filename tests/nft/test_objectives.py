@@ -76,8 +76,8 @@ def scalars(*values):
     ("weight", "loss", "gradient"), [(1.0, -1.2, 0.0), (-1.0, math.exp(0.5), -0.4 * math.exp(0.48))]
 )
 def test_grpo_by_hand(weight, loss, gradient):
-    """x = 1, a = 0.5, b = -0.2, c = 0.1 and x' = 0.4: the step's mean is 0.3 for v_old = 1 and 0.4 for v_theta = 0.5, so
-    the densities' logarithms differ by 0.1^2 / (2 0.1^2) = 0.5, and e^0.5 is beyond 1.2."""
+    """x = 1, a = 0.5, b = -0.2, c = 0.1 and x' = 0.4: the step's mean is 0.3 for v_old = 1 and 0.4 for v_theta = 0.5,
+    so the densities' logarithms differ by 0.1^2 / (2 0.1^2) = 0.5, and e^0.5 is beyond 1.2."""
     v_theta, v_old, v_ref, x, after = scalars(0.5, 1.0, 0.0, 1.0, 0.4)
     v_theta.requires_grad_()
     a, b, c, t, w = (torch.tensor([value], dtype=torch.float64) for value in (0.5, -0.2, 0.1, 0.5, weight))
@@ -241,7 +241,8 @@ class Brightness(Shapes):
 
 
 SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=4", "timesteps_per_sample=2", "micro_batch=5",
-         "epochs=3", "eval_prompts_per_group=1", "eval_steps=1", "eval_every=3", "lora_rank=4", "updates_per_epoch=2"]  # fmt: skip
+         "epochs=3", "eval_prompts_per_group=1", "eval_steps=1", "eval_every=3", "lora_rank=4",
+         "updates_per_epoch=2"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["mix_grpo", "v_grpo"])
