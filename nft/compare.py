@@ -1,7 +1,7 @@
 """Compare objectives: the same base, prompts and seeds, curves against cost, intervals and paired tests.
 
-A comparison is a folder: ``runs/METHOD/seed-N`` are ordinary runs, each with a ``result.json`` once it is finished, and
-``compare.json``, ``curves.png`` and ``compare.md`` say what came out. One that was interrupted goes on where it stopped.
+A comparison is a folder: ``runs/METHOD/seed-N`` are ordinary runs, each with a ``result.json`` once it is finished.
+``compare.json``, ``curves.png`` and ``compare.md`` say what came out. An interrupted one goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ SUITES = {"shapes": _shapes}
 
 
 def time_to(costs: np.ndarray, scores: np.ndarray, target: float) -> float:
-    """Cost (E,) at which the score (E,) first reaches ``target``, between two evaluations linearly; infinite if never."""
+    """Cost (E,) at which the score (E,) first reaches ``target``, linearly between evaluations; infinite if never."""
     reached = np.flatnonzero(scores >= target)
     if not len(reached):
         return math.inf
@@ -198,7 +198,7 @@ def compare(
         output: folder of the comparison.
         objectives: which methods of the suite, or which ablations; all by default. The first is always among them.
         ablations: compare the ablations of the first method in place of the methods.
-        quick: a few methods, two seeds and one minute of each run, where nothing else is asked for.
+        quick: a few methods, two seeds, 75 seconds of each run and few prompts, where nothing else is asked for.
         seeds: runs of each method, of the seeds 0, 1, ...
         minutes: of training per run, without evaluations and checkpoints; by default a run is as long as its epochs.
         epochs: of every run, instead.
@@ -225,8 +225,8 @@ def compare(
     first = next(iter(known))
     if quick:
         objectives, seeds = objectives or (known if ablations else chosen.quick), min(seeds, 2)
-        minutes = 1.0 if minutes is None and epochs is None else minutes
-        overrides = ("eval_every=5", "eval_prompts_per_group=10", *overrides)
+        minutes = 1.25 if minutes is None and epochs is None else minutes
+        overrides = ("eval_every=2", "eval_prompts_per_group=10", *overrides)
     for name in objectives or ():
         if name not in known:
             raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
