@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -254,6 +255,9 @@ def sample(
     solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="guide against the base, not the empty prompt")
+    ] = False,
     per_prompt: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="of the first picture of every prompt")] = 0,
     output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
@@ -269,6 +273,8 @@ def sample(
             lines += [line.strip() for line in file.read_text().splitlines() if line.strip()]
         if not lines:
             raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
+        if reference and (guidance is None or checkpoint is None):
+            raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         settings = load_config(config, override)
         _quieten_libraries()
         from .policy import Policy
@@ -293,10 +299,11 @@ def sample(
     entries = [line for line in lines for _ in range(per_prompt)]
     seeds = [seed + i for _ in lines for i in range(per_prompt)]
     grid = times(steps, policy.pipeline.scheduler.config.shift)
-    with _console.status(f"drawing {len(entries)} pictures"), policy.merged("default"):
-        pictures = policy.decode(
-            rollout(policy, entries, seeds, grid, solver, settings.rollout_batch, guidance=guidance)
-        ).cpu()
+    # The base's weights are needed as they are.
+    weights = nullcontext() if reference else policy.merged("default")
+    options: dict[str, Any] = {"guidance": guidance, "reference": reference}
+    with _console.status(f"drawing {len(entries)} pictures"), weights:
+        pictures = policy.decode(rollout(policy, entries, seeds, grid, solver, settings.rollout_batch, **options)).cpu()
     output.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture.numpy()).save(output / f"{i:04d}_seed{seeds[i]}.png")

@@ -53,6 +53,7 @@ def rollout(
     batch: int,
     *,
     guidance: float | None = None,
+    reference: bool = False,
     states: list[Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
@@ -67,6 +68,8 @@ def rollout(
             last batch is filled up so that all pictures go through the same shapes.
         guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step; none when
             None. DiffusionNFT's rollouts use none.
+        reference: guide against the reference model and the same prompt instead, v_ref + guidance (v - v_ref), as CFGRL
+            does (Frans et al., arXiv 2505.23458). The adapter ``default`` has to be in use, and not merged.
         states: a list to which the states before and after every row with noise are added, (B, K + 1, C, H, W) for K
             such rows.
         options: the solver's own, such as ``eta``.
@@ -86,11 +89,15 @@ def rollout(
         ones = torch.ones(count, device=policy.device)
         x = add_noise(torch.zeros(count, *policy.latent_shape, device=policy.device), ones, seed=keys)
         history: tuple[Tensor, ...] = ()
-        empty = None if guidance is None else policy.embed([""] * count)
+        empty = None if guidance is None or reference else policy.embed([""] * count)
         path = [x]
         for i, t in enumerate(steps.times):
             v = policy.velocity(x, t * ones, embeds, pooled)
             v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
+            if reference:
+                policy.use(None)
+                v_uncond = policy.velocity(x, t * ones, embeds, pooled)
+                policy.use("default")
             x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
             if states is not None:
                 path.append(x)

@@ -222,6 +222,26 @@ def test_a_rollout_keeps_the_states_around_its_noise(pipeline, solver, options):
         assert abs(z.mean().item()) < 0.09 and abs(z.std().item() - 1) < 0.064
 
 
+def test_guidance_against_the_reference_is_linear_in_a_single_step(pipeline):
+    """From t = 1 to 0 Euler gives x0 = x - v, so x0 is that of the reference and the scale times the difference to it."""
+    policy = Policy(load_config("shapes", [f"pipeline={pipeline}"]))
+    with torch.no_grad():
+        for p in policy.trained:
+            p.add_(0.05)
+
+    def draw(**options):
+        return rollout(policy, ["a red circle", "a triangle"], [1, 2], times(1, 1.0), "euler", 2, **options)
+
+    policy.use(None)
+    base = draw()
+    policy.use("default")
+    trained = draw()
+    assert (trained - base).abs().max() > 0.01
+    for scale in (0.0, 1.0, 2.5):
+        expected = base + scale * (trained - base)
+        torch.testing.assert_close(draw(guidance=scale, reference=True), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_windows_move_with_the_epoch():
     mix = load_config("shapes_mix_grpo", ["window_epochs=2"])
     starts = [solver_options(mix, epoch)["window"][0] for epoch in range(22)]
