@@ -223,7 +223,7 @@ def test_a_rollout_keeps_the_states_around_its_noise(pipeline, solver, options):
 
 
 def test_guidance_against_the_reference_is_linear_in_a_single_step(pipeline):
-    """From t = 1 to 0 Euler gives x0 = x - v, so x0 is that of the reference and the scale times the difference to it."""
+    """From t = 1 to 0 Euler gives x0 = x - v: that of the reference, and the scale times the difference to it."""
     policy = Policy(load_config("shapes", [f"pipeline={pipeline}"]))
     with torch.no_grad():
         for p in policy.trained:
