@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -190,6 +191,47 @@ def export(
 
 
 @app.command()
+def compare(
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings of all methods")] = None,
+    suite: Annotated[str, typer.Option(help="what is compared: shapes")] = "shapes",
+    objectives: Annotated[str | None, typer.Option(help="names with commas between them; all by default")] = None,
+    ablations: Annotated[bool, typer.Option("--ablations", help="the first method against changes to it")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="about ten minutes on two cores")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 5,
+    minutes: Annotated[float | None, typer.Option(min=0.001, help="of training per run")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="of every run")] = None,
+    target: Annotated[float | None, typer.Option(help="score whose cost is compared; halfway by default")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder; comparisons/SUITE by default")] = None,
+) -> None:
+    """Train by several objectives, or by changes to one, and compare; goes on where it was interrupted."""
+    _quieten_libraries()
+    from nft_kernels.check import KernelMismatchError
+
+    from .alarms import AlarmError
+    from .checkpoint import CheckpointError
+    from .compare import compare as run
+
+    with _console.status("") as status:
+        try:
+            page = run(
+                suite,
+                output or Path("comparisons") / suite,
+                objectives=None if objectives is None else objectives.split(","),
+                ablations=ablations,
+                quick=quick,
+                seeds=seeds,
+                minutes=minutes,
+                epochs=epochs,
+                target=target,
+                overrides=overrides or [],
+                on_run=lambda method, seed: status.update(f"{method}, seed {seed}"),
+            )
+        except (AlarmError, CheckpointError, KernelMismatchError, OSError, ValueError, TypeError) as error:
+            raise _fail(error) from None
+    _console.print(f"comparison: {page}")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
     output: Annotated[Path, typer.Option(help="page that compares several runs")] = Path("comparison.html"),
@@ -214,6 +256,9 @@ def sample(
     solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="guide against the base, not the empty prompt")
+    ] = False,
     per_prompt: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="of the first picture of every prompt")] = 0,
     output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
@@ -229,6 +274,8 @@ def sample(
             lines += [line.strip() for line in file.read_text().splitlines() if line.strip()]
         if not lines:
             raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
+        if reference and (guidance is None or checkpoint is None):
+            raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         settings = load_config(config, override)
         _quieten_libraries()
         from .policy import Policy
@@ -253,10 +300,12 @@ def sample(
     entries = [line for line in lines for _ in range(per_prompt)]
     seeds = [seed + i for _ in lines for i in range(per_prompt)]
     grid = times(steps, policy.pipeline.scheduler.config.shift)
-    with _console.status(f"drawing {len(entries)} pictures"), policy.merged("default"):
-        pictures = policy.decode(
-            rollout(policy, entries, seeds, grid, solver, min(settings.rollout_batch, len(entries)), guidance=guidance)
-        ).cpu()
+    # The base's weights are needed as they are.
+    weights = nullcontext() if reference else policy.merged("default")
+    options: dict[str, Any] = {"guidance": guidance, "reference": reference}
+    batch = min(settings.rollout_batch, len(entries))
+    with _console.status(f"drawing {len(entries)} pictures"), weights:
+        pictures = policy.decode(rollout(policy, entries, seeds, grid, solver, batch, **options)).cpu()
     output.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture.numpy()).save(output / f"{i:04d}_seed{seeds[i]}.png")

@@ -17,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 from .alarms import THRESHOLDS
+from .objectives import OBJECTIVES
 from .rewards import registry
 from .rewards.pool import RewardSpec
 
 Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
+ObjectiveName = Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
@@ -79,6 +81,11 @@ class Config(BaseModel):
     rollout_solver: Solver = "euler"
     rollout_options: dict[str, Any] = {}
     """The solver's own options, such as ``{eta: 0.5}``."""
+    window: int | None = Field(None, gt=0)
+    """How many steps of the solver ``mixed`` draw noise; where they lie moves with the epoch."""
+    window_order: Literal["sliding", "random"] = "sliding"
+    window_epochs: int = Field(1, gt=0)
+    """For how many epochs the window stays where it is."""
     rollout_batch: int = Field(96, gt=0)
     """Most pictures that a process samples at a time."""
     compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
@@ -87,9 +94,11 @@ class Config(BaseModel):
     """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU that has them."""
     max_sequence_length: int = Field(10, gt=0)
 
-    objective: Literal["nft", "sft", "rwr"] = "nft"
+    objective: ObjectiveName = "nft"
     timesteps_per_sample: int = Field(3, gt=0)
-    """How many of the rollout's times each picture is trained on in an epoch."""
+    """How many of the rollout's times each picture is trained on in an epoch; of its noisy steps for ``grpo``."""
+    shared_noise: bool = False
+    """Times and noise are drawn once for all pictures of a prompt."""
     updates_per_epoch: int = Field(6, gt=0)
     micro_batch: int = Field(48, gt=0)
     """Most pairs of picture and time that a process differentiates at a time."""
@@ -105,6 +114,8 @@ class Config(BaseModel):
     advantage_mode: Literal["continuous", "positive_only", "negative_only", "one_only", "binary"] = "continuous"
     advantage_std: Literal["global", "group"] = "global"
     rwr_temperature: float = Field(1.0, gt=0)
+    clip_range: float = Field(1e-4, gt=0)
+    """Of the ratio to the old policy, for ``grpo`` and ``awm``."""
 
     eval_every: int = Field(10, gt=0)
     eval_prompts_per_group: int = Field(20, gt=0)
@@ -165,12 +176,18 @@ class Config(BaseModel):
             self.__dict__["micro_batch"] = min(self.micro_batch, pairs)
         if "updates_per_epoch" not in self.model_fields_set:
             self.__dict__["updates_per_epoch"] = min(self.updates_per_epoch, self.pictures)
+        if self.window and (self.rollout_solver != "mixed" or "window" in self.rollout_options):
+            raise ValueError(
+                f"window: got {self.window} with {self.rollout_solver} and options {self.rollout_options}, accepted is "
+                "the solver mixed without a window among its options"
+            )
         for key, largest, what in (
+            ("window", self.rollout_steps, "rollout_steps"),
             ("timesteps_per_sample", self.rollout_steps, "rollout_steps"),
             ("updates_per_epoch", self.pictures, "the pictures of an epoch, prompts_per_epoch * group_size"),
             ("micro_batch", pairs, "the pairs of an epoch, prompts_per_epoch * group_size * timesteps_per_sample"),
         ):
-            if getattr(self, key) > largest:
+            if (getattr(self, key) or 0) > largest:
                 raise ValueError(f"{key}: got {getattr(self, key)}, accepted are 1 to {largest}, {what}")
         if (self.task == "rewards") != bool(self.rewards):
             raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
@@ -180,16 +197,23 @@ class Config(BaseModel):
             raise ValueError("float8_rollout: got true, it needs fused_transformer=true and no compile_rollout")
         if self.combine == "per_reward" and self.objective != "nft":
             raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
+        window = {"window": (0, self.window)} if self.window else {}
         for key, solver, steps, options in (
-            ("rollout_solver", self.rollout_solver, self.rollout_steps, self.rollout_options),
+            ("rollout_solver", self.rollout_solver, self.rollout_steps, {**self.rollout_options, **window}),
             ("eval_solver", self.eval_solver, self.eval_steps, {}),
         ):
             try:
-                table(solver, schedule(steps), **options)
+                rows = table(solver, schedule(steps), **options).rows
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{key}: got {solver} with options {options}, which it does not take: {error}"
                 ) from None
+            noisy = sum(row.c > 0 for row in rows)
+            if key == "rollout_solver" and OBJECTIVES[self.objective].trajectory and self.timesteps_per_sample > noisy:
+                raise ValueError(
+                    f"timesteps_per_sample: got {self.timesteps_per_sample}, but {self.objective} trains on the steps "
+                    f"that draw noise, and {solver} has {noisy} of them"
+                )
         return self
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from nft_kernels.solvers import schedule, table
 from .config import Config, ConfigError
 from .objectives import OBJECTIVES
 from .policy import SHAPES_PIPELINE, TARGETS, old_policy_decay
+from .rollout import noisy, solver_options
 
 # Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's settings, and
 # the parameters of the text encoders (CLIP-L, CLIP-G, T5-XXL) and the VAE (arXiv 2403.03206 and the model's page).
@@ -68,6 +69,18 @@ def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
     tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
     tokens = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS
     return settings, tokens, sum(path.stat().st_size for path in weights)
+
+
+def evaluations(config: Config, epoch: int = 1) -> tuple[int, int, int, int]:
+    """Forward passes of one epoch (from 0) over all processes: of its rollout, and in training of the trained, the old
+    and the reference policy. The old policy is evaluated in fewer updates while it is a copy of the trained one."""
+    c = config.at(epoch)
+    rows = len(table(c.rollout_solver, schedule(c.rollout_steps), **solver_options(c, epoch)).times)
+    pairs = c.pictures * c.timesteps_per_sample
+    copied = old_policy_decay(c.old_policy, epoch) == 0
+    first = c.pictures // c.updates_per_epoch * c.timesteps_per_sample if copied else 0
+    old = pairs - first if OBJECTIVES[c.objective].needs_old else 0
+    return c.pictures * rows, pairs, old, pairs if c.kl_weight > 0 else 0
 
 
 class _Measured(NamedTuple):
@@ -144,15 +157,10 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     if c.gradient_checkpointing:
         flops += adapted.flops
 
-    rows = len(table(c.rollout_solver, schedule(c.rollout_steps), **c.rollout_options).times)
-    pairs = c.pictures * c.timesteps_per_sample
-    copied = old_policy_decay(c.old_policy, epoch) == 0
-    first = c.pictures // c.updates_per_epoch * c.timesteps_per_sample if copied else 0
-    old = pairs - first if OBJECTIVES[c.objective].needs_old else 0
-    reference = pairs if c.kl_weight > 0 else 0
+    rollout, pairs, old, reference = evaluations(config, epoch)
     adapted_weights = sum(m.base_layer.weight.numel() for m in model.modules() if isinstance(m, LoraLayer))
     # Every process merges once an epoch.
-    rollout_flops = c.pictures * rows * merged.flops + gpus * 2 * c.lora_rank * adapted_weights
+    rollout_flops = rollout * merged.flops + gpus * 2 * c.lora_rank * adapted_weights
     training_flops = pairs * flops + old * adapted.flops + reference * merged.flops
 
     activations = step.saved
@@ -161,6 +169,9 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         block = step.saved // shape.num_layers
         width = shape.num_attention_heads * shape.attention_head_dim
         activations = block + shape.num_layers * ((side // shape.patch_size) ** 2 + tokens) * width * dtype.itemsize
+    solver = table(c.rollout_solver, schedule(c.rollout_steps), **solver_options(c, epoch))
+    # Clean latents, and the states around the rows that draw noise.
+    kept = 2 + len(solver.rows[noisy(solver)]) if OBJECTIVES[c.objective].trajectory else 1
     memory = {
         # Of full fine-tuning this is the float32 copy that is the reference.
         "transformer": stored * (dtype.itemsize if c.adapter == "lora" else 4),
@@ -168,13 +179,13 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
         "trained weights and optimizer": 7 * 4 * trained,
         "merged weights": adapted_weights * dtype.itemsize,
-        "latents of an epoch": 4 * c.pictures * shape.in_channels * side * side,
+        "latents of an epoch": 4 * c.pictures * kept * shape.in_channels * side * side,
         "activations": activations * c.micro_batch,
     }
     return Plan(
         parameters=parameters,
         trained_parameters=trained,
-        rollout_evaluations=c.pictures * rows,
+        rollout_evaluations=rollout,
         training_evaluations=pairs + old + reference,
         held_out_evaluations=c.eval_prompts_per_group * len(table(c.eval_solver, schedule(c.eval_steps)).times),
         rollout_flops=rollout_flops,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,37 @@ import torch
 from torch import Tensor
 
 from nft_kernels import add_noise, solver_step
-from nft_kernels.solvers import schedule, table
+from nft_kernels.solvers import SolverTable, schedule, table
 
+from .config import Config
 from .policy import Policy, blocks
 
 
 def times(steps: int, shift: float) -> Tensor:
     """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given."""
     return torch.tensor(schedule(steps, shift=shift), dtype=torch.float32)
+
+
+def solver_options(config: Config, epoch: int) -> dict[str, Any]:
+    """Options of the rollout's solver in one epoch (from 0): the settings' own, and where the window stands.
+
+    A ``sliding`` window moves on by a step every ``window_epochs`` and starts over at the end, as MixGRPO's does; a
+    ``random`` one lies anywhere in the first half of the steps, where Flow-GRPO-Fast has it.
+    """
+    if config.window is None:
+        return config.rollout_options
+    move, steps = epoch // config.window_epochs, config.rollout_steps
+    if config.window_order == "sliding":
+        start = move % (steps - config.window + 1)
+    else:
+        start = random.Random(f"{config.seed} {move} window").randint(0, max(steps // 2 - config.window, 0))
+    return {**config.rollout_options, "window": (start, start + config.window)}
+
+
+def noisy(solver: SolverTable) -> slice:
+    """The rows that draw noise, which are consecutive in every solver."""
+    found = [i for i, row in enumerate(solver.rows) if row.c > 0]
+    return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 
 
 @torch.no_grad()
@@ -29,9 +53,11 @@ def rollout(
     batch: int,
     *,
     guidance: float | None = None,
+    reference: bool = False,
+    states: list[Tensor] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Clean latents (B, C, H, W), one per prompt and seed. Only the final latents are kept.
+    """Clean latents (B, C, H, W), one per prompt and seed. Only those are kept, unless ``states`` asks for more.
 
     Args:
         policy: evaluated with the adapter in use.
@@ -42,6 +68,10 @@ def rollout(
             last batch is filled up so that all pictures go through the same shapes.
         guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step; none when
             None. DiffusionNFT's rollouts use none.
+        reference: guide against the reference model and the same prompt instead, v_ref + guidance (v - v_ref), as CFGRL
+            does (Frans et al., arXiv 2505.23458). The adapter ``default`` has to be in use, and not merged.
+        states: a list to which the states before and after every row with noise are added, (B, K + 1, C, H, W) for K
+            such rows.
         options: the solver's own, such as ``eta``.
 
     Raises:
@@ -50,7 +80,7 @@ def rollout(
     steps = table(solver, [float(t) for t in grid], **options)
     # A multiple of 8 rows gives the same bits on the CPU; a GPU gives them for the same number of rows only.
     unit = 8 if policy.device.type == "cpu" else batch
-    finished = []
+    finished, kept = [], []
     for index in blocks(len(prompts), batch + -batch % unit, unit):
         count, part = len(index), [prompts[i] for i in index]
         embeds, pooled = policy.embed(part)
@@ -58,10 +88,22 @@ def rollout(
         ones = torch.ones(count, device=policy.device)
         x = add_noise(torch.zeros(count, *policy.latent_shape, device=policy.device), ones, seed=keys)
         history: tuple[Tensor, ...] = ()
-        empty = None if guidance is None else policy.embed([""] * count)
+        empty = None if guidance is None or reference else policy.embed([""] * count)
+        path = [x]
         for i, t in enumerate(steps.times):
             v = policy.velocity(x, t * ones, embeds, pooled)
             v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
+            if reference:
+                policy.use(None)
+                v_uncond = policy.velocity(x, t * ones, embeds, pooled)
+                policy.use("default")
             x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
+            if states is not None:
+                path.append(x)
         finished.append(x)
+        if states is not None:
+            rows = noisy(steps)
+            kept.append(torch.stack(path[rows.start : rows.stop + 1], 1))
+    if states is not None:
+        states.append(torch.cat(kept)[: len(prompts)])
     return torch.cat(finished)[: len(prompts)]

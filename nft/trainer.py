@@ -21,19 +21,19 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from nft_kernels import add_noise, optimality_probability
-from nft_kernels.solvers import table
+from nft_kernels.solvers import Row, table
 
 from . import checkpoint, tasks
 from .alarms import Alarms, distribution, preflight
 from .config import Config
 from .distributed import Processes
 from .full import FullPolicy
-from .objectives import OBJECTIVES, Batch
+from .objectives import OBJECTIVES, Batch, Step
 from .objectives.base import Loss
 from .policy import Policy, old_policy_decay
 from .rewards.base import RewardError
 from .rewards.combine import Combined, combine, weighted_sum
-from .rollout import rollout, times
+from .rollout import noisy, rollout, solver_options, times
 from .tracking import Tracker
 
 # Seconds to wait before a failed reward is asked again.
@@ -132,14 +132,18 @@ class Trainer:
         return self.task.gather()
 
     def sample(self) -> dict[str, Any]:
-        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere."""
+        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere, and the
+        rollout's states for an objective that trains on them."""
         c, rng = self.stage, self._rng("rollout")
         groups = self.groups
         chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
         entries = [entry for entry in chosen for _ in range(c.group_size)]
         seeds = [rng.getrandbits(62) for _ in entries]
+        kept: list[Tensor] = []
+        options = solver_options(c, self.epoch) | ({"states": kept} if self.objective.trajectory else {})
         with self.policy.merged("old"):
-            x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **c.rollout_options)
+            x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
+        states = self.processes.gather(torch.cat(kept), len(entries)) if kept else None
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
         combined, measured = self._combine(scores)
         total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
@@ -147,7 +151,24 @@ class Trainer:
         measured |= {"reward": total.mean().item(), "strict": scores[:, -1].mean().item()}
         weights = combined.r if c.combine == "per_reward" else self.objective.weights(combined.advantages, c)
         prompts = [entry["prompt"] for entry in entries]
-        return {"x0": x0, "prompts": prompts, "scores": scores, "r": weights.to(x0.device), "measured": measured}
+        return {
+            "x0": x0,
+            "states": states,
+            "prompts": prompts,
+            "scores": scores,
+            "r": weights.to(x0.device),
+            "measured": measured,
+        }
+
+    def _rows(self) -> tuple[Row, ...]:
+        """The rows of this epoch's rollout that draw noise."""
+        c = self.stage
+        solver = table(c.rollout_solver, self.grid.tolist(), **solver_options(c, self.epoch))
+        return solver.rows[noisy(solver)]
+
+    def _times(self) -> list[float]:
+        """The times that are trained on: the rollout's, or those of its rows that draw noise."""
+        return [row.t for row in self._rows()] if self.objective.trajectory else self.grid[:-1].tolist()
 
     def _by_reward(self, scores: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.task.weights, scores.unbind(1), strict=False))
@@ -173,11 +194,24 @@ class Trainer:
         each = combined.metrics if len(self.task.weights) > 1 else {}
         return combined, {"nonfinite_rewards": int(broken.sum()), **each}
 
-    def _loss(self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor) -> tuple[Loss, Tensor]:
+    def _step(self, states: Tensor, t: Tensor) -> tuple[Tensor, Step]:
+        """Of a rollout's states (B, K + 1, C, H, W) those before its rows at times t (B,), and what these rows did."""
+        rows = self._rows()
+        k = torch.searchsorted(-torch.tensor([row.t for row in rows], device=t.device), -t)
+        a, b, c = (
+            torch.tensor(values, device=t.device)[k]
+            for values in zip(*((row.a, row.b[0], row.c) for row in rows), strict=True)
+        )
+        i = torch.arange(len(k), device=k.device)
+        return states[i, k], Step(states[i, k + 1], a, b, c)
+
+    def _loss(
+        self, x0: Tensor, r: Tensor, prompts: list[str], t: Tensor, seeds: Tensor, states: Tensor | None = None
+    ) -> tuple[Loss, Tensor]:
         """The objective's loss of one micro-batch, and the velocity that it is about."""
         policy = self.policy
         embeds, pooled = policy.embed(prompts)
-        x_t = add_noise(x0, t, seed=seeds)
+        x_t, step = (add_noise(x0, t, seed=seeds), None) if states is None else self._step(states, t)
         v_old = v_ref = None
         with torch.no_grad():
             if self.objective.needs_old and not policy.old_is_current:
@@ -189,7 +223,8 @@ class Trainer:
         policy.use("default")
         v_theta = policy.velocity(x_t, t, embeds, pooled)
         verify = self.step < self.config.verify_kernels_steps
-        return self.objective.loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, r), self.stage, verify), v_theta.detach()
+        batch = Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step)
+        return self.objective.loss(batch, self.stage, verify), v_theta.detach()
 
     def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
         """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
@@ -201,7 +236,9 @@ class Trainer:
             index = [i for i, _, _ in part]
             t = torch.tensor([t for _, t, _ in part], device=device)
             seeds = torch.tensor([seed for _, _, seed in part], device=device)
-            out, v = self._loss(data["x0"][index], data["r"][index], [data["prompts"][i] for i in index], t, seeds)
+            prompts = [data["prompts"][i] for i in index]
+            states = None if data["states"] is None else data["states"][index]
+            out, v = self._loss(data["x0"][index], data["r"][index], prompts, t, seeds, states)
             # The mean over all pairs of all processes.
             (out.loss * (len(part) / len(pairs))).backward()
             rms = v.float().square().flatten(1).mean(1).sqrt()
@@ -227,6 +264,10 @@ class Trainer:
         self.alarms.update(finite)
         return dict(zip((*_MEASURED, "grad_norm"), (*means, grad_norm), strict=True))
 
+    def _noises(self, ts: list[float], rng: random.Random) -> list[tuple[float, int]]:
+        """A choice of times ``ts`` to train a picture on, each with a seed for its noise."""
+        return [(t, rng.getrandbits(62)) for t in rng.sample(ts, self.stage.timesteps_per_sample)]
+
     def optimize(self, data: dict[str, Any]) -> dict[str, float]:
         """All optimizer steps of one epoch, then the old policy's update.
 
@@ -236,13 +277,15 @@ class Trainer:
         c, rng = self.stage, self._rng("train")
         order = list(range(len(data["prompts"])))
         rng.shuffle(order)
-        grid = self.grid[:-1].tolist()
-        updates = []
+        ts, updates = self._times(), []
+        shared = [self._noises(ts, rng) for _ in range(c.prompts_per_epoch)] if c.shared_noise else []
         for update in range(c.updates_per_epoch):
             # Every picture with each of its times; a micro-batch mixes times.
             first, last = (len(order) * k // c.updates_per_epoch for k in (update, update + 1))
             pairs = [
-                (i, t, rng.getrandbits(62)) for i in order[first:last] for t in rng.sample(grid, c.timesteps_per_sample)
+                (i, *noise)
+                for i in order[first:last]
+                for noise in (shared[i // c.group_size] if shared else self._noises(ts, rng))
             ]
             updates.append(self._update(self._accumulate(data, pairs), len(pairs)))
         self.epoch += 1
@@ -262,13 +305,14 @@ class Trainer:
         finally:
             self.ema.restore(self.policy.trained)
 
-    def evaluate(self) -> tuple[dict[str, float], Tensor, list[str]]:
-        """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver."""
+    def evaluate(self, solver: str | None = None) -> tuple[dict[str, float], Tensor, list[str]]:
+        """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver, by
+        default ``eval_solver``."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
         grid = times(c.eval_steps, self.policy.pipeline.scheduler.config.shift)
         with self._averaged(), self.policy.merged("default"):
-            _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, c.eval_solver)
+            _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, solver or c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))
         strict = scores[:, -1]
         tags = [entry["tag"] for entry in entries]
@@ -284,16 +328,19 @@ class Trainer:
         c, entries = self.stage, [self.groups[0][0]] * 2
         prompts = [entry["prompt"] for entry in entries]
         with self.policy.merged("old"):
-            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, 2, **c.rollout_options)
+            options = solver_options(c, self.epoch)
+            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, 2, **options)
         pictures = self.policy.decode(x0)
         return x0, pictures, self.task.score(pictures, entries)
 
     def backward(self, x0: Tensor, weights: Tensor) -> None:
-        """Gradients of the loss on a few pictures of the first prompt at the middle of the rollout's times."""
-        device = x0.device
-        t = self.grid[len(self.grid) // 2 - 1].expand(len(x0)).to(device)
+        """Gradients of the loss on a few pictures of the first prompt at the middle of the times to train on."""
+        device, ts = x0.device, self._times()
+        t = torch.full((len(x0),), ts[(len(ts) - 1) // 2], device=device)
         prompts = [self.groups[0][0]["prompt"]] * len(x0)
-        out, _ = self._loss(x0, weights, prompts, t.contiguous(), torch.arange(len(x0), device=device))
+        # Whether a gradient comes back does not depend on which states these are.
+        states = x0[:, None].expand(-1, len(ts) + 1, *x0.shape[1:]) if self.objective.trajectory else None
+        out, _ = self._loss(x0, weights, prompts, t, torch.arange(len(x0), device=device), states)
         out.loss.backward()
 
     def save(self) -> None:

@@ -1,6 +1,6 @@
 """Objectives: what a picture's advantage becomes, and the loss it weighs. To add one, write a module like ``rwr``."""
 
-from . import nft, rwr, sft
-from .base import OBJECTIVES, Batch, Objective
+from . import awm, grpo, nft, positive, rwr, sft
+from .base import OBJECTIVES, Batch, Objective, Step
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "nft", "rwr", "sft"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "Step", "awm", "grpo", "nft", "positive", "rwr", "sft"]

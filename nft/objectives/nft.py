@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from nft_kernels import nft_loss, optimality_probability
 from nft_kernels.check import compare_nft_loss
 
-from ..config import Config
 from .base import OBJECTIVES, Batch, Loss, Objective
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 
 def weights(advantages: Tensor, config: Config) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..config import Config
 from .base import OBJECTIVES, Objective, flow_matching
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 
 def weights(advantages: Tensor, config: Config) -> Tensor:

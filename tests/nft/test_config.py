@@ -9,6 +9,8 @@ import yaml
 from nft.config import _BUNDLED, ConfigError, load_config
 
 BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
+BASELINES = {f"shapes_{name}" for name in ("sft", "rwr", "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "awm",
+                                           "v_grpo")}  # fmt: skip
 RUNS = ["shapes", "sd35_geneval", "sd35_ocr", "sd35_pickscore", "sd35_hpsv2", "sd35_multi_reward"]
 
 
@@ -19,7 +21,7 @@ def refused(name="shapes", *overrides):
 
 
 def test_every_run_has_a_variant_for_one_and_two_gpus():
-    assert set(BUNDLED) == {run + variant for run in RUNS for variant in ("", "_1gpu", "_2gpu")}
+    assert set(BUNDLED) == {run + variant for run in RUNS for variant in ("", "_1gpu", "_2gpu")} | BASELINES
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -59,6 +61,16 @@ def test_dotted_overrides_reach_nested_values():
     assert config.rewards == {"pickscore": 1.0, "hpsv2": 0.5} and config.rollout_options == {"eta": 0.5}
 
 
+def test_the_window_is_checked():
+    assert "window: got 11, accepted are 1 to 10, rollout_steps" in refused("shapes_mix_grpo", "window=11")
+    assert "and mixed has 2 of them" in refused("shapes_mix_grpo", "timesteps_per_sample=3")
+    assert "accepted is the solver mixed without a window" in refused(
+        "shapes_mix_grpo", "rollout_options.window=[0, 2]"
+    )
+    # cps draws no noise in the last step to t = 0.
+    assert "and cps has 9 of them" in refused("shapes_flow_grpo", "rollout_solver=cps")
+
+
 def test_defaults_shrink_with_a_small_epoch_but_given_values_are_refused():
     config = load_config("shapes", ["prompts_per_epoch=1", "group_size=2"])
     assert (config.micro_batch, config.updates_per_epoch) == (6, 2)
@@ -67,7 +79,7 @@ def test_defaults_shrink_with_a_small_epoch_but_given_values_are_refused():
 POSITIVE = ["lora_rank", "lora_alpha", "epochs", "prompts_per_epoch", "rollout_steps", "rollout_batch",
             "max_sequence_length", "timesteps_per_sample", "updates_per_epoch", "micro_batch", "learning_rate",
             "max_grad_norm", "beta", "adv_clip_max", "eval_every", "eval_prompts_per_group", "eval_steps",
-            "keep_checkpoints", "rwr_temperature", "resolution"]  # fmt: skip
+            "keep_checkpoints", "rwr_temperature", "resolution", "clip_range", "window", "window_epochs"]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["0", "-1", ".nan", ".inf", "[1]", "{a: 1}", "many", "true"])
@@ -95,6 +107,13 @@ def test_positive_numbers(key, value):
         ("rollout_solver=eulr", "rollout_solver: got 'eulr'"),
         ("eval_solver=dpm", "eval_solver: got 'dpm'"),
         ("rollout_options={eta: 0.5}", "rollout_solver: got dpm++2M with options {'eta': 0.5}"),
+        ("window=2", "window: got 2 with dpm++2M and options {}, accepted is the solver mixed"),
+        (
+            "objective=grpo",
+            "timesteps_per_sample: got 3, but grpo trains on the steps that draw noise, and dpm++2M has 0",
+        ),
+        ("shared_noise=1", "shared_noise: got 1"),
+        ("window_order=left", "window_order: got 'left'"),
         ("rollout_options.order=9", "rollout_solver: got dpm++2M"),
         ("resolution=100", "resolution: got 100"),
         ("device=gpu", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),

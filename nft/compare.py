@@ -1,0 +1,410 @@
+"""Compare objectives: the same base, prompts and seeds, curves against cost, intervals and paired tests.
+
+A comparison is a folder: ``runs/METHOD/seed-N`` are ordinary runs, each with a ``result.json`` once it is finished.
+``compare.json``, ``curves.png`` and ``compare.md`` say what came out. An interrupted one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from .checkpoint import replace_text
+from .config import Config, load_config
+from .plan import evaluations
+
+COSTS = {
+    "seconds": "seconds of rollout, rewards and training",
+    "steps": "optimizer steps",
+    "evaluations": "evaluations of the denoiser",
+    "pictures": "pictures",
+}
+"""What the held-out score is plotted against."""
+_RESAMPLES = 9999
+_POINTS = 50
+
+Method = tuple[str, tuple[str, ...]]
+"""A configuration's name and ``key=value`` changes to it."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Methods by name, of which the first is what the others are compared with; ``ablations`` are changes to it."""
+
+    methods: Mapping[str, Method]
+    ablations: Mapping[str, Method]
+    solvers: tuple[str, ...]
+    """For the evaluation at the end; no method's rollout uses them."""
+    quick: tuple[str, ...]
+    """Methods and changes of ``--quick``."""
+
+
+def _shapes() -> Suite:
+    baselines = ("sft", "rwr", "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "awm", "v_grpo")
+    changes = {
+        "no_negative_branch": "objective=positive",
+        "rollout_sde": "rollout_solver=flow-sde",
+        "rollout_first_order": "rollout_solver=euler",
+        "weighting_none": "weighting=none",
+        "weighting_t": "weighting=t",
+        "weighting_t2": "weighting=t2",
+        "old_copy": "old_policy=copy",
+        "old_delayed": "old_policy=delayed_0.999",
+        "beta_0.1": "beta=0.1",
+        "beta_10": "beta=10.0",
+        "adv_clip_max_1": "adv_clip_max=1.0",
+        "adv_clip_max_2": "adv_clip_max=2.0",
+        # As many pictures as before.
+        "group_size_6": "group_size=6 prompts_per_epoch=48",
+        "group_size_24": "group_size=24 prompts_per_epoch=12",
+        "kl_1e-4": "kl_weight=1e-4",
+        "kl_1e-2": "kl_weight=1e-2",
+        "timesteps_1": "timesteps_per_sample=1",
+        "timesteps_9": "timesteps_per_sample=9",
+    }
+    base: Method = ("shapes", ())
+    return Suite(
+        methods={"nft": base, **{name: (f"shapes_{name}", ()) for name in baselines}},
+        ablations={"nft": base, **{name: ("shapes", tuple(change.split())) for name, change in changes.items()}},
+        solvers=("unipc", "deis", "dpm++3M"),
+        quick=("nft", "rwr", "flow_grpo"),
+    )
+
+
+SUITES = {"shapes": _shapes}
+
+
+# Statistics: plain functions of arrays in which a row is a seed.
+
+
+def time_to(costs: np.ndarray, scores: np.ndarray, target: float) -> float:
+    """Cost (E,) at which the score (E,) first reaches ``target``, linearly between evaluations; infinite if never."""
+    reached = np.flatnonzero(scores >= target)
+    if not len(reached):
+        return math.inf
+    i = int(reached[0])
+    if i == 0:
+        return float(costs[0])
+    share = (target - scores[i - 1]) / (scores[i] - scores[i - 1])
+    return float(costs[i - 1] + share * (costs[i] - costs[i - 1]))
+
+
+def ratio_of_medians(times: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
+    """median(times) / median(baseline) of (S,) costs of the same seeds, with a 95% bootstrap interval of seeds drawn in
+    pairs (percentile, 9999 resamples). A seed that never got there is infinite, and so may be the ratio or a bound."""
+    draws = np.random.default_rng(0).integers(len(times), size=(_RESAMPLES, len(times)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios = np.median(times[draws], axis=1) / np.median(baseline[draws], axis=1)
+        ratio = np.median(times) / np.median(baseline)
+    known = ratios[~np.isnan(ratios)]
+    # An order statistic, as nothing lies between a number and infinity.
+    low, high = np.quantile(known, (0.025, 0.975), method="inverted_cdf") if len(known) else (math.nan, math.nan)
+    return {"ratio": float(ratio), "low": float(low), "high": float(high)}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for as many tests, by Holm (Scandinavian Journal of Statistics 6, 1979)."""
+    order = np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)), 1)
+    return adjusted.tolist()
+
+
+def curve(costs: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> dict[str, list[float]]:
+    """Median and quartiles over seeds at 50 costs that every seed has reached, linearly between its evaluations."""
+    grid = np.linspace(0, min(cost[-1] for cost in costs), _POINTS)
+    rows = [np.interp(grid, cost, score) for cost, score in zip(costs, scores, strict=True)]
+    low, middle, high = np.quantile(rows, (0.25, 0.5, 0.75), axis=0)
+    return {"cost": grid.tolist(), "median": middle.tolist(), "low": low.tolist(), "high": high.tolist()}
+
+
+# Runs.
+
+
+class _Enough(Exception):
+    """A run has had its minutes."""
+
+
+def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
+    """``score`` on held-out prompts at every evaluation of a run, and every one of ``COSTS`` at that point, (E,)."""
+    spent = dict.fromkeys(COSTS, 0.0)
+    points: list[list[float]] = []
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        if "eval_strict" in line:
+            points.append([*spent.values(), line["eval_strict"]])
+        else:
+            epoch = line["epoch"] - 1
+            spent["seconds"] += line["seconds"]
+            spent["steps"] = line["step"]
+            spent["evaluations"] += sum(evaluations(config, epoch))
+            spent["pictures"] += config.at(epoch).pictures
+    return dict(zip((*COSTS, "score"), np.array(points, dtype=float).T, strict=True))
+
+
+def _run(folder: Path, config: Config, minutes: float | None, solvers: Sequence[str]) -> None:
+    """Train one run to its end, from its newest checkpoint if it has one, and evaluate it with ``solvers``."""
+    from .trainer import Trainer
+
+    saved = folder / "config.yaml"
+    if saved.is_file() and saved.read_text() != config.dump():
+        raise ValueError(f"output: {folder} holds a run with other settings; give another folder")
+    if (folder / "result.json").is_file():
+        return
+    trainer = Trainer(config, folder, resume=saved.is_file())
+
+    def spent() -> float:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return sum(line.get("seconds", 0.0) for line in lines)
+
+    def on_epoch(metrics: dict[str, Any]) -> None:
+        if minutes is not None and spent() >= 60 * minutes:
+            raise _Enough
+
+    try:
+        if trainer.epoch:
+            on_epoch({})
+        trainer.train(on_epoch)
+    except _Enough:
+        trainer.tracker.finish()
+    result = {solver: trainer.evaluate(solver)[0] for solver in solvers}
+    replace_text(folder / "result.json", json.dumps(result, indent=1))
+
+
+def compare(
+    suite: str,
+    output: Path,
+    *,
+    objectives: Sequence[str] | None = None,
+    ablations: bool = False,
+    quick: bool = False,
+    seeds: int = 5,
+    minutes: float | None = None,
+    epochs: int | None = None,
+    target: float | None = None,
+    overrides: Sequence[str] = (),
+    on_run: Callable[[str, int], None] = lambda method, seed: None,
+) -> Path:
+    """Run what is missing of a comparison, and write what came out.
+
+    Args:
+        suite: a name in ``SUITES``.
+        output: folder of the comparison.
+        objectives: which methods of the suite, or which ablations; all by default. The first is always among them.
+        ablations: compare the ablations of the first method in place of the methods.
+        quick: a few methods, two seeds, 75 seconds of each run and few prompts, where nothing else is asked for.
+        seeds: runs of each method, of the seeds 0, 1, ...
+        minutes: of training per run, without evaluations and checkpoints; by default a run is as long as its epochs.
+        epochs: of every run, instead.
+        target: held-out score for the time-to-target ratio; by default halfway from the base's score to the one that
+            the first method ends with, medians over seeds.
+        overrides: ``key=value`` changes to all methods.
+        on_run: told of each run before it starts or goes on.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        ValueError: an unknown suite or method, settings that cannot be used, or a folder of other settings.
+        AlarmError, CheckpointError: a run that cannot go on.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+    if minutes is not None and epochs is not None:
+        raise ValueError("minutes, epochs: got both, accepted is one of them")
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}, accepted are positive numbers")
+    chosen = SUITES[suite]()
+    known = chosen.ablations if ablations else chosen.methods
+    first = next(iter(known))
+    if quick:
+        objectives, seeds = objectives or (known if ablations else chosen.quick), min(seeds, 2)
+        minutes = 1.25 if minutes is None and epochs is None else minutes
+        overrides = ("eval_every=2", "eval_prompts_per_group=10", *overrides)
+    for name in objectives or ():
+        if name not in known:
+            raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
+    names = [name for name in known if objectives is None or name in objectives or name == first]
+    length = 10**6 if minutes is not None else epochs
+    limits = [f"epochs={length}"] if length else []
+    configs = {
+        (name, seed): load_config(known[name][0], [*known[name][1], *limits, *overrides, f"seed={seed}"])
+        for seed in range(seeds)
+        for name in names
+    }
+    settings = json.dumps({"suite": suite, "minutes": minutes})
+    path = output / "settings.json"
+    if path.is_file() and path.read_text() != settings:
+        raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    replace_text(path, settings)
+    # Seed by seed, so that a comparison that is cut short has all methods.
+    for (name, seed), config in configs.items():
+        on_run(name, seed)
+        _run(output / "runs" / name / f"seed-{seed}", config, minutes, chosen.solvers)
+    runs = {
+        name: [read_run(output / "runs" / name / f"seed-{s}", configs[name, s]) for s in range(seeds)] for name in names
+    }
+    results = {
+        name: [json.loads((output / "runs" / name / f"seed-{s}" / "result.json").read_text()) for s in range(seeds)]
+        for name in names
+    }
+    return write(output, summarise(runs, results, target), {name: configs[name, 0] for name in names})
+
+
+def summarise(
+    runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+    results: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]],
+    target: float | None = None,
+) -> dict[str, Any]:
+    """Everything that ``compare.json`` holds.
+
+    Args:
+        runs: of each method ``read_run`` of every seed; the first method is the baseline.
+        results: of each method and seed the scores by solver.
+        target: see ``compare``.
+    """
+    baseline, *others = runs
+    if target is None:
+        ends = [np.median([run["score"][i] for run in runs[baseline]]) for i in (0, -1)]
+        target = float(np.mean(ends))
+    finals = {
+        name: np.array([[scores["eval_strict"] for scores in seed.values()] for seed in results[name]]) for name in runs
+    }
+    methods: dict[str, Any] = {}
+    for name, seeds in runs.items():
+        # Of a seed the mean over solvers.
+        final = finals[name].mean(1)
+        times = {cost: np.array([time_to(run[cost], run["score"], target) for run in seeds]) for cost in COSTS}
+        low, middle, high = np.quantile(final, (0.25, 0.5, 0.75)).tolist()
+        methods[name] = {
+            "final": {"median": middle, "low": low, "high": high, "seeds": final.tolist()},
+            "solvers": dict(zip(results[name][0], np.median(finals[name], axis=0).tolist(), strict=True)),
+            "curves": {cost: curve([r[cost] for r in seeds], [r["score"] for r in seeds]) for cost in COSTS},
+            "to_target": {cost: values.tolist() for cost, values in times.items()},
+        }
+    reference = methods[baseline]
+    for name in others:
+        methods[name]["ratios"] = {
+            cost: ratio_of_medians(np.array(times), np.array(reference["to_target"][cost]))
+            for cost, times in methods[name]["to_target"].items()
+        }
+        differences = np.subtract(methods[name]["final"]["seeds"], reference["final"]["seeds"])
+        methods[name]["difference"] = float(differences.mean())
+        # The unit is a seed: both methods saw the same prompts and noise.
+        enough = len(differences) > 1 and differences.std() > 0
+        p = ttest_rel(methods[name]["final"]["seeds"], reference["final"]["seeds"]).pvalue if enough else math.nan
+        methods[name]["p"] = float(p)
+    tested = [name for name in others if not math.isnan(methods[name]["p"])]
+    for name, p in zip(tested, holm([methods[name]["p"] for name in tested]), strict=True):
+        methods[name]["p_holm"] = p
+    return {"baseline": baseline, "target": target, "methods": methods}
+
+
+# What is written.
+
+
+def _json(value: Any) -> Any:
+    """JSON has no infinity: what was never reached is null."""
+    if isinstance(value, dict):
+        return {key: _json(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "never" if value > 0 else "-"
+
+
+def _ratio(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "1"
+    return f"{_number(found['ratio'])} [{_number(found['low'])}, {_number(found['high'])}]"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write(output: Path, found: Mapping[str, Any], configs: Mapping[str, Config]) -> Path:
+    """``compare.json``, ``curves.png`` and ``compare.md``; the path of the last."""
+    replace_text(output / "compare.json", json.dumps(_json(found), indent=1))
+    _plot(output / "curves.png", found)
+    methods = found["methods"]
+    solvers = list(methods[found["baseline"]]["solvers"])
+    seeds = len(methods[found["baseline"]]["final"]["seeds"])
+    scores = [
+        [
+            name,
+            f"{m['final']['median']:.3f} [{m['final']['low']:.3f}, {m['final']['high']:.3f}]",
+            *(f"{m['solvers'][solver]:.3f}" for solver in solvers),
+            f"{m['difference']:+.3f}" if "difference" in m else "",
+            f"{m['p']:.3g}" if "p_holm" in m else "",
+            f"{m['p_holm']:.3g}" if "p_holm" in m else "",
+        ]
+        for name, m in methods.items()
+    ]
+    reached = [
+        [
+            name,
+            f"{sum(map(math.isfinite, m['to_target']['steps']))} of {seeds}",
+            *(_ratio(m["ratios"][cost] if "ratios" in m else None) for cost in COSTS),
+        ]
+        for name, m in methods.items()
+    ]
+    base, *_ = configs.values()
+    differences = [
+        [name, ", ".join(f"`{key}={value}`" for key, value in config if value != getattr(base, key))]
+        for name, config in configs.items()
+    ]
+    text = f"""# Comparison
+
+Held-out prompts, strict score, {seeds} seeds; all methods start from the same base and see the same prompts and seeds.
+
+![curves](curves.png)
+
+## Scores at the end
+
+Median [quartiles] over seeds of the mean over three solvers that no rollout uses, then the median with each. The
+difference to {found["baseline"]} and its p are of a paired t-test over seeds, with Holm's correction.
+
+{_table(["method", "score", *solvers, "difference", "p", "p, Holm"], scores)}
+
+## Cost of reaching {found["target"]:.3f}
+
+As a ratio to {found["baseline"]}'s, of medians over seeds, with 95% bootstrap intervals; above 1 it takes longer.
+
+{_table(["method", "seeds that reached it", *COSTS.values()], reached)}
+
+## Settings that differ
+
+{_table(["method", "settings"], differences)}
+"""
+    replace_text(output / "compare.md", text)
+    return output / "compare.md"
+
+
+def _plot(path: Path, found: Mapping[str, Any]) -> None:
+    from .report import plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 9), sharey=True)
+    for axis, (cost, label) in zip(axes.flat, COSTS.items(), strict=True):
+        for name, method in found["methods"].items():
+            curve = method["curves"][cost]
+            axis.plot(curve["cost"], curve["median"], label=name)
+            axis.fill_between(curve["cost"], curve["low"], curve["high"], alpha=0.2)
+        axis.axhline(found["target"], color="grey", linestyle=":")
+        axis.set(xlabel=label, ylabel="held-out strict score")
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

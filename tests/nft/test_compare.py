@@ -1,0 +1,215 @@
+"""Comparisons: statistics against independent formulas, and the command on an untrained pipeline."""
+
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("diffusers")
+
+from typer.testing import CliRunner
+
+from nft.cli import app
+from nft.compare import COSTS, SUITES, compare, curve, holm, ratio_of_medians, read_run, summarise, time_to
+from nft.config import load_config
+from nft.objectives import OBJECTIVES
+from nft.tasks import TASKS, Shapes
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_rejects_what_the_step_down_procedure_rejects(seed):
+    """From the smallest p on, each is compared with alpha over how many are left, until one is too large."""
+    p = np.random.default_rng(seed).uniform(size=7) ** 3
+    adjusted = holm(p)
+    for alpha in np.linspace(0.001, 0.999, 200):
+        rejected = set()
+        for k, i in enumerate(sorted(range(7), key=lambda i: p[i])):
+            if p[i] > alpha / (7 - k):
+                break
+            rejected.add(i)
+        assert {i for i in range(7) if adjusted[i] <= alpha} == rejected
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([]) == []
+
+
+def test_time_to_a_score_is_linear_between_evaluations():
+    costs, scores = np.array([0.0, 10.0, 30.0, 40.0]), np.array([0.2, 0.4, 0.3, 0.8])
+    assert time_to(costs, scores, 0.3) == pytest.approx(5.0)
+    assert time_to(costs, scores, 0.5) == pytest.approx(34.0)
+    assert time_to(costs, scores, 0.8) == 40.0 and time_to(costs, scores, 0.1) == 0.0
+    assert time_to(costs, scores, 0.81) == math.inf
+
+
+@pytest.mark.parametrize("last", [9.0, math.inf])
+def test_interval_of_a_ratio_is_that_of_every_resample(last):
+    times, baseline = np.array([3.0, 5.0, 4.0, last]), np.array([1.0, 2.5, 2.0, 1.5])
+    found = ratio_of_medians(times, baseline)
+    ratios = sorted(
+        np.median(times[list(draw)]) / np.median(baseline[list(draw)]) for draw in itertools.product(range(4), repeat=4)
+    )
+    assert found["ratio"] == pytest.approx(4.5 / 1.75)
+    # The 2.5% of all 256 resamples, give or take what 9999 random ones miss it by: five standard errors are 2 of 256.
+    for bound, place in ((found["low"], 0.025), (found["high"], 0.975)):
+        assert ratios[max(int(256 * place) - 3, 0)] <= bound <= ratios[min(int(256 * place) + 3, 255)]
+
+
+def test_a_ratio_of_what_was_never_reached_is_infinite():
+    never, once = np.full(3, math.inf), np.array([1.0, 2.0, 3.0])
+    assert ratio_of_medians(never, once) == {"ratio": math.inf, "low": math.inf, "high": math.inf}
+    assert all(math.isnan(value) for value in ratio_of_medians(never, never).values())
+
+
+def test_curves_end_where_the_first_seed_does():
+    costs = [np.array([0.0, 10.0]), np.array([0.0, 5.0, 20.0]), np.array([0.0, 40.0])]
+    scores = [np.array([0.0, 1.0]), np.array([0.0, 0.0, 0.0]), np.array([0.4, 0.4])]
+    found = curve(costs, scores)
+    assert found["cost"][0] == 0 and found["cost"][-1] == 10
+    # At the end the scores are 1, 0 and 0.4; quartiles of three lie halfway between neighbours.
+    assert [found[key][-1] for key in ("low", "median", "high")] == pytest.approx([0.2, 0.4, 0.7])
+
+
+def synthetic(speed, ends):
+    """Runs whose score rises evenly from 0 over 10 * speed of every cost, and the final scores of two solvers."""
+    runs = [{**{c: np.array([0.0, 10.0 * speed]) for c in COSTS}, "score": np.array([0.0, end])} for end in ends]
+    return runs, [{"a": {"eval_strict": end - 0.1}, "b": {"eval_strict": end + 0.1}} for end in ends]
+
+
+def test_summary_of_three_seeds():
+    first, second, third = [0.5, 0.6, 0.7], [0.4, 0.55, 0.5], [0.5, 0.6, 0.7]
+    parts = {name: synthetic(s, e) for name, s, e in (("x", 1, first), ("y", 2, second), ("z", 1, third))}
+    found = summarise({n: part[0] for n, part in parts.items()}, {n: part[1] for n, part in parts.items()})
+    assert found["baseline"] == "x" and found["target"] == pytest.approx(0.3)
+    y = found["methods"]["y"]
+    assert y["final"]["median"] == pytest.approx(0.5) and y["solvers"] == pytest.approx({"a": 0.4, "b": 0.6})
+    assert y["to_target"]["steps"] == pytest.approx([20 * 0.3 / end for end in second])
+    assert y["ratios"]["seconds"]["ratio"] == pytest.approx((20 * 0.3 / 0.5) / (10 * 0.3 / 0.6))
+    # Student's t with two degrees of freedom: P(|T| > t) = 1 - t / sqrt(2 + t^2).
+    d = np.subtract(second, first)
+    t = abs(d.mean()) / (d.std(ddof=1) / math.sqrt(3))
+    assert y["difference"] == pytest.approx(d.mean()) and y["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    # Equal scores are no test, and do not count as one.
+    assert "p_holm" not in found["methods"]["z"] and y["p_holm"] == pytest.approx(y["p"])
+    assert (
+        summarise({n: part[0] for n, part in parts.items()}, {n: part[1] for n, part in parts.items()}, 0.55)[
+            "methods"
+        ]["y"]["to_target"]["steps"][0]
+        == math.inf
+    )
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_methods_can_be_run_and_the_last_evaluation_uses_solvers_that_none_trains_with(suite):
+    chosen = SUITES[suite]()
+    assert set(chosen.quick) <= set(chosen.methods) and len(chosen.solvers) == 3
+    objectives = set()
+    for name, (base, changes) in (chosen.methods | chosen.ablations).items():
+        config = load_config(base, list(changes))
+        objectives.add(config.objective)
+        assert config.rollout_solver not in chosen.solvers and config.pictures == 288, name
+    assert objectives == set(OBJECTIVES)
+    base = load_config("shapes").model_dump()
+    ablations = [load_config(b, list(c)).model_dump() for b, c in list(chosen.ablations.values())[1:]]
+    changed = {key for other in ablations for key in base if other[key] != base[key]}
+    assert changed == {"objective", "rollout_solver", "weighting", "old_policy", "beta", "adv_clip_max", "group_size",
+                       "prompts_per_epoch", "kl_weight", "timesteps_per_sample"}  # fmt: skip
+
+
+TINY = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=4", "micro_batch=4", "timesteps_per_sample=2",
+        "eval_prompts_per_group=1", "eval_steps=2", "eval_solver=euler", "lora_rank=2", "eval_every=1",
+        "updates_per_epoch=2", "preflight=false"]  # fmt: skip
+
+
+class Brightness(Shapes):
+    """Something that differs between the pictures of an untrained pipeline."""
+
+    def score(self, pictures, entries):
+        return (pictures.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 2).clone()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    build_pipeline().save_pretrained(folder)
+    return [f"pipeline={folder}", *TINY]
+
+
+def test_command_resumes_keeps_what_is_finished_and_writes_a_page(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    arguments = ["compare", *tiny, "--objectives", "mix_grpo", "--seeds", "2", "--epochs", "2"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = CliRunner().invoke(app, [*arguments, "--output", str(whole)])
+    assert result.exit_code == 0, result.output
+    # One run finished, one broken off after its first epoch, one without its last evaluation.
+    changes = {"nft": "shapes", "mix_grpo": "shapes_mix_grpo"}
+    run = Trainer(
+        load_config(changes["mix_grpo"], ["epochs=2", *tiny, "seed=0"]), parts / "runs" / "mix_grpo" / "seed-0"
+    )
+
+    def interrupt(metrics):
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.train(interrupt)
+
+    def stop(method, seed):
+        if seed == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare("shapes", parts, objectives=["mix_grpo"], seeds=2, epochs=2, overrides=tiny, on_run=stop)
+    finished = {path: path.read_text() for path in (parts / "runs").rglob("metrics.jsonl")}
+    (parts / "runs" / "nft" / "seed-0" / "result.json").unlink()
+    assert len(finished) == 2
+    result = CliRunner().invoke(app, [*arguments, "--output", str(parts)])
+    assert result.exit_code == 0, result.output
+    assert all(path.read_text() == text for path, text in finished.items())
+    ends = [json.loads((folder / "compare.json").read_text())["methods"] for folder in (whole, parts)]
+    assert list(ends[0]) == ["nft", "mix_grpo"]
+    for name in ends[0]:
+        assert ends[0][name]["final"] == ends[1][name]["final"] and ends[0][name]["solvers"].keys() == {
+            "unipc",
+            "deis",
+            "dpm++3M",
+        }
+    page = (parts / "compare.md").read_text()
+    assert re.search(r"\| nft \| 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] ", page) and "`window=2`" in page
+    assert (parts / "curves.png").stat().st_size > 10_000
+    # Both methods were given the same prompts and noise: before training their pictures score alike.
+    first = {name: read_run(whole / "runs" / name / "seed-1", load_config(changes[name], tiny)) for name in changes}
+    assert first["nft"]["score"][0] == first["mix_grpo"]["score"][0]
+    # 4 pictures, 4 rows; then 8 pairs, and the old policy's as linear_0.5 never copies, or does for the first update.
+    assert first["nft"]["evaluations"].tolist() == [0, 16 + 8 + 8 - 4, 2 * (16 + 8 + 8) - 4]
+    assert first["mix_grpo"]["evaluations"].tolist() == [0, 28, 56]
+    assert first["nft"]["pictures"].tolist() == [0, 4, 8] and first["nft"]["steps"].tolist() == [0, 2, 4]
+    result = CliRunner().invoke(app, [*arguments, "beta=2.0", "--output", str(parts)])
+    assert result.exit_code == 2 and "holds a run with other settings" in " ".join(result.output.split())
+
+
+def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=1e-6, overrides=tiny)
+    lines = (tmp_path / "runs" / "nft" / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 1]
+    with pytest.raises(ValueError, match="holds a comparison with other settings"):
+        compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=2.0, overrides=tiny)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "flowers"], "suite: got 'flowers', accepted are shapes"),
+        (["--objectives", "nft,ppo"], "objectives: got 'ppo', accepted are nft, sft"),
+        (["--ablations", "--objectives", "awm"], "objectives: got 'awm', accepted are nft, no_negative_branch"),
+        (["--minutes", "1", "--epochs", "2"], "minutes, epochs: got both"),
+        (["beta=-1"], "beta: got -1"),
+    ],
+)
+def test_what_cannot_be_compared_is_named_before_any_work(tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["compare", *arguments, "--output", str(tmp_path / "c")])
+    assert result.exit_code == 2 and message in " ".join(result.output.split())
+    assert not (tmp_path / "c").exists()
