@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nft_kernels.solvers import schedule, table
 
 from .config import Config, ConfigError
+from .models.base import JOINT_ATTENTION
 from .objectives import OBJECTIVES
-from .policy import SHAPES_PIPELINE, TARGETS, old_policy_decay
+from .policy import SHAPES_PIPELINE, old_policy_decay
 
 # Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's settings, and
 # the parameters of the text encoders (CLIP-L, CLIP-G, T5-XXL) and the VAE (arXiv 2403.03206 and the model's page).
@@ -136,7 +137,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     merged = _measure(model, inputs(1), train=False)
     if c.adapter == "lora":
         model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=TARGETS))
+        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=JOINT_ATTENTION))
         model.to("meta")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapted, step = _measure(model, inputs(1), train=False), _measure(model, inputs(1), train=True)

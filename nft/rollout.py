@@ -53,14 +53,14 @@ def rollout(
     finished = []
     for index in blocks(len(prompts), batch + -batch % unit, unit):
         count, part = len(index), [prompts[i] for i in index]
-        embeds, pooled = policy.embed(part)
+        conditions = policy.embed(part)
         keys = torch.tensor([seeds[i] for i in index], device=policy.device)
         ones = torch.ones(count, device=policy.device)
         x = add_noise(torch.zeros(count, *policy.latent_shape, device=policy.device), ones, seed=keys)
         history: tuple[Tensor, ...] = ()
         empty = None if guidance is None else policy.embed([""] * count)
         for i, t in enumerate(steps.times):
-            v = policy.velocity(x, t * ones, embeds, pooled)
+            v = policy.velocity(x, t * ones, *conditions)
             v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
             x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
         finished.append(x)
