@@ -6,9 +6,10 @@ from diffusers import DiffusionPipeline
 
 from .base import Model
 from .flux import Flux
+from .qwen_image import QwenImage
 from .sd3 import StableDiffusion3
 
-MODELS: dict[str, type[Model]] = {kind.pipeline_class.__name__: kind for kind in (StableDiffusion3, Flux)}
+MODELS: dict[str, type[Model]] = {kind.pipeline_class.__name__: kind for kind in (StableDiffusion3, Flux, QwenImage)}
 
 
 def find(source: str) -> type[Model]:

@@ -44,8 +44,8 @@ class Model(ABC):
                 component.requires_grad_(False).eval()
         if isinstance(self.pipeline.vae, AutoencoderKL):
             self.pipeline.vae.to(memory_format=torch.channels_last)
-        # Beyond the size that the VAE was trained on, a picture is decoded in overlapping tiles.
-        self.pipeline.vae.enable_tiling()
+            # Beyond the size that it was trained on, a picture is decoded in overlapping tiles.
+            self.pipeline.vae.enable_tiling()
 
     @abstractmethod
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
@@ -55,9 +55,11 @@ class Model(ABC):
     def velocity(self, forward: Callable[..., Any], x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """v(x_t, t) of ``forward``, which is the transformer or what stands for it; t (B,) in [0, 1]."""
 
-    @abstractmethod
     def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         """Channels, height and width of a picture's latents; the pipeline's own size for None."""
+        size = resolution // self.pipeline.vae_scale_factor if resolution else self.pipeline.default_sample_size
+        # The transformer's channels are those of a whole patch.
+        return self.transformer.config.in_channels // self.patch**2, size, size
 
     @property
     def patch(self) -> int:

@@ -40,7 +40,3 @@ class Flux(Model):
             return_dict=False,
         )[0]
         return unpack(v, height, width)
-
-    def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
-        size = resolution // self.pipeline.vae_scale_factor if resolution else self.pipeline.default_sample_size
-        return self.transformer.config.in_channels // self.patch**2, size, size
