@@ -252,7 +252,7 @@ def sample(
         policy.load_adapter("default", adapter)
     entries = [line for line in lines for _ in range(per_prompt)]
     seeds = [seed + i for _ in lines for i in range(per_prompt)]
-    grid = times(steps, policy.shift)
+    grid = times(steps, **policy.schedule)
     with _console.status(f"drawing {len(entries)} pictures"), policy.merged("default"):
         pictures = policy.decode(
             rollout(policy, entries, seeds, grid, solver, min(settings.rollout_batch, len(entries)), guidance=guidance)

@@ -32,7 +32,14 @@ _SD35_MEDIUM = {
     "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }  # fmt: skip
-_KNOWN = {"stabilityai/stable-diffusion-3.5-medium": (_SD35_MEDIUM, 5_665_000_000)}
+_SD35_LARGE = _SD35_MEDIUM | {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+    "dual_attention_layers": (),
+}  # fmt: skip
+_KNOWN = {
+    "stabilityai/stable-diffusion-3.5-medium": (_SD35_MEDIUM, 5_665_000_000),
+    "stabilityai/stable-diffusion-3.5-large": (_SD35_LARGE, 5_665_000_000),
+}
 _CLIP_TOKENS, _VAE_FACTOR = 77, 8
 
 
@@ -65,6 +72,10 @@ def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
         settings = SD3Transformer2DModel.load_config(source, subfolder="transformer")
     except OSError as error:
         raise ConfigError(f"pipeline: the transformer's settings of {source!r} cannot be read: {error}") from None
+    if settings["_class_name"] != SD3Transformer2DModel.__name__:
+        raise ConfigError(
+            f"pipeline: {source!r} has a {settings['_class_name']}, a plan knows {SD3Transformer2DModel.__name__} only"
+        )
     weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
     tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
     tokens = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS

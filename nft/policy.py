@@ -188,9 +188,9 @@ class Policy:
         return self.model.latent_shape(self._resolution)
 
     @property
-    def shift(self) -> float:
-        """Of the times of a rollout, as the pipeline's scheduler has it."""
-        return self.model.shift(self._resolution)
+    def schedule(self) -> dict[str, float | None]:
+        """What ``rollout.times`` needs to give the times of the pipeline's scheduler."""
+        return {"shift": self.model.shift(self._resolution), "terminal": self.model.terminal}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -14,9 +14,13 @@ from nft_kernels.solvers import schedule, table
 from .policy import Policy, blocks
 
 
-def times(steps: int, shift: float) -> Tensor:
-    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given."""
-    return torch.tensor(schedule(steps, shift=shift), dtype=torch.float32)
+def times(steps: int, shift: float, terminal: float | None = None) -> Tensor:
+    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given. Those above 0 are
+    stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal`` does."""
+    *above, zero = schedule(steps, shift=shift)
+    if terminal and steps > 1:
+        above = [1 - (1 - t) / (1 - above[-1]) * (1 - terminal) for t in above]
+    return torch.tensor([*above, zero], dtype=torch.float32)
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class Trainer:
         if self.epoch and c is not self.config.at(self.epoch - 1):
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
-        self.grid = times(c.rollout_steps, self.policy.shift)
+        self.grid = times(c.rollout_steps, **self.policy.schedule)
         table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
@@ -266,7 +266,7 @@ class Trainer:
         """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
-        grid = times(c.eval_steps, self.policy.shift)
+        grid = times(c.eval_steps, **self.policy.schedule)
         with self._averaged(), self.policy.merged("default"):
             _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))

@@ -86,6 +86,11 @@ class Model(ABC):
         mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
         return math.exp(mu) if c.time_shift_type == "exponential" else mu
 
+    @property
+    def terminal(self) -> float | None:
+        """The last time above 0 to which the scheduler stretches its times."""
+        return self.pipeline.scheduler.config.get("shift_terminal")
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of clean latents."""
         vae = self.pipeline.vae

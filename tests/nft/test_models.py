@@ -13,6 +13,7 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from distributed_worker import Brightness
@@ -27,10 +28,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from nft.config import load_config
+from nft.config import ConfigError, load_config
 from nft.export import export_lora, export_pipeline
 from nft.full import FullPolicy
 from nft.models import find
+from nft.plan import plan
 from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft.tasks import TASKS
@@ -97,7 +99,7 @@ def build_qwen():
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
         vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
         text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
@@ -154,7 +156,7 @@ def test_a_euler_rollout_is_diffusers_own(pipeline):
     whole.set_progress_bar_config(disable=True)
     noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
     with policy.merged("default"):
-        x0 = rollout(policy, PROMPTS, [1, 2], times(4, policy.shift), "euler", 2)
+        x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
     assert x0.shape == (2, *policy.latent_shape) and x0.dtype == torch.float32
     assert (x0 - noise).abs().max() > 0.1
     torch.testing.assert_close(packed(x0), theirs(whole, noise, 4, "latent"), rtol=1e-4, atol=1e-5)
@@ -166,10 +168,10 @@ def test_a_euler_rollout_is_diffusers_own(pipeline):
 
 def test_a_picture_depends_on_its_prompt_and_not_on_its_batch(pipeline):
     policy = Policy(settings(pipeline))
-    many = rollout(policy, PROMPTS * 5, list(range(10)), times(2, policy.shift), "heun", 10)
-    alone = rollout(policy, PROMPTS[1:], [3], times(2, policy.shift), "heun", 1)
+    many = rollout(policy, PROMPTS * 5, list(range(10)), times(2, **policy.schedule), "heun", 10)
+    alone = rollout(policy, PROMPTS[1:], [3], times(2, **policy.schedule), "heun", 1)
     assert torch.equal(many[3:4], alone)
-    other = rollout(policy, PROMPTS[:1], [3], times(2, policy.shift), "heun", 1)
+    other = rollout(policy, PROMPTS[:1], [3], times(2, **policy.schedule), "heun", 1)
     assert (alone - other).abs().max() > 1e-4
 
 
@@ -207,8 +209,10 @@ def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path
 
 
 def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, tmp_path):
-    with pytest.raises(ValueError, match="fused_transformer: got true for a .*, accepted is StableDiffusion3Pipeline"):
+    with pytest.raises(ValueError, match=r"fused_transformer: got true for a .*, accepted is StableDiffusion3Pipeline"):
         Policy(settings(pipeline, "fused_transformer=true"))
+    with pytest.raises(ConfigError, match=r"a plan knows SD3Transformer2DModel only"):
+        plan(settings(pipeline))
     with pytest.raises(ValueError, match=r"resolution: got 24, accepted are multiples of 16$"):
         Policy(settings(pipeline, "resolution=24"))
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
@@ -216,3 +220,31 @@ def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, t
         ValueError, match="is a PixArtSigmaPipeline, accepted are StableDiffusion3Pipeline, FluxPipeline"
     ):
         Policy(settings(tmp_path))
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_path, fused):
+    """Beside its size, Large differs from Medium by having no dual attention (its transformer's config.json)."""
+    whole = build_pipeline()
+    config = dict(whole.transformer.config) | {"dual_attention_layers": (), "num_layers": 2}
+    whole.register_modules(transformer=SD3Transformer2DModel.from_config(config))
+    whole.save_pretrained(tmp_path)
+    whole.set_progress_bar_config(disable=True)
+    changes = ["device=cpu", "dtype=float32", "resolution=64", f"max_sequence_length={TEXT_LENGTH}"]
+    policy = Policy(load_config("sd35_geneval", [f"pipeline={tmp_path}", *changes, f"fused_transformer={fused}"]))
+    noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
+    with policy.merged("old"):
+        x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
+    expected = whole(PROMPTS, height=64, width=64, latents=noise, guidance_scale=0.0, num_inference_steps=4,
+                     sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=TEXT_LENGTH, output_type="latent")  # fmt: skip
+    torch.testing.assert_close(x0, expected.images, rtol=1e-4, atol=1e-4)
+    v = policy.velocity(x0, torch.full((2,), 0.5), *policy.embed(PROMPTS))
+    gradients = torch.autograd.grad(v.square().sum(), policy.trained)
+    # lora_A has no gradient while lora_B is 0.
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_stable_diffusion_35_large_has_its_published_size():
+    """8.1 billion parameters (model page), of which some are the table of positions."""
+    costs = plan(load_config("sd35_geneval", ["pipeline=stabilityai/stable-diffusion-3.5-large"]), 8)
+    assert 8.0e9 < costs.parameters < 8.2e9
