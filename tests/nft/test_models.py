@@ -175,6 +175,22 @@ def test_a_picture_depends_on_its_prompt_and_not_on_its_batch(pipeline):
     assert (alone - other).abs().max() > 1e-4
 
 
+def test_half_precision_and_compiled_rollouts_draw_what_float32_does(pipeline, monkeypatch):
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda module, mode: (compiled.append(mode), compile(module, backend="aot_eager"))[1]
+    )
+    latents = []
+    for extra in ([], ["compile_rollout=default"], ["dtype=bfloat16"]):
+        policy = Policy(settings(pipeline, *extra))
+        with policy.merged("old"):
+            latents.append(rollout(policy, PROMPTS, [1, 2], times(3, **policy.schedule), "unipc", 8))
+        assert policy.decode(latents[-1]).dtype == torch.uint8
+    assert compiled == ["default"]
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-5)
+    assert 0 < (latents[2] - latents[0]).norm() / latents[0].norm() < 0.02
+
+
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path, adapter):
     options = [f"adapter={adapter}", "gradient_checkpointing=true"]
