@@ -38,7 +38,7 @@ def main() -> None:
     entries = sample(held_out=True, per_group=options.pictures)
     prompts = [entries[i % len(entries)]["prompt"] for i in range(options.pictures)]
     pipeline, seeds = policy.pipeline, list(range(options.pictures))
-    grid = times(options.steps, pipeline.scheduler.config.shift)
+    grid = times(options.steps, **policy.schedule)
 
     def plain() -> None:
         policy.use("default")

@@ -299,7 +299,7 @@ def sample(
         policy.load_adapter("default", adapter)
     entries = [line for line in lines for _ in range(per_prompt)]
     seeds = [seed + i for _ in lines for i in range(per_prompt)]
-    grid = times(steps, policy.pipeline.scheduler.config.shift)
+    grid = times(steps, **policy.schedule)
     # The base's weights are needed as they are.
     weights = nullcontext() if reference else policy.merged("default")
     options: dict[str, Any] = {"guidance": guidance, "reference": reference}

@@ -42,7 +42,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     pipeline: str = Field("shapes", min_length=1)
-    """Hub name or folder of a Stable Diffusion 3 pipeline; ``shapes`` is the bundled one."""
+    """Hub name or folder of a pipeline of a class in ``nft.models``; ``shapes`` is the bundled one."""
     task: Literal["shapes", "geneval", "rewards"] = "shapes"
     """``rewards`` scores with ``rewards`` on the prompts of ``prompts``; the others bring both."""
     prompts: str | None = Field(None, min_length=1)

@@ -118,7 +118,7 @@ def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) 
     if adapter is not None:
         policy.load_adapter("default", adapter)
     suite = evaluation.suite
-    grid = times(suite.steps, policy.pipeline.scheduler.config.shift)
+    grid = times(suite.steps, **policy.schedule)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress, policy.merged("default"):
         bar = progress.add_task("drawing", total=None)

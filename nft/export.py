@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from .full import WEIGHTS
@@ -36,6 +36,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     folder = _weights(source, weights)
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
+    # The file's format is the same for every pipeline with a ``transformer``.
     StableDiffusion3Pipeline.save_lora_weights(
         output,
         transformer_lora_layers=load_file(folder / "adapter_model.safetensors"),
@@ -58,9 +59,9 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     if (output / "model_index.json").exists():
         raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-    whole, folder = StableDiffusion3Pipeline.from_pretrained(name), _weights(source, weights)
+    whole, folder = DiffusionPipeline.from_pretrained(name), _weights(source, weights)
     if (folder / WEIGHTS).is_file():
-        whole.register_modules(transformer=SD3Transformer2DModel.from_pretrained(folder))
+        whole.register_modules(transformer=type(whole.transformer).from_pretrained(folder))
     else:
         with TemporaryDirectory() as lora:
             export_lora(folder, Path(lora), weights=weights)

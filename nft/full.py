@@ -47,10 +47,10 @@ class FullPolicy(Policy):
         finally:
             self.use("default")
 
-    def velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """As of every policy, in ``dtype``."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return super().velocity(x_t, t, embeds, pooled)
+            return super().velocity(x_t, t, *conditions)
 
     def save_adapter(self, adapter: str, folder: Path) -> None:
         """Write the weights as diffusers' transformers are stored."""

@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nft_kernels.solvers import schedule, table
 
 from .config import Config, ConfigError
+from .models.base import JOINT_ATTENTION
 from .objectives import OBJECTIVES
-from .policy import SHAPES_PIPELINE, TARGETS, old_policy_decay
+from .policy import SHAPES_PIPELINE, old_policy_decay
 from .rollout import noisy, solver_options
 
 # Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's settings, and
@@ -32,7 +33,14 @@ _SD35_MEDIUM = {
     "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }  # fmt: skip
-_KNOWN = {"stabilityai/stable-diffusion-3.5-medium": (_SD35_MEDIUM, 5_665_000_000)}
+_SD35_LARGE = _SD35_MEDIUM | {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+    "dual_attention_layers": (),
+}  # fmt: skip
+_KNOWN = {
+    "stabilityai/stable-diffusion-3.5-medium": (_SD35_MEDIUM, 5_665_000_000),
+    "stabilityai/stable-diffusion-3.5-large": (_SD35_LARGE, 5_665_000_000),
+}
 _CLIP_TOKENS, _VAE_FACTOR = 77, 8
 
 
@@ -65,6 +73,10 @@ def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
         settings = SD3Transformer2DModel.load_config(source, subfolder="transformer")
     except OSError as error:
         raise ConfigError(f"pipeline: the transformer's settings of {source!r} cannot be read: {error}") from None
+    if settings["_class_name"] != SD3Transformer2DModel.__name__:
+        raise ConfigError(
+            f"pipeline: {source!r} has a {settings['_class_name']}, a plan knows {SD3Transformer2DModel.__name__} only"
+        )
     weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
     tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
     tokens = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS
@@ -149,7 +161,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     merged = _measure(model, inputs(1), train=False)
     if c.adapter == "lora":
         model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=TARGETS))
+        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=JOINT_ATTENTION))
         model.to("meta")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adapted, step = _measure(model, inputs(1), train=False), _measure(model, inputs(1), train=True)

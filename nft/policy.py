@@ -1,4 +1,4 @@
-"""The policy: a Stable Diffusion 3 pipeline with the LoRA adapters ``default`` (trained) and ``old`` (rollouts)."""
+"""The policy: a pipeline with the LoRA adapters ``default`` (trained) and ``old`` (rollouts)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nft_kernels.models.sd3 import accelerate
-
 from .config import Config, usable_device
+from .models import MODELS, find
 
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
-
-# The eight attention projections of the joint attention, as in the paper's appendix.
-TARGETS = [
-    f"attn.{name}"
-    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-]
 
 
 def old_policy_decay(schedule: str, step: int) -> float:
@@ -54,16 +46,22 @@ class Policy:
 
         Raises:
             FileNotFoundError: weights that are neither on disk nor reachable.
-            ValueError: a device that this machine lacks, or a resolution that the transformer does not take.
+            ValueError: a device that this machine lacks, a pipeline of an unknown class, or a resolution or a fast path
+                that the transformer does not take.
         """
         pipeline = config.pipeline
         source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
         self.dtype = getattr(torch, config.dtype)
         try:
-            # The index alone tells a wrong name; the device is checked before gigabytes are read.
-            StableDiffusion3Pipeline.load_config(source)
+            # The index alone tells a wrong name; the rest is checked before gigabytes are read.
+            kind = find(source)
+            if config.fused_transformer and kind.fast_path is None:
+                able = ", ".join(name for name, other in MODELS.items() if other.fast_path)
+                raise ValueError(
+                    f"fused_transformer: got true for a {kind.pipeline_class.__name__}, accepted is {able}"
+                )
             self.device = usable_device(config.device)
-            self.pipeline = StableDiffusion3Pipeline.from_pretrained(source, torch_dtype=self.dtype)
+            self.model = kind(source, self.dtype)
         except OSError as error:
             hint = (
                 "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
@@ -72,27 +70,19 @@ class Policy:
                 "licence and run `hf download`, or give a folder"
             )
             raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.transformer = self.pipeline.transformer
-        unit = self.pipeline.vae_scale_factor * self.transformer.config.patch_size
-        largest = unit * self.transformer.config.pos_embed_max_size
-        if config.resolution and (config.resolution % unit or config.resolution > largest):
-            raise ValueError(f"resolution: got {config.resolution}, accepted are multiples of {unit} up to {largest}")
-        for module in (self.transformer, self.pipeline.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            module.requires_grad_(False).eval()
-        if self.pipeline.text_encoder_3 is not None:
-            self.pipeline.text_encoder_3.requires_grad_(False).eval()
+        self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
+        unit, largest, resolution = self.model.unit, self.model.largest, config.resolution
+        if resolution and (resolution % unit or (largest and resolution > largest)):
+            limit = f" up to {largest}" if largest else ""
+            raise ValueError(f"resolution: got {resolution}, accepted are multiples of {unit}{limit}")
         self.pipeline.to(self.device)
-        self.pipeline.vae.to(memory_format=torch.channels_last)
-        # Beyond the size that the VAE was trained on, a picture is decoded in overlapping tiles.
-        self.pipeline.vae.enable_tiling()
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self._add_adapters(config)
         self.update_old(0.0)
         self._adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
         self._merged: list[Tensor] = []
-        self._fast_path = accelerate(self.transformer) if config.fused_transformer else None
+        self._fast_path = kind.fast_path(self.transformer) if config.fused_transformer else None
         self._float8 = config.float8_rollout
         self._forward = self.transformer
         self._rollout_forward = (
@@ -100,13 +90,16 @@ class Policy:
         )
         self._resolution = config.resolution
         self._max_sequence_length = config.max_sequence_length
-        self._embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+        self._conditions: dict[str, tuple[Tensor, ...]] = {}
         self.use("default")
 
     def _add_adapters(self, config: Config) -> None:
         """What is trained, and its copy that samples."""
         self.lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, init_lora_weights="gaussian", target_modules=TARGETS
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=self.model.targets,
         )
         for name in ("default", "old"):
             self.transformer.add_adapter(self.lora, adapter_name=name)
@@ -173,38 +166,36 @@ class Policy:
         self.old_is_current = decay == 0
 
     @torch.no_grad()
-    def embed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompt embeddings (B, L, D) and pooled embeddings (B, P); every distinct prompt is encoded once."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._embeddings]
+    def embed(self, prompts: list[str]) -> tuple[Tensor, ...]:
+        """The model's conditions, (B, ...) each, as ``velocity`` takes them; every distinct prompt is encoded once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._conditions]
         for index in blocks(len(missing), 8, 8):
             part = [missing[i] for i in index]
-            embeds, _, pooled, _ = self.pipeline.encode_prompt(
-                part, None, None, do_classifier_free_guidance=False, max_sequence_length=self._max_sequence_length
-            )
-            self._embeddings.update(zip(part, zip(embeds, pooled, strict=True), strict=True))
-        rows = [self._embeddings[p] for p in prompts]
-        return torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+            conditions = self.model.encode(part, self._max_sequence_length)
+            self._conditions.update(zip(part, zip(*conditions, strict=True), strict=True))
+        rows = [self._conditions[p] for p in prompts]
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
-    def velocity(self, x_t: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """v(x_t, t) of the adapter in use in the pipeline's dtype; t (B,) in [0, 1], never rounded to an integer."""
-        v = self._forward(x_t.to(self.dtype), embeds, pooled, 1000 * t, return_dict=False)[0]
+        v = self.model.velocity(self._forward, x_t.to(self.dtype), t, *conditions)
         # A CUDA graph writes its next result over this one, which a multistep solver still needs.
         return v if self._forward is self.transformer else v.clone()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one sample's latents."""
-        config = self.transformer.config
-        size = self._resolution // self.pipeline.vae_scale_factor if self._resolution else config.sample_size
-        return config.in_channels, size, size
+        return self.model.latent_shape(self._resolution)
+
+    @property
+    def schedule(self) -> dict[str, float | None]:
+        """What ``rollout.times`` needs to give the times of the pipeline's scheduler."""
+        return {"shift": self.model.shift(self._resolution), "terminal": self.model.terminal}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, H, W, 3) uint8 of clean latents, decoded 16 at a time."""
-        vae = self.pipeline.vae
-        latents = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).to(vae.dtype)
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        decoded = torch.cat([vae.decode(latents[index]).sample for index in blocks(len(latents), 16, 16)])
+        decoded = torch.cat([self.model.decode(latents[index]) for index in blocks(len(latents), 16, 16)])
         pictures = (decoded[: len(latents)].float() / 2 + 0.5).clamp(0, 1) * 255
         return pictures.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

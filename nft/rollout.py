@@ -16,9 +16,13 @@ from .config import Config
 from .policy import Policy, blocks
 
 
-def times(steps: int, shift: float) -> Tensor:
-    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given."""
-    return torch.tensor(schedule(steps, shift=shift), dtype=torch.float32)
+def times(steps: int, shift: float, terminal: float | None = None) -> Tensor:
+    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given. Those above 0 are
+    stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal`` does."""
+    *above, zero = schedule(steps, shift=shift)
+    if terminal and steps > 1:
+        above = [1 - (1 - t) / (1 - above[-1]) * (1 - terminal) for t in above]
+    return torch.tensor([*above, zero], dtype=torch.float32)
 
 
 def solver_options(config: Config, epoch: int) -> dict[str, Any]:
@@ -83,7 +87,7 @@ def rollout(
     finished, kept = [], []
     for index in blocks(len(prompts), batch + -batch % unit, unit):
         count, part = len(index), [prompts[i] for i in index]
-        embeds, pooled = policy.embed(part)
+        conditions = policy.embed(part)
         keys = torch.tensor([seeds[i] for i in index], device=policy.device)
         ones = torch.ones(count, device=policy.device)
         x = add_noise(torch.zeros(count, *policy.latent_shape, device=policy.device), ones, seed=keys)
@@ -91,11 +95,11 @@ def rollout(
         empty = None if guidance is None or reference else policy.embed([""] * count)
         path = [x]
         for i, t in enumerate(steps.times):
-            v = policy.velocity(x, t * ones, embeds, pooled)
+            v = policy.velocity(x, t * ones, *conditions)
             v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
             if reference:
                 policy.use(None)
-                v_uncond = policy.velocity(x, t * ones, embeds, pooled)
+                v_uncond = policy.velocity(x, t * ones, *conditions)
                 policy.use("default")
             x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
             if states is not None:

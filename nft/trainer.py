@@ -90,7 +90,7 @@ class Trainer:
         if self.epoch and c is not self.config.at(self.epoch - 1):
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
-        self.grid = times(c.rollout_steps, self.policy.pipeline.scheduler.config.shift)
+        self.grid = times(c.rollout_steps, **self.policy.schedule)
         table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
@@ -210,18 +210,18 @@ class Trainer:
     ) -> tuple[Loss, Tensor]:
         """The objective's loss of one micro-batch, and the velocity that it is about."""
         policy = self.policy
-        embeds, pooled = policy.embed(prompts)
+        conditions = policy.embed(prompts)
         x_t, step = (add_noise(x0, t, seed=seeds), None) if states is None else self._step(states, t)
         v_old = v_ref = None
         with torch.no_grad():
             if self.objective.needs_old and not policy.old_is_current:
                 policy.use("old")
-                v_old = policy.velocity(x_t, t, embeds, pooled)
+                v_old = policy.velocity(x_t, t, *conditions)
             if self.stage.kl_weight > 0:
                 policy.use(None)
-                v_ref = policy.velocity(x_t, t, embeds, pooled)
+                v_ref = policy.velocity(x_t, t, *conditions)
         policy.use("default")
-        v_theta = policy.velocity(x_t, t, embeds, pooled)
+        v_theta = policy.velocity(x_t, t, *conditions)
         verify = self.step < self.config.verify_kernels_steps
         batch = Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step)
         return self.objective.loss(batch, self.stage, verify), v_theta.detach()
@@ -310,7 +310,7 @@ class Trainer:
         default ``eval_solver``."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
-        grid = times(c.eval_steps, self.policy.pipeline.scheduler.config.shift)
+        grid = times(c.eval_steps, **self.policy.schedule)
         with self._averaged(), self.policy.merged("default"):
             _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, solver or c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))

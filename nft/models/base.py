@@ -1,0 +1,108 @@
+"""What the policy has to know about one kind of pipeline."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+# The eight attention projections of the joint attention, as in DiffusionNFT's appendix (arXiv 2509.16117).
+JOINT_ATTENTION = [
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+]
+
+
+class Model(ABC):
+    """One pipeline, frozen. Whatever its transformer takes, outside are latents (B, C, H, W), t = 1 is noise, and
+    v = eps - x0."""
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    targets: ClassVar[list[str]] = JOINT_ATTENTION
+    """Ends of the names of the layers that LoRA adapts."""
+    fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
+    """What ``fused_transformer`` puts in place of the transformer's forward."""
+
+    def __init__(self, source: str, dtype: torch.dtype):
+        """Load the pipeline from a folder or the hub.
+
+        Raises:
+            OSError: weights that are neither on disk nor reachable.
+        """
+        self.pipeline = self.pipeline_class.from_pretrained(source, torch_dtype=dtype)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.transformer = self.pipeline.transformer
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        if isinstance(self.pipeline.vae, AutoencoderKL):
+            self.pipeline.vae.to(memory_format=torch.channels_last)
+            # Beyond the size that it was trained on, a picture is decoded in overlapping tiles.
+            self.pipeline.vae.enable_tiling()
+
+    @abstractmethod
+    def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
+        """The transformer's conditions, each (B, ...), with shapes that do not depend on the prompts."""
+
+    @abstractmethod
+    def velocity(self, forward: Callable[..., Any], x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        """v(x_t, t) of ``forward``, which is the transformer or what stands for it; t (B,) in [0, 1]."""
+
+    def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
+        """Channels, height and width of a picture's latents; the pipeline's own size for None."""
+        size = resolution // self.pipeline.vae_scale_factor if resolution else self.pipeline.default_sample_size
+        # The transformer's channels are those of a whole patch.
+        return self.transformer.config.in_channels // self.patch**2, size, size
+
+    @property
+    def patch(self) -> int:
+        """Side of the latents' patch that is one token."""
+        return 2
+
+    @property
+    def unit(self) -> int:
+        """What a resolution is a multiple of, in pixels."""
+        return self.pipeline.vae_scale_factor * self.patch
+
+    @property
+    def largest(self) -> int | None:
+        """The largest resolution in pixels, if there is one."""
+        return None
+
+    def shift(self, resolution: int | None) -> float:
+        """The s of t <- s t / (1 + (s-1) t) by which the pipeline's scheduler shifts its times at this resolution."""
+        c = self.pipeline.scheduler.config
+        if not c.get("use_dynamic_shifting"):
+            return c.shift
+        _, height, width = self.latent_shape(resolution)
+        tokens = height * width // self.patch**2
+        mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+        return math.exp(mu) if c.time_shift_type == "exponential" else mu
+
+    @property
+    def terminal(self) -> float | None:
+        """The last time above 0 to which the scheduler stretches its times."""
+        return self.pipeline.scheduler.config.get("shift_terminal")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of clean latents."""
+        vae = self.pipeline.vae
+        latents = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).to(vae.dtype)
+        return vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+
+
+def pack(x: Tensor) -> Tensor:
+    """(B, C, H, W) as one token for every 2 x 2 patch: (B, H/2 W/2, 4 C), channels slowest."""
+    return pixel_unshuffle(x, 2).flatten(2).mT
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of ``pack`` for latents of ``height`` and ``width``."""
+    return pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)

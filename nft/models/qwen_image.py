@@ -1,0 +1,47 @@
+"""Qwen-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .base import Model, pack, unpack
+
+
+class QwenImage(Model):
+    """Conditions are the prompt's embeddings (B, L, D), filled up to one length, and which of them count (B, L)."""
+
+    pipeline_class = QwenImagePipeline
+
+    def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
+        embeds, mask = self.pipeline.encode_prompt(prompts, max_sequence_length=max_length)
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], device=embeds.device)
+        missing = max_length - embeds.shape[1]
+        return pad(embeds, (0, 0, 0, missing)), pad(mask.bool(), (0, missing))
+
+    def velocity(self, forward: Callable[..., Any], x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
+        embeds, mask = conditions
+        height, width = x_t.shape[-2:]
+        v = forward(
+            hidden_states=pack(x_t),
+            encoder_hidden_states=embeds,
+            encoder_hidden_states_mask=mask,
+            timestep=t,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x_t),
+            return_dict=False,
+        )[0]
+        return unpack(v, height, width)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        mean, std = (
+            latents.new_tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        # The VAE is one of videos; a picture is a single frame.
+        return vae.decode((latents * std + mean).to(vae.dtype)[:, :, None]).sample[:, :, 0]

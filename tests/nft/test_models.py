@@ -1,0 +1,268 @@
+"""FLUX.1 and Qwen-Image behind the model adapter, on tiny pipelines with random weights, against diffusers' own."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from distributed_worker import Brightness
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+)
+
+from nft.config import ConfigError, load_config
+from nft.export import export_lora, export_pipeline
+from nft.full import FullPolicy
+from nft.models import find
+from nft.plan import _KNOWN, plan
+from nft.policy import Policy
+from nft.rollout import rollout, times
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import TEXT_LENGTH, _clip_tokenizer, _t5_tokenizer, _words, build_pipeline
+
+PROMPTS = ["a red circle", "two blue squares"]
+LENGTH = 200
+SMALL = ["resolution=64", "prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1",
+         "eval_prompts_per_group=1", "eval_steps=1", "eval_solver=euler", "epochs=2", "updates_per_epoch=1",
+         "lora_rank=4", "lora_alpha=8", "learning_rate=0.01", "kl_weight=0.1",
+         f"max_sequence_length={LENGTH}"]  # fmt: skip
+
+
+def build_flux(*, distilled):
+    """Distilled is dev with its dynamic shift, not distilled is schnell."""
+    torch.manual_seed(0)
+    clip, t5 = _clip_tokenizer(_words()), _t5_tokenizer(_words())
+    encoder = CLIPTextConfig(vocab_size=len(clip), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                             num_attention_heads=2, max_position_embeddings=TEXT_LENGTH,
+                             eos_token_id=clip.eos_token_id)  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled),
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(8,) * 4,
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            sample_size=64,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(encoder),
+        tokenizer=clip,
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(t5), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer_2=t5,
+        transformer=FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=distilled,
+            axes_dims_rope=(4, 6, 6),
+        ),
+    )
+
+
+def build_qwen():
+    """One token a byte: with the pipeline's template a prompt has some 180 tokens."""
+    torch.manual_seed(0)
+    tokenizer = Qwen2Tokenizer(vocab={byte: i for i, byte in enumerate(sorted(ByteLevel.alphabet()))}, merges=[])
+    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "rope_theta": 1e4,
+            "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+        ),
+        vae=AutoencoderKLQwenImage(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            num_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 6, 6)
+        ),
+    )
+
+
+BUILDERS = {
+    "qwen": build_qwen,
+    "flux-dev": lambda: build_flux(distilled=True),
+    "flux-schnell": lambda: build_flux(distilled=False),
+}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def pipeline(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    BUILDERS[request.param]().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def rewarded(monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+
+
+def settings(pipeline, *overrides):
+    return load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
+
+
+def packed(latents):
+    """2 x 2 patches as tokens, by their definition."""
+    return torch.stack([
+        latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten(1)
+        for row in range(latents.shape[2] // 2)
+        for column in range(latents.shape[3] // 2)
+    ], 1)  # fmt: skip
+
+
+def theirs(pipeline, latents, steps, output_type):
+    """diffusers' own pipeline from the same noise, at the evenly spaced sigmas that its scheduler shifts itself."""
+    side = latents.shape[-1] * pipeline.vae_scale_factor
+    return pipeline(prompt=PROMPTS, height=side, width=side, latents=packed(latents), num_inference_steps=steps,
+                    sigmas=[1 - i / steps for i in range(steps)], max_sequence_length=LENGTH,
+                    output_type=output_type).images  # fmt: skip
+
+
+def test_a_euler_rollout_is_diffusers_own(pipeline):
+    policy = Policy(settings(pipeline))
+    whole = find(pipeline).pipeline_class.from_pretrained(pipeline)
+    whole.set_progress_bar_config(disable=True)
+    noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
+    with policy.merged("default"):
+        x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
+    assert x0.shape == (2, *policy.latent_shape) and x0.dtype == torch.float32
+    assert (x0 - noise).abs().max() > 0.1
+    torch.testing.assert_close(packed(x0), theirs(whole, noise, 4, "latent"), rtol=1e-4, atol=1e-5)
+    expected = torch.from_numpy(theirs(whole, noise, 4, "np")) * 255
+    pictures = policy.decode(x0)
+    assert pictures.shape == (2, 64, 64, 3) and expected.std() > 5
+    assert (pictures.float() - expected).abs().max() < 0.51
+
+
+def test_a_picture_depends_on_its_prompt_and_not_on_its_batch(pipeline):
+    policy = Policy(settings(pipeline))
+    many = rollout(policy, PROMPTS * 5, list(range(10)), times(2, **policy.schedule), "heun", 10)
+    alone = rollout(policy, PROMPTS[1:], [3], times(2, **policy.schedule), "heun", 1)
+    assert torch.equal(many[3:4], alone)
+    other = rollout(policy, PROMPTS[:1], [3], times(2, **policy.schedule), "heun", 1)
+    assert (alone - other).abs().max() > 1e-4
+
+
+def test_half_precision_and_compiled_rollouts_draw_what_float32_does(pipeline, monkeypatch):
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda module, mode: (compiled.append(mode), compile(module, backend="aot_eager"))[1]
+    )
+    latents = []
+    for extra in ([], ["compile_rollout=default"], ["dtype=bfloat16"]):
+        policy = Policy(settings(pipeline, *extra))
+        with policy.merged("old"):
+            latents.append(rollout(policy, PROMPTS, [1, 2], times(3, **policy.schedule), "unipc", 8))
+        assert policy.decode(latents[-1]).dtype == torch.uint8
+    assert compiled == ["default"]
+    torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-5)
+    assert 0 < (latents[2] - latents[0]).norm() / latents[0].norm() < 0.02
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path, adapter):
+    options = [f"adapter={adapter}", "gradient_checkpointing=true"]
+    whole = Trainer(settings(pipeline, *options), tmp_path / "whole")
+    start = [parameter.detach().clone() for parameter in whole.policy.trained]
+    whole.train()
+    Trainer(settings(pipeline, *options, "epochs=1"), tmp_path / "parts").train()
+    second = Trainer(settings(pipeline, *options), tmp_path / "parts", resume=True)
+    assert second.epoch == 1
+    second.train()
+    assert isinstance(whole.policy, FullPolicy) == (adapter == "full")
+    assert all(map(torch.equal, whole.policy.trained, second.policy.trained))
+    moved = [not torch.equal(a, b) for a, b in zip(start, whole.policy.trained, strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+
+    def velocity(model):
+        x, t = torch.randn(2, *whole.policy.latent_shape, generator=torch.Generator().manual_seed(0)), torch.ones(2) / 2
+        with torch.no_grad():
+            return whole.policy.model.velocity(model, x, t, *whole.policy.embed(PROMPTS))
+
+    whole.policy.use("default")
+    expected = velocity(whole.policy.transformer)
+    base = find(pipeline).pipeline_class.from_pretrained(pipeline)
+    assert (velocity(base.transformer) - expected).abs().max() > 1e-3
+    if adapter == "lora":
+        export_lora(tmp_path / "whole", tmp_path / "lora", weights="default")
+        base.load_lora_weights(tmp_path / "lora")
+        torch.testing.assert_close(velocity(base.transformer), expected, rtol=1e-4, atol=1e-5)
+    export_pipeline(tmp_path / "whole", tmp_path / "merged", pipeline, weights="default")
+    merged = find(pipeline).pipeline_class.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(velocity(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"fused_transformer: got true for a .*, accepted is StableDiffusion3Pipeline"):
+        Policy(settings(pipeline, "fused_transformer=true"))
+    with pytest.raises(ConfigError, match=r"a plan knows SD3Transformer2DModel only"):
+        plan(settings(pipeline))
+    with pytest.raises(ValueError, match=r"resolution: got 24, accepted are multiples of 16$"):
+        Policy(settings(pipeline, "resolution=24"))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')
+    with pytest.raises(
+        ValueError, match="is a PixArtSigmaPipeline, accepted are StableDiffusion3Pipeline, FluxPipeline"
+    ):
+        Policy(settings(tmp_path))
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_path, fused):
+    """Beside its size, Large differs from Medium by having no dual attention (its transformer's config.json)."""
+    whole = build_pipeline()
+    config = dict(whole.transformer.config) | {"dual_attention_layers": (), "num_layers": 2}
+    whole.register_modules(transformer=SD3Transformer2DModel.from_config(config))
+    whole.save_pretrained(tmp_path)
+    whole = StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    whole.set_progress_bar_config(disable=True)
+    changes = ["device=cpu", "dtype=float32", "resolution=64", f"max_sequence_length={TEXT_LENGTH}"]
+    policy = Policy(load_config("sd35_geneval", [f"pipeline={tmp_path}", *changes, f"fused_transformer={fused}"]))
+    noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
+    with policy.merged("old"):
+        x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
+    expected = whole(PROMPTS, height=64, width=64, latents=noise, guidance_scale=0.0, num_inference_steps=4,
+                     sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=TEXT_LENGTH, output_type="latent")  # fmt: skip
+    torch.testing.assert_close(x0, expected.images, rtol=1e-4, atol=1e-4)
+    v = policy.velocity(x0, torch.full((2,), 0.5), *policy.embed(PROMPTS))
+    gradients = torch.autograd.grad(v.square().sum(), policy.trained)
+    # lora_A has no gradient while lora_B is 0.
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_stable_diffusion_35_large_has_its_published_size():
+    """8.1 billion parameters (model page)."""
+    with torch.device("meta"):
+        model = SD3Transformer2DModel.from_config(_KNOWN["stabilityai/stable-diffusion-3.5-large"][0])
+    assert 8.0e9 < sum(parameter.numel() for parameter in model.parameters()) < 8.2e9
