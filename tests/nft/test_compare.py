@@ -84,7 +84,8 @@ def test_summary_of_three_seeds():
     found = summarise({n: part[0] for n, part in parts.items()}, {n: part[1] for n, part in parts.items()})
     assert found["baseline"] == "x" and found["target"] == pytest.approx(0.3)
     y = found["methods"]["y"]
-    assert y["final"]["median"] == pytest.approx(0.5) and y["solvers"] == pytest.approx({"a": 0.4, "b": 0.6})
+    assert [y["final"][key] for key in ("low", "median", "high")] == pytest.approx([0.45, 0.5, 0.525])
+    assert y["solvers"] == pytest.approx({"a": 0.4, "b": 0.6})
     assert y["to_target"]["steps"] == pytest.approx([20 * 0.3 / end for end in second])
     assert y["ratios"]["seconds"]["ratio"] == pytest.approx((20 * 0.3 / 0.5) / (10 * 0.3 / 0.6))
     # Student's t with two degrees of freedom: P(|T| > t) = 1 - t / sqrt(2 + t^2).
@@ -163,11 +164,13 @@ def test_command_resumes_keeps_what_is_finished_and_writes_a_page(tiny, tmp_path
     with pytest.raises(KeyboardInterrupt):
         compare("shapes", parts, objectives=["mix_grpo"], seeds=2, epochs=2, overrides=tiny, on_run=stop)
     finished = {path: path.read_text() for path in (parts / "runs").rglob("metrics.jsonl")}
+    kept = (parts / "runs" / "mix_grpo" / "seed-0" / "result.json").stat()
     (parts / "runs" / "nft" / "seed-0" / "result.json").unlink()
     assert len(finished) == 2
     result = CliRunner().invoke(app, [*arguments, "--output", str(parts)])
     assert result.exit_code == 0, result.output
     assert all(path.read_text() == text for path, text in finished.items())
+    assert (parts / "runs" / "mix_grpo" / "seed-0" / "result.json").stat().st_ino == kept.st_ino
     ends = [json.loads((folder / "compare.json").read_text())["methods"] for folder in (whole, parts)]
     assert list(ends[0]) == ["nft", "mix_grpo"]
     for name in ends[0]:

@@ -312,6 +312,24 @@ def test_grpo_raises_the_density_of_what_scored_well(pipeline, tmp_path, monkeyp
     assert (data["r"] * change).sum() > 0 and change.abs().max() > 1e-6
 
 
+def test_a_step_is_taken_from_the_row_that_made_it(pipeline, tmp_path, monkeypatch):
+    """Where the window has moved, and both its rows are mixed, the old policy's velocity leaves normal noise."""
+    settings = load_config("shapes_mix_grpo", [f"pipeline={pipeline}", *SMALL, "group_size=6", "window_epochs=1"])
+    trainer = Trainer(settings, tmp_path)
+    trainer.epoch = 1
+    data, grid = trainer.sample(), trainer.grid.tolist()
+    assert trainer._times() == grid[1:3]
+    t = torch.tensor(grid[1:3] * 6)
+    x, step = trainer._step(data["states"], t)
+    assert torch.equal(x[::2], data["states"][::2, 0]) and torch.equal(x[1::2], data["states"][1::2, 1])
+    with torch.no_grad():
+        v = trainer.policy.velocity(x, t, *trainer.policy.embed(data["prompts"]))
+    a, b, c = (value.view(-1, 1, 1, 1) for value in step[1:])
+    z = (step.x - a * x - b * v) / c
+    # 12,288 draws: five standard errors of the mean and of the deviation.
+    assert abs(z.mean().item()) < 0.045 and abs(z.std().item() - 1) < 0.032
+
+
 def test_shared_noise_is_one_draw_for_a_group(pipeline, tmp_path, monkeypatch):
     settings = load_config("shapes_v_grpo", [f"pipeline={pipeline}", *SMALL])
     trainer, seen = Trainer(settings, tmp_path), []
