@@ -224,7 +224,7 @@ def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path
     torch.testing.assert_close(velocity(merged.transformer), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, tmp_path):
+def test_what_a_model_does_not_take_is_named(pipeline, tmp_path):
     with pytest.raises(ValueError, match=r"fused_transformer: got true for a .*, accepted is StableDiffusion3Pipeline"):
         Policy(settings(pipeline, "fused_transformer=true"))
     with pytest.raises(ConfigError, match=r"a plan knows SD3Transformer2DModel only"):
