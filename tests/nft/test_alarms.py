@@ -13,18 +13,10 @@ from nft.alarms import ALARMS, THRESHOLDS, AlarmError, Alarms, distribution, pre
 from nft.config import ConfigError, load_config
 from nft.tasks import TASKS
 from nft.trainer import Trainer
-from nft.worlds.shapes.tiny import build_pipeline
 
 SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
          "eval_steps=1", "eval_solver=euler", "lora_rank=4", "epochs=3", "verify_kernels_steps=0",
          "updates_per_epoch=2"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -21,17 +21,9 @@ from nft.checkpoint import CheckpointError
 from nft.config import load_config
 from nft.tasks import TASKS
 from nft.trainer import Trainer
-from nft.worlds.shapes.tiny import build_pipeline
 
 SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
          "eval_steps=1", "eval_every=2", "lora_rank=4", "epochs=4", "eval_solver=euler"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from distributed_worker import Brightness
 
 pytest.importorskip("diffusers")
 
@@ -16,7 +17,7 @@ from nft.cli import app
 from nft.compare import COSTS, SUITES, compare, curve, holm, ratio_of_medians, read_run, summarise, time_to
 from nft.config import load_config
 from nft.objectives import OBJECTIVES
-from nft.tasks import TASKS, Shapes
+from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
 
@@ -122,13 +123,6 @@ def test_methods_can_be_run_and_the_last_evaluation_uses_solvers_that_none_train
 TINY = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=4", "micro_batch=4", "timesteps_per_sample=2",
         "eval_prompts_per_group=1", "eval_steps=2", "eval_solver=euler", "lora_rank=2", "eval_every=1",
         "updates_per_epoch=2", "preflight=false"]  # fmt: skip
-
-
-class Brightness(Shapes):
-    """Something that differs between the pictures of an untrained pipeline."""
-
-    def score(self, pictures, entries):
-        return (pictures.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 2).clone()
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,10 @@ from nft.export import export_lora, export_pipeline
 from nft.full import FullPolicy
 from nft.tasks import TASKS
 from nft.trainer import Trainer
-from nft.worlds.shapes.tiny import build_pipeline
 
 SMALL = ["adapter=full", "prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1",
          "eval_prompts_per_group=1", "eval_steps=1", "eval_solver=euler", "epochs=2", "updates_per_epoch=2",
          "learning_rate=1e-3"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from distributed_worker import Brightness
 
 pytest.importorskip("diffusers")
 
@@ -16,7 +17,6 @@ from nft.policy import Policy
 from nft.rollout import noisy, rollout, solver_options, times
 from nft.tasks import TASKS, Shapes
 from nft.trainer import Trainer
-from nft.worlds.shapes.tiny import build_pipeline
 from nft_kernels import add_noise
 from nft_kernels.solvers import table
 
@@ -188,13 +188,6 @@ def test_positive_is_the_loss_without_its_negative_branch(beta):
     torch.testing.assert_close(out.loss, expected)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_pipeline().save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize(("solver", "options"), [("flow-sde", {}), ("cps", {}), ("mixed", {"window": (1, 3)})])
 def test_a_rollout_keeps_the_states_around_its_noise(pipeline, solver, options):
     """Each kept state follows from the one before by its row, with the noise that the seed and the row stand for."""
@@ -251,13 +244,6 @@ def test_windows_move_with_the_epoch():
     assert set(windows) == {(0, 3), (1, 4), (2, 5)}
     assert windows == [solver_options(fast, epoch)["window"] for epoch in range(60)]
     assert solver_options(load_config("shapes_flow_grpo"), 3) == {"eta": 0.7}
-
-
-class Brightness(Shapes):
-    """An untrained pipeline draws no shapes: reward what differs between its pictures, so that there is a gradient."""
-
-    def score(self, pictures, entries):
-        return (pictures.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 2).clone()
 
 
 SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=4", "timesteps_per_sample=2", "micro_batch=5",

@@ -13,18 +13,10 @@ from nft.config import ConfigError, load_config
 from nft.plan import plan
 from nft.tasks import TASKS
 from nft.trainer import Trainer
-from nft.worlds.shapes.tiny import build_pipeline
 
 # Eight pictures: on a CPU rollouts are filled up to a multiple of that.
 SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
          "eval_prompts_per_group=1", "eval_steps=2", "updates_per_epoch=3", "verify_kernels_steps=0"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize(

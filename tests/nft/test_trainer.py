@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from distributed_worker import Brightness
 
 pytest.importorskip("diffusers")
 
@@ -11,19 +12,11 @@ from nft.config import ConfigError, load_config
 from nft.policy import Policy, old_policy_decay
 from nft.report import write_report
 from nft.rollout import rollout, times
-from nft.tasks import TASKS, Shapes
+from nft.tasks import TASKS
 from nft.trainer import Trainer
-from nft.worlds.shapes.tiny import build_pipeline
 
 SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
          "eval_prompts_per_group=1", "eval_steps=2", "eval_every=2", "lora_rank=4"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pipeline")
-    build_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +26,6 @@ def policy(pipeline):
 
 def settings(pipeline, *overrides):
     return load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
-
-
-class Brightness(Shapes):
-    """An untrained pipeline draws no shapes: reward what differs between its pictures, so that there is a gradient."""
-
-    def score(self, pictures, entries):
-        return (pictures.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 2)
 
 
 @pytest.fixture(autouse=True)
