@@ -59,9 +59,7 @@ def world_errors(checkpoint, per_group):
     from nft.rollout import rollout, times
     from nft.tasks import TASKS
 
-    policy = Policy(load_config("shapes"))
-    if checkpoint:
-        policy.load_adapter("default", Policy.find_adapter(checkpoint))
+    policy = Policy.load(load_config("shapes"), checkpoint)
     task = TASKS["shapes"](policy.device)
     entries = task.held_out_prompts(per_group)
     prompts, seeds = [e["prompt"] for e in entries], list(range(len(entries)))

@@ -264,8 +264,6 @@ def sample(
     output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
 ) -> None:
     """Draw pictures of prompts."""
-    import json
-
     from .config import ConfigError, load_config
 
     lines = [*(prompts or [])]
@@ -278,16 +276,12 @@ def sample(
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         settings = load_config(config, override)
         _quieten_libraries()
-        from .policy import Policy
-
-        adapter = None if checkpoint is None else Policy.find_adapter(checkpoint)
-        if adapter is not None:
-            lora = json.loads((adapter / "adapter_config.json").read_text())
-            settings = settings.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]})
         from nft_kernels.solvers import schedule, table
 
+        from .policy import Policy
+
         table(solver, schedule(steps))
-        policy = Policy(settings)
+        policy = Policy.load(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
         raise _fail(error) from None
     from PIL import Image
@@ -295,8 +289,6 @@ def sample(
     from .report import save_grid
     from .rollout import rollout, times
 
-    if adapter is not None:
-        policy.load_adapter("default", adapter)
     entries = [line for line in lines for _ in range(per_prompt)]
     seeds = [seed + i for _ in lines for i in range(per_prompt)]
     grid = times(steps, **policy.schedule)

@@ -110,14 +110,7 @@ def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) 
     from .policy import Policy
     from .rollout import rollout, times
 
-    adapter = None if checkpoint is None else Policy.find_adapter(checkpoint)
-    if adapter is not None:
-        lora = json.loads((adapter / "adapter_config.json").read_text())
-        run = run.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]})
-    policy = Policy(run)
-    if adapter is not None:
-        policy.load_adapter("default", adapter)
-    suite = evaluation.suite
+    policy, suite = Policy.load(run, checkpoint), evaluation.suite
     grid = times(suite.steps, **policy.schedule)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress, policy.merged("default"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -205,6 +206,22 @@ class Policy:
         self.lora.save_pretrained(folder)
         state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
+
+    @classmethod
+    def load(cls, config: Config, checkpoint: Path | None) -> Policy:
+        """The policy of a configuration whose adapter ``default`` is that of a run, a checkpoint or a LoRA folder, with
+        its rank; without one it is the base.
+
+        Raises:
+            FileNotFoundError, ValueError: as the constructor and ``find_adapter``.
+        """
+        if checkpoint is None:
+            return cls(config)
+        adapter = cls.find_adapter(checkpoint)
+        lora = json.loads((adapter / "adapter_config.json").read_text())
+        policy = cls(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
+        policy.load_adapter("default", adapter)
+        return policy
 
     @staticmethod
     def find_adapter(folder: Path) -> Path:

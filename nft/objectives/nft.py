@@ -20,20 +20,26 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
     return optimality_probability(advantages, adv_clip_max=config.adv_clip_max, mode=config.advantage_mode)
 
 
-def loss(batch: Batch, config: Config, verify: bool) -> Loss:
-    """``nft_kernels.nft_loss``; where the old policy is the trained one, its velocity is v_theta itself."""
+def arguments(batch: Batch, config: Config) -> tuple[list[Tensor], dict[str, Any]]:
+    """What ``nft_loss`` takes before r, and its options. Where the old policy is the trained one, its velocity is
+    v_theta itself."""
     v_old = batch.v_theta.detach() if batch.v_old is None else batch.v_old
-    tensors = (batch.v_theta, v_old, batch.x_t, batch.x0, batch.t, batch.weights)
-    options: dict[str, Any] = {
+    options = {
         "v_ref": batch.v_ref,
         "beta": config.beta,
         "adv_clip_max": config.adv_clip_max,
         "kl_weight": config.kl_weight,
         "weighting": config.weighting,
     }
+    return [batch.v_theta, v_old, batch.x_t, batch.x0, batch.t], options
+
+
+def loss(batch: Batch, config: Config, verify: bool) -> Loss:
+    """``nft_kernels.nft_loss``."""
+    tensors, options = arguments(batch, config)
     if verify:
-        compare_nft_loss(*tensors, **options)
-    return nft_loss(*tensors, **options)
+        compare_nft_loss(*tensors, batch.weights, **options)
+    return nft_loss(*tensors, batch.weights, **options)
 
 
 OBJECTIVES["nft"] = Objective(weights, loss, needs_old=True)
