@@ -40,8 +40,9 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
 
-def _fail(error: Exception) -> typer.Exit:
-    _console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+def _fail(error: Exception | str) -> typer.Exit:
+    # A message may hold brackets, which the console would take for markup and leave out.
+    _console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 

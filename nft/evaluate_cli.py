@@ -62,7 +62,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
     console = Console()
-    from .cli import _quieten_libraries
+    from .cli import _fail, _quieten_libraries
     from .config import load_config
     from .evaluate import SUITES, Evaluation
     from .rewards.cli import reward_options
@@ -90,8 +90,7 @@ def evaluate(
             evaluation.score(options, device=run.device, on_reward=lambda name: status.update(f"scoring: {name}"))
         results = evaluation.results(other)
     except (OSError, ValueError) as error:
-        console.print(escape(f"error: {error}"), highlight=False)
-        raise typer.Exit(2) from None
+        raise _fail(error) from None
     _print(console, evaluation, results, other is not None)
     console.print(f"pictures, scores and results: {folder}")
 

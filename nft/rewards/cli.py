@@ -75,6 +75,7 @@ def reward_server(
     Senders must show a token. Without --token-file or NFT_REWARD_TOKEN one is made up and printed.
     """
     console = Console()
+    from ..cli import _fail
     from .base import RewardError
     from .client import TOKEN
     from .registry import load
@@ -86,8 +87,7 @@ def reward_server(
 
         from .server import build_app
     except ImportError as error:
-        console.print(escape(f'error: {error.name} is not installed: pip install "diffusion-nft[server]"'))
-        raise typer.Exit(2) from None
+        raise _fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
     try:
         token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
         options = reward_options(settings or [], names)
@@ -97,8 +97,7 @@ def reward_server(
             raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
         served = {s: load(name, device=device, **options[name]) for s, name in zip(short, names, strict=True)}
     except (ValueError, OSError, RewardError) as error:
-        console.print(escape(f"error: {error}"), highlight=False)
-        raise typer.Exit(2) from None
+        raise _fail(error) from None
     if not token:
         token = secrets.token_urlsafe()
         console.print(f"export {TOKEN}={token}", highlight=False)

@@ -146,3 +146,8 @@ def test_train_names_what_it_cannot_use_before_any_work(overrides, message, tmp_
     result = run(app, ["train", *overrides, "--output", str(tmp_path / "run")])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_brackets_in_an_error_are_printed():
+    result = run(app, ["train", "[red]=1"])
+    assert result.exit_code == 2 and "[red]" in result.output
