@@ -28,7 +28,7 @@ app.command()(rewards)
 app.command()(reward_server)
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """Keep the libraries' loading bars and hints about parts we do not use out of the run's own output."""
     import diffusers
     import transformers
@@ -64,7 +64,7 @@ def train(
         settings = load_config(str(saved) if resume and saved.exists() else config, [*(overrides or []), *extra])
     except ConfigError as error:
         raise _fail(error) from None
-    _quieten_libraries()
+    quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
     from .alarms import AlarmError
@@ -140,7 +140,7 @@ def plan(
 
     from .config import ConfigError, load_config
 
-    _quieten_libraries()
+    quieten_libraries()
     from .plan import plan as estimate
 
     try:
@@ -174,7 +174,7 @@ def export(
     """Write a LoRA that diffusers loads, or a whole pipeline."""
     import yaml
 
-    _quieten_libraries()
+    quieten_libraries()
     from .export import export_lora, export_pipeline
 
     try:
@@ -202,10 +202,12 @@ def compare(
     minutes: Annotated[float | None, typer.Option(min=0.001, help="of training per run")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="of every run")] = None,
     target: Annotated[float | None, typer.Option(help="score whose cost is compared; halfway by default")] = None,
+    tune: Annotated[bool, typer.Option("--tune", help="first choose each method's learning rate")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="runs at once, each with its share of the cores")] = 1,
     output: Annotated[Path | None, typer.Option(help="folder; comparisons/SUITE by default")] = None,
 ) -> None:
     """Train by several objectives, or by changes to one, and compare; goes on where it was interrupted."""
-    _quieten_libraries()
+    quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
     from .alarms import AlarmError
@@ -224,8 +226,10 @@ def compare(
                 minutes=minutes,
                 epochs=epochs,
                 target=target,
+                tune=tune,
+                jobs=jobs,
                 overrides=overrides or [],
-                on_run=lambda method, seed: status.update(f"{method}, seed {seed}"),
+                on_run=lambda done, total: status.update(f"{done} of {total} runs are done"),
             )
         except (AlarmError, CheckpointError, KernelMismatchError, OSError, ValueError, TypeError) as error:
             raise _fail(error) from None
@@ -276,7 +280,7 @@ def sample(
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         settings = load_config(config, override)
-        _quieten_libraries()
+        quieten_libraries()
         from nft_kernels.solvers import schedule, table
 
         from .policy import Policy

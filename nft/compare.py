@@ -1,6 +1,7 @@
 """Compare objectives: the same base, prompts and seeds, curves against cost, intervals and paired tests.
 
-A comparison is a folder: ``runs/METHOD/seed-N`` are ordinary runs, each with a ``result.json`` once it is finished.
+A comparison is a folder: ``runs/METHOD/seed-N`` are ordinary runs, each with a ``result.json`` once it is finished,
+as are ``tuning/METHOD/RATE``.
 ``compare.json``, ``curves.png`` and ``compare.md`` say what came out. An interrupted one goes on where it stopped.
 """
 
@@ -8,12 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import ttest_rel
 
 from .checkpoint import replace_text
@@ -29,6 +34,8 @@ COSTS = {
 """What the held-out score is plotted against."""
 _RESAMPLES = 9999
 _POINTS = 50
+_TUNING_SEED = 1000
+"""No run that is compared has it."""
 
 Method = tuple[str, tuple[str, ...]]
 """A configuration's name and ``key=value`` changes to it."""
@@ -43,7 +50,9 @@ class Suite:
     solvers: tuple[str, ...]
     """For the evaluation at the end; no method's rollout uses them."""
     quick: tuple[str, ...]
-    """Methods and changes of ``--quick``."""
+    """Methods of ``--quick``."""
+    rates: tuple[float, ...]
+    """Learning rates that are tried by ``tune``."""
 
 
 def _shapes() -> Suite:
@@ -75,6 +84,7 @@ def _shapes() -> Suite:
         ablations={"nft": base, **{name: ("shapes", tuple(change.split())) for name, change in changes.items()}},
         solvers=("unipc", "deis", "dpm++3M"),
         quick=("nft", "rwr", "flow_grpo"),
+        rates=(3e-4, 1e-3, 3e-3),
     )
 
 
@@ -132,11 +142,15 @@ class _Enough(Exception):
     """A run has had its minutes."""
 
 
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
     """``score`` on held-out prompts at every evaluation of a run, and every one of ``COSTS`` at that point, (E,)."""
     spent = dict.fromkeys(COSTS, 0.0)
     points: list[list[float]] = []
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for line in _lines(folder):
         if "eval_strict" in line:
             points.append([*spent.values(), line["eval_strict"]])
         else:
@@ -148,33 +162,73 @@ def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
     return dict(zip((*COSTS, "score"), np.array(points, dtype=float).T, strict=True))
 
 
-def _run(folder: Path, config: Config, minutes: float | None, solvers: Sequence[str]) -> None:
-    """Train one run to its end, from its newest checkpoint if it has one, and evaluate it with ``solvers``."""
-    from .trainer import Trainer
+@dataclass(frozen=True)
+class Run:
+    """A training run in a folder, to the end of its epochs or of its minutes, and what it is evaluated with then."""
 
-    saved = folder / "config.yaml"
-    if saved.is_file() and saved.read_text() != config.dump():
-        raise ValueError(f"output: {folder} holds a run with other settings; give another folder")
-    if (folder / "result.json").is_file():
+    folder: Path
+    config: Config
+    minutes: float | None
+    solvers: tuple[str, ...] = ()
+
+    def __call__(self) -> None:
+        """Train, from the newest checkpoint if there is one, and write ``result.json``."""
+        from .trainer import Trainer
+
+        saved = self.folder / "config.yaml"
+        if saved.is_file() and saved.read_text() != self.config.dump():
+            raise ValueError(f"output: {self.folder} holds a run with other settings; give another folder")
+        if (self.folder / "result.json").is_file():
+            return
+        trainer = Trainer(self.config, self.folder, resume=saved.is_file())
+
+        def on_epoch(metrics: dict[str, Any]) -> None:
+            spent = sum(line.get("seconds", 0.0) for line in _lines(self.folder))
+            if self.minutes is not None and spent >= 60 * self.minutes:
+                raise _Enough
+
+        try:
+            if trainer.epoch:
+                on_epoch({})
+            trainer.train(on_epoch)
+        except _Enough:
+            trainer.tracker.finish()
+        result = {solver: trainer.evaluate(solver)[0] for solver in self.solvers}
+        replace_text(self.folder / "result.json", json.dumps(result, indent=1))
+
+
+def _start_worker(threads: int) -> None:
+    from .cli import quieten_libraries
+
+    quieten_libraries()
+    torch.set_num_threads(threads)
+
+
+def _run_all(runs: Sequence[Run], jobs: int, on_run: Callable[[int, int], None]) -> None:
+    """The runs in their order, ``jobs`` of them at once, each with its share of the cores."""
+    if jobs == 1:
+        for done, run in enumerate(runs):
+            on_run(done, len(runs))
+            run()
         return
-    trainer = Trainer(config, folder, resume=saved.is_file())
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    # A forked process would wait for ever for the threads of this one.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, initializer=_start_worker, initargs=(threads,)) as pool:
+        waiting = [pool.submit(run) for run in runs]
+        try:
+            for done, finished in enumerate(as_completed(waiting)):
+                on_run(done, len(runs))
+                finished.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
-    def spent() -> float:
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return sum(line.get("seconds", 0.0) for line in lines)
 
-    def on_epoch(metrics: dict[str, Any]) -> None:
-        if minutes is not None and spent() >= 60 * minutes:
-            raise _Enough
-
-    try:
-        if trainer.epoch:
-            on_epoch({})
-        trainer.train(on_epoch)
-    except _Enough:
-        trainer.tracker.finish()
-    result = {solver: trainer.evaluate(solver)[0] for solver in solvers}
-    replace_text(folder / "result.json", json.dumps(result, indent=1))
+def tuning_score(folder: Path) -> float:
+    """Mean strict score on training prompts over the last third of a run's epochs."""
+    scores = [line["strict"] for line in _lines(folder) if "strict" in line]
+    return float(np.mean(scores[-math.ceil(len(scores) / 3) :]))
 
 
 def compare(
@@ -188,8 +242,10 @@ def compare(
     minutes: float | None = None,
     epochs: int | None = None,
     target: float | None = None,
+    tune: bool = False,
+    jobs: int = 1,
     overrides: Sequence[str] = (),
-    on_run: Callable[[str, int], None] = lambda method, seed: None,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Run what is missing of a comparison, and write what came out.
 
@@ -204,8 +260,11 @@ def compare(
         epochs: of every run, instead.
         target: held-out score for the time-to-target ratio; by default halfway from the base's score to the one that
             the first method ends with, medians over seeds.
+        tune: first try each of the suite's learning rates on every method, for half the length of a run and with a seed
+            of its own, and give the method the one that scores best on training prompts.
+        jobs: runs at once, each with its share of the cores.
         overrides: ``key=value`` changes to all methods.
-        on_run: told of each run before it starts or goes on.
+        on_run: told how many runs are done, and of how many.
 
     Returns:
         the path of the page.
@@ -231,23 +290,45 @@ def compare(
         if name not in known:
             raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
     names = [name for name in known if objectives is None or name in objectives or name == first]
-    length = 10**6 if minutes is not None else epochs
-    limits = [f"epochs={length}"] if length else []
-    configs = {
-        (name, seed): load_config(known[name][0], [*known[name][1], *limits, *overrides, f"seed={seed}"])
-        for seed in range(seeds)
-        for name in names
-    }
-    settings = json.dumps({"suite": suite, "minutes": minutes})
+
+    def config(name: str, *changes: str) -> Config:
+        length = 10**6 if minutes is not None else epochs
+        limits = [f"epochs={length}"] if length else []
+        return load_config(known[name][0], [*known[name][1], *limits, *overrides, *changes])
+
+    settings = json.dumps({"suite": suite, "minutes": minutes, "jobs": jobs})
     path = output / "settings.json"
     if path.is_file() and path.read_text() != settings:
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
+    configs = {(name, seed): config(name, f"seed={seed}") for seed in range(seeds) for name in names}
     output.mkdir(parents=True, exist_ok=True)
     replace_text(path, settings)
+    tuning: dict[str, dict[str, float]] = {}
+    if tune:
+        half = [f"epochs={max(1, configs[first, 0].epochs // 2)}"] if minutes is None else []
+        cheap = ["eval_every=1000000", "eval_prompts_per_group=1", *half, f"seed={_TUNING_SEED}"]
+        trials = {
+            (name, rate): Run(
+                output / "tuning" / name / f"{rate:g}",
+                config(name, *cheap, f"learning_rate={rate}"),
+                minutes and minutes / 2,
+            )
+            for name in names
+            for rate in chosen.rates
+        }
+        _run_all(list(trials.values()), jobs, on_run)
+        for (name, rate), run in trials.items():
+            tuning.setdefault(name, {})[f"{rate:g}"] = tuning_score(run.folder)
+        best = {name: max(scores, key=lambda rate: scores[rate]) for name, scores in tuning.items()}
+        configs = {
+            (name, seed): config(name, f"learning_rate={best[name]}", f"seed={seed}") for name, seed in configs
+        }
     # Seed by seed, so that a comparison that is cut short has all methods.
-    for (name, seed), config in configs.items():
-        on_run(name, seed)
-        _run(output / "runs" / name / f"seed-{seed}", config, minutes, chosen.solvers)
+    todo = [
+        Run(output / "runs" / name / f"seed-{seed}", each, minutes, chosen.solvers)
+        for (name, seed), each in configs.items()
+    ]
+    _run_all(todo, jobs, on_run)
     runs = {
         name: [read_run(output / "runs" / name / f"seed-{s}", configs[name, s]) for s in range(seeds)] for name in names
     }
@@ -255,7 +336,8 @@ def compare(
         name: [json.loads((output / "runs" / name / f"seed-{s}" / "result.json").read_text()) for s in range(seeds)]
         for name in names
     }
-    return write(output, summarise(runs, results, target), {name: configs[name, 0] for name in names})
+    found = summarise(runs, results, target) | {"tuning": tuning}
+    return write(output, found, {name: configs[name, 0] for name in names})
 
 
 def summarise(
@@ -334,6 +416,21 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _tuning(scores: Mapping[str, Mapping[str, float]]) -> str:
+    if not scores:
+        return ""
+    rates = list(next(iter(scores.values())))
+    rows = [[name, *(f"{score:.3f}" for score in of.values())] for name, of in scores.items()]
+    return f"""
+## Tuning
+
+Every method had {len(rates)} runs of half the length, with a seed that no run above has, to choose its learning rate.
+Strict score on training prompts over the last third of their epochs:
+
+{_table(["method", *rates], rows)}
+"""
+
+
 def write(output: Path, found: Mapping[str, Any], configs: Mapping[str, Config]) -> Path:
     """``compare.json``, ``curves.png`` and ``compare.md``; the path of the last."""
     replace_text(output / "compare.json", json.dumps(_json(found), indent=1))
@@ -387,7 +484,7 @@ As a ratio to {found["baseline"]}'s, of medians over seeds, with 95% bootstrap i
 ## Settings that differ
 
 {_table(["method", "settings"], differences)}
-"""
+{_tuning(found["tuning"])}"""
     replace_text(output / "compare.md", text)
     return output / "compare.md"
 

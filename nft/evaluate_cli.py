@@ -62,7 +62,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
     console = Console()
-    from .cli import _fail, _quieten_libraries
+    from .cli import _fail, quieten_libraries
     from .config import load_config
     from .evaluate import SUITES, Evaluation
     from .rewards.cli import reward_options
@@ -83,7 +83,7 @@ def evaluate(
             )
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
-        _quieten_libraries()
+        quieten_libraries()
         if evaluation.missing():
             _draw(console, evaluation, run, checkpoint)
         with console.status("") as status:

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 from typer.testing import CliRunner
 
 from nft.cli import app
-from nft.compare import COSTS, SUITES, compare, curve, holm, ratio_of_medians, read_run, summarise, time_to
+from nft.compare import COSTS, SUITES, compare, curve, holm, ratio_of_medians, read_run, summarise, time_to, tuning_score
 from nft.config import load_config
 from nft.objectives import OBJECTIVES
 from nft.tasks import TASKS
@@ -151,8 +151,9 @@ def test_command_resumes_keeps_what_is_finished_and_writes_a_page(tiny, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run.train(interrupt)
 
-    def stop(method, seed):
-        if seed == 1:
+    def stop(done, total):
+        assert total == 4
+        if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -194,6 +195,35 @@ def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, mon
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 1]
     with pytest.raises(ValueError, match="holds a comparison with other settings"):
         compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=2.0, overrides=tiny)
+
+
+def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_after_another_does(
+    tiny, tmp_path, monkeypatch
+):
+    options = {"objectives": ["sft"], "seeds": 1, "epochs": 2, "tune": True, "overrides": tiny}
+    seen = []
+    compare("shapes", tmp_path / "two", jobs=2, on_run=lambda *progress: seen.append(progress), **options)
+    assert seen == [(i, 6) for i in range(6)] + [(0, 2), (1, 2)]
+    assert "3 runs of half the length" in (tmp_path / "two" / "compare.md").read_text()
+    best = {"nft": 3e-3, "sft": 3e-4}
+    monkeypatch.setattr("nft.compare.tuning_score", lambda run: -abs(float(run.name) - best[run.parent.name]))
+    compare("shapes", tmp_path / "one", **options)
+    for name, rate in best.items():
+        config = load_config(str(tmp_path / "one" / "runs" / name / "seed-0" / "config.yaml"))
+        assert (config.learning_rate, config.epochs, config.seed) == (rate, 2, 0)
+        for rate in SUITES["shapes"]().rates:
+            folders = [tmp_path / jobs / "tuning" / name / f"{rate:g}" for jobs in ("one", "two")]
+            config = load_config(str(folders[0] / "config.yaml"))
+            assert (config.learning_rate, config.epochs, config.seed) == (rate, 1, 1000)
+            logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+            assert len(logs[0]) == 3
+            assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
+
+
+def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
+    lines = [{"eval_strict": 1.0}, *({"strict": x} for x in (0.9, 0.8, 0.1, 0.2)), {"eval_strict": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert tuning_score(tmp_path) == pytest.approx(0.15)
 
 
 @pytest.mark.parametrize(
