@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -202,6 +203,15 @@ def _start_worker(threads: int) -> None:
 
     quieten_libraries()
     torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        """End with a command that was killed: another may go on in the same folder."""
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _run_all(runs: Sequence[Run], jobs: int, on_run: Callable[[int, int], None]) -> None:

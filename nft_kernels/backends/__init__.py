@@ -50,7 +50,7 @@ def choose(backend: str, *tensors: Tensor) -> str:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
-    candidates = ("native",) if tensors[0].device.type == "cpu" else ("native", "triton")
+    candidates = ("native",) if tensors[0].is_cpu else ("native", "triton")
     for candidate in candidates:
         if _why_not(candidate, tensors) is None:
             return candidate

@@ -60,10 +60,10 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take the tensors, or None when it can."""
     if _C is None:
         return f"the compiled module is not installed ({_IMPORT_ERROR})"
+    if tensors[0].is_cpu:
+        return None
     device = tensors[0].device
-    if device.type == "cuda":
-        return _cuda_why_not(device.index)
-    return None if device.type == "cpu" else f"it has no kernels for {device.type} tensors"
+    return _cuda_why_not(device.index) if device.type == "cuda" else f"it has no kernels for {device.type} tensors"
 
 
 def _where(device: torch.device, workspace: Tensor | None = None) -> Any:
@@ -86,7 +86,7 @@ def _describe(x: Tensor | None, packed: bool = False) -> tuple[Any, ...] | None:
     if packed:
         x = x[None]
     # The common layout needs no search, and the small costs before a kernel are a good part of its time.
-    sizes, strides = ([x.numel() // len(x)], [1]) if x.is_contiguous() else collapse(x)
+    sizes, strides = ([x.numel() // x.shape[0]], [1]) if x.is_contiguous() else collapse(x)
     return x.data_ptr(), _CODES[x.dtype], x.stride(0), sizes, strides
 
 
@@ -100,7 +100,7 @@ def nft_loss(
     """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
     v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
-    batch, device = len(t), x0.device
+    batch, device = t.shape[0], x0.device
     loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
     grad = torch.empty_like(v_theta, dtype=grad_dtype) if grad_dtype else None
     workspace = _workspace(device, batch)
@@ -129,7 +129,7 @@ def nft_loss(
         options.detach_weight,
         dtype == torch.float64,
         batch,
-        x0.numel() // len(x0),
+        x0.numel() // x0.shape[0],
         loss.data_ptr(),
         details.data_ptr(),
     )
@@ -145,7 +145,7 @@ def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, 
 
 def scale(grad: Tensor, grad_loss: Tensor) -> None:
     """grad *= grad_loss in place; ``grad`` is dense in memory. A GPU is not asked what ``grad_loss`` is."""
-    if grad.device.type == "cpu":
+    if grad.is_cpu:
         value = grad_loss.item()
         if value != 1:
             grad.mul_(value)
@@ -172,8 +172,8 @@ def add_noise(
         _describe(out),
         _describe(wide if wide.numel() else None),
         compute_dtype(x0, noise) == torch.float64,
-        len(x0),
-        x0.numel() // len(x0),
+        x0.shape[0],
+        x0.numel() // x0.shape[0],
         _per_sample(t),
         0 if seed is None else seed.data_ptr(),
         0 if sample is None else sample.data_ptr(),
@@ -207,8 +207,8 @@ def solver_step(
         _describe(h if h.numel() else None),
         _describe(x0 if x0.numel() else None),
         compute_dtype(x, v, v_uncond, noise, *history) == torch.float64,
-        len(x),
-        x.numel() // len(x),
+        x.shape[0],
+        x.numel() // x.shape[0],
         *coefficients,
         0 if seed is None else seed.data_ptr(),
         0 if sample is None else sample.data_ptr(),

@@ -29,7 +29,7 @@ def tensor_like(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
     distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(x, distributed.DTensor):
+    if type(x) is not Tensor and distributed is not None and isinstance(x, distributed.DTensor):
         raise TypeError(f"{name}: got a DTensor, accepted is a plain tensor such as its to_local()")
     floating(name, x.dtype)
     if x.shape != x0.shape:
@@ -45,12 +45,12 @@ def latents(name: str, x0: Tensor) -> None:
 
 
 def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, below: bool = False) -> None:
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling():
         return
-    # A few values are read faster than an operator is called.
-    values = x.tolist() if x.ndim == 1 and len(x) <= _FEW else [bound.item() for bound in x.detach().aminmax()]
+    # A few values are read faster than an operator is called. Python's min and max may pass over a NaN, a sum does not.
+    values = x.tolist() if x.ndim == 1 and x.shape[0] <= _FEW else [bound.item() for bound in x.detach().aminmax()]
     smallest, largest = min(values), max(values)
-    inside = all(low <= value <= high for value in values)
+    inside = low <= smallest and largest <= high and not math.isnan(sum(values))
     if not inside or (above and smallest == low) or (below and largest == high):
         accepted = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
         raise ValueError(f"{name}: got values outside {accepted} or NaN, accepted is {accepted}")
@@ -97,7 +97,7 @@ def offsets(name: str, x: Tensor, x0: Tensor) -> None:
     if x.ndim != 1 or len(x) < 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is (S + 1,) for S segments")
     _same_device(name, x, x0)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling():
         return
     if x[0] != 0 or x[-1] != len(x0) or (x.diff() <= 0).any():
         raise ValueError(f"{name}: got offsets {x.tolist()}, accepted are rising ones from 0 to {len(x0)}")

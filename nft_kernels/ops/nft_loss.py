@@ -323,4 +323,4 @@ def nft_loss(
         if channel_dim is not None:
             raise ValueError(f"channel_dim: got {channel_dim} with weight_per='sample', accepted is None")
         loss, details = _run(inputs, options, chosen, reduction == "none")
-    return NFTLossOutput(loss, *details[:8].unbind())
+    return NFTLossOutput(loss, *details.unbind()[:8])
