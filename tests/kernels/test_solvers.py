@@ -1,5 +1,6 @@
 """Solver tables and solver_step, on distributions whose velocity and flow are known in closed form."""
 
+import itertools
 import math
 
 import diffusers
@@ -187,6 +188,58 @@ def test_sde_samples_have_the_moments_of_the_ode(name, options):
     assert abs(got.mean() - exact.mean()) < 0.06
     assert abs(got.std() - exact.std()) < 0.06
     assert abs(((got - got.mean()) ** 3).mean() - ((exact - exact.mean()) ** 3).mean()) < 0.15
+
+
+def _by_score(x, v, t, s, g):
+    """Mean of an Euler-Maruyama step of the reverse SDE, written with the score -E[eps] / t as the publications do."""
+    score = -(x + (1 - t) * v) / t
+    return x + (v - g**2 / 2 * score) * (s - t), g * math.sqrt(t - s)
+
+
+def _flow_grpo(x, v, t, s, first, eta=0.7):
+    # arXiv 2505.05470, and its code's replacement of 1 - t in the first step.
+    return _by_score(x, v, t, s, eta * math.sqrt(t / (1 - (first if t == 1 else t))))
+
+
+def _dance_grpo(x, v, t, s, first, eta=0.3):
+    # arXiv 2505.07818.
+    return _by_score(x, v, t, s, eta)
+
+
+def _cps(x, v, t, s, first, eta=0.7):
+    # arXiv 2509.05952.
+    x0, eps = x - t * v, x + (1 - t) * v
+    return (1 - s) * x0 + s * math.cos(eta * math.pi / 2) * eps, s * math.sin(eta * math.pi / 2)
+
+
+def _ddim(x, v, t, s, first, eta=1.0):
+    # arXiv 2010.02502, equations 12 and 16, for the variance-preserving process that x / n is on.
+    n, m = math.hypot(1 - t, t), math.hypot(1 - s, s)
+    alpha, after = ((1 - t) / n) ** 2, ((1 - s) / m) ** 2
+    sigma = eta * math.sqrt((1 - after) / (1 - alpha) * (1 - alpha / after))
+    eps = x + (1 - t) * v
+    x0 = (x / n - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha) if t < 1 else x - v
+    return m * (math.sqrt(after) * x0 + math.sqrt(1 - after - sigma**2) * eps), m * sigma
+
+
+@pytest.mark.parametrize(
+    ("name", "formula", "eta"),
+    [("flow-sde", _flow_grpo, 0.7), ("dance-sde", _dance_grpo, 0.3), ("cps", _cps, 0.7), ("ddim", _ddim, 1.0),
+     ("ddim", _ddim, 0.4)],
+)  # fmt: skip
+def test_stochastic_solvers_step_by_step_as_published(name, formula, eta):
+    """A whole trajectory in float64, with the same noise."""
+    sigmas = schedule(10, shift=3.0)
+    solver = table(name, sigmas, eta=eta)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, dtype=torch.float64, generator=generator)
+    for i, (t, s) in enumerate(itertools.pairwise(sigmas)):
+        v = velocity(x, t)
+        z = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+        mean, deviation = formula(x, v, t, s, sigmas[1], eta)
+        got = solver_step(solver, i, x, v, noise=z, backend="reference").x
+        torch.testing.assert_close(got, mean + deviation * z, rtol=1e-12, atol=1e-12)
+        x = got
 
 
 @pytest.mark.parametrize("name", ["flow-sde", "dance-sde"])
