@@ -14,7 +14,18 @@ pytest.importorskip("diffusers")
 from typer.testing import CliRunner
 
 from nft.cli import app
-from nft.compare import COSTS, SUITES, compare, curve, holm, ratio_of_medians, read_run, summarise, time_to, tuning_score
+from nft.compare import (
+    COSTS,
+    SUITES,
+    compare,
+    curve,
+    holm,
+    ratio_of_medians,
+    read_run,
+    summarise,
+    time_to,
+    tuning_score,
+)
 from nft.config import load_config
 from nft.objectives import OBJECTIVES
 from nft.tasks import TASKS
