@@ -330,9 +330,7 @@ def compare(
         for (name, rate), run in trials.items():
             tuning.setdefault(name, {})[f"{rate:g}"] = tuning_score(run.folder)
         best = {name: max(scores, key=lambda rate: scores[rate]) for name, scores in tuning.items()}
-        configs = {
-            (name, seed): config(name, f"learning_rate={best[name]}", f"seed={seed}") for name, seed in configs
-        }
+        configs = {(name, seed): config(name, f"learning_rate={best[name]}", f"seed={seed}") for name, seed in configs}
     # Seed by seed, so that a comparison that is cut short has all methods.
     todo = [
         Run(output / "runs" / name / f"seed-{seed}", each, minutes, chosen.solvers)

@@ -26,9 +26,9 @@ ObjectiveName = Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
-    "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "adapter", "lora_rank",
-    "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every", "preflight",
-    "compile_rollout", "float8_rollout", "fused_transformer",
+    "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload", "adapter",
+    "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
+    "preflight", "compile_rollout", "float8_rollout", "fused_transformer",
 }  # fmt: skip
 
 
@@ -63,6 +63,8 @@ class Config(BaseModel):
     resolution: int | None = Field(None, gt=0, multiple_of=8)
     """Width and height of a picture in pixels; the pipeline's own by default."""
     gradient_checkpointing: bool = False
+    offload: bool = False
+    """Text encoders and VAE wait in host memory between uses."""
     fused_transformer: bool = False
     """Evaluate the transformer by ``nft_kernels.models.sd3``, all policies alike."""
 

@@ -187,7 +187,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     memory = {
         # Of full fine-tuning this is the float32 copy that is the reference.
         "transformer": stored * (dtype.itemsize if c.adapter == "lora" else 4),
-        "text encoders and VAE": others,
+        # Offloaded, they are there in turns and not while the transformer is at work.
+        "text encoders and VAE": 0 if c.offload else others,
         # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
         "trained weights and optimizer": 7 * 4 * trained,
         "merged weights": adapted_weights * dtype.itemsize,

@@ -20,7 +20,9 @@ class Flux(Model):
     """Scale of the distilled guidance, the pipeline's default."""
 
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
-        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=max_length)
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.transformer.device, max_sequence_length=max_length
+        )
         return embeds, pooled
 
     def velocity(self, forward: Callable[..., Any], x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:

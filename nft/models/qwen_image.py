@@ -19,7 +19,9 @@ class QwenImage(Model):
     pipeline_class = QwenImagePipeline
 
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
-        embeds, mask = self.pipeline.encode_prompt(prompts, max_sequence_length=max_length)
+        embeds, mask = self.pipeline.encode_prompt(
+            prompts, device=self.transformer.device, max_sequence_length=max_length
+        )
         if mask is None:
             mask = torch.ones(embeds.shape[:2], device=embeds.device)
         missing = max_length - embeds.shape[1]

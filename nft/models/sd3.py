@@ -21,7 +21,12 @@ class StableDiffusion3(Model):
 
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=max_length
+            prompts,
+            None,
+            None,
+            device=self.transformer.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_length,
         )
         return embeds, pooled
 

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from accelerate.hooks import CpuOffload, UserCpuOffloadHook
+
 from nft.config import load_config
 from nft.policy import Policy
 from nft.rollout import rollout, times
@@ -39,6 +41,55 @@ def test_pictures_are_the_same_for_any_batch_size(policy):
             torch.cat([draw(policy, slice(i, i + 1), 1, solver) for i in range(0, 64, 9)]), expected[::9]
         )
     assert expected.float().std() > 10
+
+
+def test_offloaded_parts_draw_the_same_pictures_and_are_put_aside_after_every_use(policy, monkeypatch):
+    moves = []
+
+    class Recorded(UserCpuOffloadHook):
+        def offload(self):
+            moves.append(("aside", self.model))
+            super().offload()
+
+    monkeypatch.setattr("accelerate.big_modeling.UserCpuOffloadHook", Recorded)
+    load = CpuOffload.pre_forward
+
+    def used(hook, part, *args, **kwargs):
+        moves.append(("use", part))
+        return load(hook, part, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", used)
+    offloaded = Policy(load_config("shapes", ["offload=true"]))
+    pipeline = offloaded.pipeline
+    parts = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3, pipeline.vae]
+    parts = [part for part in parts if part is not None]
+    moves.clear()
+    assert torch.equal(draw(offloaded, slice(0, 20), 8), draw(policy, slice(0, 20), 8))
+    for part in parts:
+        own = [move for move, moved in moves if moved is part]
+        assert "use" in own and own[-1] == "aside"
+    assert all(moved is not pipeline.transformer for _, moved in moves)
+    assert {id(moved) for _, moved in moves} == set(map(id, parts))
+
+
+def test_no_more_embeddings_are_kept_than_there_is_room_for(monkeypatch):
+    policy = Policy(load_config("shapes"))
+    encoded, encode = [], policy.model.encode
+    monkeypatch.setattr(policy.model, "encode", lambda prompts, n: (encoded.extend(prompts), encode(prompts, n))[1])
+    prompts = list(dict.fromkeys(PROMPTS))[:24]
+    expected = policy.embed(prompts)
+    one = sum(row[:1].nbytes for row in expected)
+    monkeypatch.setattr("nft.policy._KEPT_BYTES", 10 * one)
+    policy._conditions.clear()
+    for part in (prompts[:16], prompts[12:]):
+        for found, all_of_them in zip(policy.embed(part), expected, strict=True):
+            assert torch.equal(found, all_of_them[[prompts.index(p) for p in part]])
+        assert len(policy._conditions) == 10
+    encoded.clear()
+    policy.embed(prompts[14:])
+    assert not encoded
+    policy.embed(prompts[:1])
+    assert set(encoded) == {prompts[0]}
 
 
 def test_pictures_are_the_same_in_two_processes(policy, tmp_path):
