@@ -83,6 +83,11 @@ def manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint: {folder} has no readable {MANIFEST}: {error}") from None
 
 
+def amend(folder: Path, **about: Any) -> None:
+    """Change what a checkpoint's manifest says, such as its score once it is known."""
+    replace_text(folder / MANIFEST, json.dumps({**manifest(folder), **about}, indent=1))
+
+
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are what they were.
 

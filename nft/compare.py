@@ -189,7 +189,7 @@ class Run:
                 raise _Enough
 
         try:
-            if trainer.epoch:
+            if trainer.epoch and not trainer.evaluation_due:
                 on_epoch({})
             trainer.train(on_epoch)
         except _Enough:

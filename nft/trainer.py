@@ -76,7 +76,8 @@ class Trainer:
         self.task: tasks.Task | None = None
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
             self._load(found[-1])
-        self._enter_stage()
+        # An evaluation that an interrupt cut off belongs to the stage that has ended.
+        self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
@@ -84,10 +85,10 @@ class Trainer:
                 self._forget_later_metrics()
             self.tracker.start()
 
-    def _enter_stage(self) -> None:
-        """Take the settings of the epoch that comes, and what is built from them."""
-        c = self.stage = self.config.at(self.epoch)
-        if self.epoch and c is not self.config.at(self.epoch - 1):
+    def _enter_stage(self, epoch: int) -> None:
+        """Take the settings of an epoch (from 0), and what is built from them."""
+        c = self.stage = self.config.at(epoch)
+        if epoch and c is not self.config.at(epoch - 1):
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
         self.grid = times(c.rollout_steps, **self.policy.schedule)
@@ -350,15 +351,23 @@ class Trainer:
             CheckpointError: it cannot be written; the ones before are as they were.
         """
         if self.processes.main:
-            parent = self.folder / "checkpoints"
             stage = self.config.stage_index(self.epoch - 1)
             about = {"format": 1, "epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
-            checkpoint.write(parent / f"epoch-{self.epoch:06d}", self._fill, about)
-            checkpoint.prune(parent, self.config.keep_checkpoints)
-            checkpoint.link(self.folder / "checkpoint", checkpoint.existing(parent)[-1])
-            if best := checkpoint.best(parent):
-                checkpoint.link(self.folder / "best", best)
+            checkpoint.write(self._checkpoint, self._fill, about)
+            self._tidy()
         self.processes.wait()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / f"epoch-{self.epoch:06d}"
+
+    def _tidy(self) -> None:
+        """Delete the checkpoints that are not kept, and point at the newest and the best."""
+        parent = self._checkpoint.parent
+        checkpoint.prune(parent, self.config.keep_checkpoints)
+        checkpoint.link(self.folder / "checkpoint", checkpoint.existing(parent)[-1])
+        if best := checkpoint.best(parent):
+            checkpoint.link(self.folder / "best", best)
 
     def _fill(self, folder: Path) -> None:
         """The trained, the old and the averaged adapter in PEFT's format, and everything else in one file."""
@@ -378,7 +387,7 @@ class Trainer:
         torch.save(state, folder / "state.pt")
 
     def _load(self, folder: Path) -> None:
-        checkpoint.verify(folder)
+        about = checkpoint.verify(folder)
         self.policy.load_adapter("default", folder / "ema")
         shadow = [parameter.detach().clone() for parameter in self.policy.trained]
         for adapter in ("default", "old"):
@@ -388,6 +397,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
         self.alarms.load(state["alarms"])
+        self.score = about["score"]
+        if self.score is not None:
+            # The state is older than the evaluation.
+            self.alarms.evaluation(self.score)
         self.epoch, self.step = state["epoch"], state["step"]
         torch.set_rng_state(state["rng"])
 
@@ -405,11 +418,12 @@ class Trainer:
         kept = []
         for line in lines:
             try:
-                epoch = json.loads(line)["epoch"]
+                values = json.loads(line)
             except ValueError:
                 # Cut off in the middle.
                 break
-            if epoch <= self.epoch and self.epoch > 0:
+            again = self.evaluation_due and values["epoch"] == self.epoch and "eval_strict" in values
+            if values["epoch"] <= self.epoch and self.epoch > 0 and not again:
                 kept.append(line + "\n")
         checkpoint.replace_text(path, "".join(kept))
 
@@ -428,15 +442,15 @@ class Trainer:
             AlarmError: what cannot or can no longer be trained.
             CheckpointError: a checkpoint that cannot be written.
         """
-        if self.epoch == 0:
-            if self.config.preflight:
-                preflight(self)
+        if self.epoch == 0 and self.config.preflight:
+            preflight(self)
+        if self.evaluation_due:
             held_out = self._evaluate()
             on_epoch(held_out[0])
-            on_eval(0, *held_out[1:])
+            on_eval(self.epoch, *held_out[1:])
         while self.epoch < self.config.epochs:
             if self.config.at(self.epoch) is not self.stage:
-                self._enter_stage()
+                self._enter_stage(self.epoch)
             self.score = None
             begin = time.perf_counter()
             data = self.sample()
@@ -444,21 +458,29 @@ class Trainer:
             metrics |= {"seconds": time.perf_counter() - begin}
             metrics["alarms"] = self.alarms.epoch(metrics)
             self.log(metrics)
-            due = self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
+            self.save()
+            due = self.evaluation_due
             if due:
                 held_out = self._evaluate()
-            # After the evaluation, so that a checkpoint has everything that was logged before it.
-            self.save()
             on_epoch(metrics)
             if due:
                 on_epoch(held_out[0])
                 on_eval(self.epoch, *held_out[1:])
         self.tracker.finish()
 
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the weights as they are shall be evaluated and have not been."""
+        c = self.config
+        return self.score is None and (self.epoch % c.eval_every == 0 or self.epoch == c.epochs)
+
     def _evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
-        """Evaluate, compare with the last time, and log."""
+        """Evaluate, compare with the last time, log, and tell the checkpoint."""
         scores, pictures, prompts = self.evaluate()
         self.score = scores["eval_strict"]
         metrics = {**scores, "alarms": self.alarms.evaluation(self.score)}
         self.log(metrics)
+        if self.processes.main and self.epoch:
+            checkpoint.amend(self._checkpoint, score=self.score)
+            self._tidy()
         return metrics, pictures, prompts

@@ -112,8 +112,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(pipeline, 
     for name in ("checkpoint", "best"):
         assert equal(state(tmp_path / "whole" / name), state(tmp_path / "parts" / name))
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
-    assert (
-        os.listdir(tmp_path / "whole" / "checkpoints").sort() == os.listdir(tmp_path / "parts" / "checkpoints").sort()
+    assert sorted(os.listdir(tmp_path / "whole" / "checkpoints")) == sorted(
+        os.listdir(tmp_path / "parts" / "checkpoints")
     )
 
 

@@ -8,6 +8,7 @@ from distributed_worker import Brightness
 
 pytest.importorskip("diffusers")
 
+from nft import checkpoint
 from nft.config import ConfigError, load_config
 from nft.policy import Policy, old_policy_decay
 from nft.report import write_report
@@ -78,6 +79,35 @@ def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_p
         second.train()
         assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
         assert second.alarms.state() == whole.alarms.state()
+
+
+def test_an_epoch_that_is_interrupted_in_its_evaluation_is_kept_and_evaluated_on_resume(pipeline, tmp_path):
+    stages = "stages=[{epochs: 2}, {epochs: 1, eval_prompts_per_group: 2}]"
+    whole = Trainer(settings(pipeline, stages), tmp_path / "whole")
+    whole.train()
+    first = Trainer(settings(pipeline, stages), tmp_path / "parts")
+    evaluate = first.evaluate
+
+    def interrupt():
+        if first.epoch == 2:
+            raise KeyboardInterrupt
+        return evaluate()
+
+    first.evaluate = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = Trainer(settings(pipeline, stages), tmp_path / "parts", resume=True)
+    assert second.epoch == 2
+    second.train()
+    assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
+    assert second.alarms.state() == whole.alarms.state()
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "parts")]
+    a, b = ([{**json.loads(line), "seconds": 0} for line in lines] for lines in logs)
+    assert a == b and sum("eval_strict" in line for line in a) == 3
+    for name in ("checkpoint", "best"):
+        about = [checkpoint.manifest(tmp_path / run / name) for run in ("whole", "parts")]
+        assert all(one["score"] is not None for one in about)
+        assert [one["epoch"] for one in about] == [about[0]["epoch"]] * 2
 
 
 def test_base_weights_never_change(pipeline, tmp_path):
