@@ -85,7 +85,7 @@ def _shapes() -> Suite:
         ablations={"nft": base, **{name: ("shapes", tuple(change.split())) for name, change in changes.items()}},
         solvers=("unipc", "deis", "dpm++3M"),
         quick=("nft", "rwr", "flow_grpo"),
-        rates=(3e-4, 1e-3, 3e-3),
+        rates=(1e-3, 3e-3, 1e-2),
     )
 
 
