@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -30,6 +31,8 @@ app.command()(reward_server)
 
 def quieten_libraries() -> None:
     """Keep the libraries' loading bars and hints about parts we do not use out of the run's own output."""
+    # For processes that this one starts: they import the libraries before they call anything.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
     import diffusers
     import transformers
 

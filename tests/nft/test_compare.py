@@ -4,8 +4,11 @@ import itertools
 import json
 import math
 import re
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 from distributed_worker import Brightness
 
@@ -229,6 +232,28 @@ def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_aft
             logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
             assert len(logs[0]) == 3
             assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
+
+
+def test_workers_end_with_a_command_that_is_killed(tiny, tmp_path):
+    code = "import sys; from nft.cli import app; app(sys.argv[1:])"
+    arguments = ["compare", "--objectives", "sft", "--seeds", "1", "--minutes", "60", "--jobs", "2"]
+    command = psutil.Popen([sys.executable, "-c", code, *arguments, "--output", str(tmp_path), *tiny])
+    try:
+        for folder in (tmp_path / "runs" / name / "seed-0" for name in ("nft", "sft")):
+            wait_for(lambda folder=folder: (folder / "checkpoint").exists() or command.poll() is not None)
+        children = command.children(recursive=True)
+        assert command.poll() is None and len(children) >= 2
+    finally:
+        command.kill()
+        command.wait()
+    wait_for(lambda: not any(child.is_running() for child in children))
+
+
+def wait_for(condition):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
