@@ -47,7 +47,7 @@ def main() -> None:
 
     def ours() -> None:
         if options.fresh:
-            policy._embeddings.clear()
+            policy._conditions.clear()
         with policy.merged("default"):
             x0 = rollout(policy, prompts, seeds, grid, "euler", options.pictures)
         policy.decode(x0)

@@ -1,0 +1,91 @@
+"""``nft plan`` against what runs: memory of a backward, and seconds of an epoch.
+
+    python -m benchmarks.plan --output benchmarks/results/plan.json
+
+The memory is what a micro-batch allocates at its peak, activations and gradient. The plan's seconds are those of the
+transformer with the matrix rate that this machine reaches on one large product; the measured ones have everything.
+FLOPs and evaluations are compared in ``tests/nft/test_plan.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+from torch.profiler import ProfilerActivity, profile
+
+from nft.cli import quieten_libraries
+from nft.config import load_config
+from nft.plan import plan
+from nft.trainer import Trainer
+
+CASES = {
+    "lora": [],
+    "lora, kl": ["kl_weight=0.01"],
+    "lora, gradient checkpointing": ["gradient_checkpointing=true"],
+    "lora, bfloat16": ["dtype=bfloat16"],
+    "full": ["adapter=full"],
+}
+SMALL = ["prompts_per_epoch=8", "group_size=12", "rollout_batch=32", "preflight=false", "verify_kernels_steps=0"]
+
+
+def matrix_rate() -> float:
+    """TFLOP/s of a float32 product of 2048 x 2048, the best of ten."""
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(times) / 1e12
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Most bytes held at once by what ``call`` allocates."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def measure(overrides: list[str], folder: Path, rate: float) -> dict[str, float]:
+    """Planned and measured costs of the second epoch of a run: in the first the old policy is not evaluated."""
+    config = load_config("shapes", [*SMALL, *overrides])
+    planned = plan(config, tflops=rate)
+    trainer = Trainer(config, folder)
+    trainer.optimize(trainer.sample())
+    data = trainer.sample()
+    t = trainer.grid[1].item()
+    pairs = [(i, t, i) for i in range(config.micro_batch)]
+    backward = peak_bytes(lambda: trainer._accumulate(data, pairs))
+    trainer.optimizer.zero_grad()
+    begin = time.perf_counter()
+    trainer.optimize(trainer.sample())
+    seconds = time.perf_counter() - begin
+    return {
+        "planned_bytes": planned.memory["activations"] + 4 * planned.trained_parameters,
+        "measured_bytes": backward,
+        "planned_seconds": planned.seconds,
+        "measured_seconds": seconds,
+    }
+
+
+def main(output: Annotated[Path, typer.Option(help="JSON file")] = Path("benchmarks/results/plan.json")) -> None:
+    quieten_libraries()
+    rate, results = matrix_rate(), {}
+    for name, overrides in CASES.items():
+        with TemporaryDirectory() as folder:
+            results[name] = measure(overrides, Path(folder) / "run", rate)
+        print(name, {key: f"{value:.4g}" for key, value in results[name].items()}, flush=True)
+    output.write_text(json.dumps({"tflops": rate, "torch": torch.__version__, "cases": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
