@@ -154,9 +154,9 @@ class Trainer:
         total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
         measured |= distribution(optimality_probability(combined.advantages, adv_clip_max=c.adv_clip_max), total, x0)
         measured |= {"reward": total.mean().item(), "strict": scores[:, -1].mean().item()}
-        if explored:
-            measured["nonfinite_rewards"] += explored.pop("nonfinite_rewards")
-            measured |= explored
+        measured |= explored | {
+            "nonfinite_rewards": measured["nonfinite_rewards"] + explored.get("nonfinite_rewards", 0)
+        }
         trained = list(range(len(entries)))
         if c.filter_mean is not None:
             filtered = uninformative(total, c.filter_mean, c.filter_std).tolist()

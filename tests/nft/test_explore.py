@@ -179,21 +179,24 @@ def test_a_candidate_without_a_score_is_counted_and_not_an_extreme(pipeline, tmp
     assert data["measured"]["nonfinite_rewards"] == 2 and 0 not in kept[0][0].tolist()
 
 
-@pytest.mark.parametrize("objective", ["nft", "rwr"])
-def test_filtered_groups_do_not_take_part_in_the_updates(pipeline, tmp_path, objective):
-    trainer = Trainer(settings(pipeline, f"objective={objective}", "kl_weight=0.1", *FILTER), tmp_path / "filtered")
+@pytest.mark.parametrize(("objective", "std"), [("nft", "global"), ("rwr", "group")])
+def test_filtered_groups_do_not_take_part_in_the_updates(pipeline, tmp_path, objective, std):
+    plain = [f"objective={objective}", f"advantage_std={std}", "kl_weight=0.1"]
+    trainer = Trainer(settings(pipeline, *plain, *FILTER), tmp_path / "filtered")
     data = trainer.sample()
     assert data["trained"] == [4, 5, 6, 7] and data["measured"]["filtered_groups"] == 1
     rewards = data["scores"][:, 0].double()
     assert rewards[:4].min() >= 0.95 and data["measured"]["reward"] == pytest.approx(rewards.mean().item())
     groups = rewards.view(2, 4)
-    advantages = ((groups - groups.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)).flatten()[4:]
+    # The deviation of all pictures is that of the filtered ones too.
+    deviation = rewards.std(correction=0) if std == "global" else groups[1].std(correction=0)
+    advantages = (groups[1] - groups[1].mean()) / (deviation + 1e-4)
     expected = {"nft": advantages.clamp(-5, 5) / 10 + 0.5, "rwr": advantages.exp() / advantages.exp().mean()}
     torch.testing.assert_close(data["r"][4:].double(), expected[objective], rtol=1e-4, atol=1e-4)
     # What is filtered could be anything.
     data["x0"][:4] = float("nan")
     data["r"][:4] = float("nan")
-    alone = Trainer(settings(pipeline, f"objective={objective}", "kl_weight=0.1"), tmp_path / "alone")
+    alone = Trainer(settings(pipeline, *plain), tmp_path / "alone")
     rest = {"x0": data["x0"][4:], "r": data["r"][4:], "prompts": data["prompts"][4:], "states": None}
     before = parameters(trainer)
     assert trainer.optimize(data) == alone.optimize({**rest, "trained": [0, 1, 2, 3]})
@@ -213,7 +216,7 @@ def test_shared_noise_stays_with_its_prompt(pipeline, tmp_path, monkeypatch):
 
 def test_fewer_pictures_than_updates_make_fewer_updates(pipeline, tmp_path):
     trainer = Trainer(settings(pipeline, "updates_per_epoch=7", *FILTER), tmp_path)
-    trainer.optimize(trainer.sample())
+    assert trainer.optimize(trainer.sample())["nonfinite_updates"] == 0
     assert trainer.step == 4
 
 
