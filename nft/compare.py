@@ -58,6 +58,7 @@ class Suite:
 
 def _shapes() -> Suite:
     baselines = ("sft", "rwr", "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "awm", "v_grpo")
+    strategies = ("explore", "filter")
     changes = {
         "no_negative_branch": "objective=positive",
         "rollout_sde": "rollout_solver=flow-sde",
@@ -82,7 +83,11 @@ def _shapes() -> Suite:
     base: Method = ("shapes", ())
     return Suite(
         methods={"nft": base, **{name: (f"shapes_{name}", ()) for name in baselines}},
-        ablations={"nft": base, **{name: ("shapes", tuple(change.split())) for name, change in changes.items()}},
+        ablations={
+            "nft": base,
+            **{name: ("shapes", tuple(change.split())) for name, change in changes.items()},
+            **{name: (f"shapes_{name}", ()) for name in strategies},
+        },
         solvers=("unipc", "deis", "dpm++3M"),
         quick=("nft", "rwr", "flow_grpo"),
         rates=(1e-3, 3e-3, 1e-2),
@@ -158,8 +163,9 @@ def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
             epoch = line["epoch"] - 1
             spent["seconds"] += line["seconds"]
             spent["steps"] = line["step"]
-            spent["evaluations"] += sum(evaluations(config, epoch))
-            spent["pictures"] += config.at(epoch).pictures
+            spent["evaluations"] += sum(evaluations(config, epoch, line.get("filtered_groups", 0)))
+            # Each is decoded and scored, a candidate as well.
+            spent["pictures"] += config.at(epoch).pictures + config.at(epoch).candidates
     return dict(zip((*COSTS, "score"), np.array(points, dtype=float).T, strict=True))
 
 

@@ -79,6 +79,13 @@ class Config(BaseModel):
     prompts_per_epoch: int = Field(24, gt=0)
     group_size: int = Field(12, gt=1)
     """Pictures per prompt, among which rewards are compared."""
+    explore: int | None = Field(None, gt=1)
+    """Candidates per prompt, of which the best and the worst, ``group_size`` in all, are drawn again and trained on."""
+    explore_steps: int | None = Field(None, gt=0)
+    """Solver steps of the candidates; ``rollout_steps`` by default."""
+    filter_mean: float | None = None
+    """A group is not trained on if its mean reward reaches this and its deviation is below ``filter_std``."""
+    filter_std: float = Field(0.05, gt=0)
     rollout_steps: int = Field(10, gt=0, le=1000)
     rollout_solver: Solver = "euler"
     rollout_options: dict[str, Any] = {}
@@ -140,6 +147,11 @@ class Config(BaseModel):
         """Pictures in an epoch, over all processes."""
         return self.prompts_per_epoch * self.group_size
 
+    @property
+    def candidates(self) -> int:
+        """Pictures of an epoch that are drawn cheaply to choose among, over all processes."""
+        return self.prompts_per_epoch * (self.explore or 0)
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -183,7 +195,12 @@ class Config(BaseModel):
                 f"window: got {self.window} with {self.rollout_solver} and options {self.rollout_options}, accepted is "
                 "the solver mixed without a window among its options"
             )
+        if self.explore is not None and self.explore <= self.group_size:
+            raise ValueError(f"explore: got {self.explore}, accepted are numbers above {self.group_size}, group_size")
+        if self.explore_steps and not self.explore:
+            raise ValueError(f"explore_steps: got {self.explore_steps} without explore, accepted is none then")
         for key, largest, what in (
+            ("explore_steps", self.rollout_steps, "rollout_steps"),
             ("window", self.rollout_steps, "rollout_steps"),
             ("timesteps_per_sample", self.rollout_steps, "rollout_steps"),
             ("updates_per_epoch", self.pictures, "the pictures of an epoch, prompts_per_epoch * group_size"),
@@ -200,8 +217,10 @@ class Config(BaseModel):
         if self.combine == "per_reward" and self.objective != "nft":
             raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
         window = {"window": (0, self.window)} if self.window else {}
+        own = {**self.rollout_options, **window}
         for key, solver, steps, options in (
-            ("rollout_solver", self.rollout_solver, self.rollout_steps, {**self.rollout_options, **window}),
+            ("rollout_solver", self.rollout_solver, self.rollout_steps, own),
+            ("rollout_solver", self.rollout_solver, self.explore_steps or self.rollout_steps, own),
             ("eval_solver", self.eval_solver, self.eval_steps, {}),
         ):
             try:
@@ -211,6 +230,12 @@ class Config(BaseModel):
                     f"{key}: got {solver} with options {options}, which it does not take: {error}"
                 ) from None
             noisy = sum(row.c > 0 for row in rows)
+            if key == "rollout_solver" and noisy and (self.explore_steps or steps) != steps:
+                # Other steps draw other noise: an exact picture would have little to do with its candidate.
+                raise ValueError(
+                    f"explore_steps: got {self.explore_steps}, but {solver} draws noise in its steps; accepted is "
+                    f"{steps}, rollout_steps, or a solver that draws none"
+                )
             if key == "rollout_solver" and OBJECTIVES[self.objective].trajectory and self.timesteps_per_sample > noisy:
                 raise ValueError(
                     f"timesteps_per_sample: got {self.timesteps_per_sample}, but {self.objective} trains on the steps "

@@ -83,16 +83,22 @@ def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
     return settings, tokens, sum(path.stat().st_size for path in weights)
 
 
-def evaluations(config: Config, epoch: int = 1) -> tuple[int, int, int, int]:
-    """Forward passes of one epoch (from 0) over all processes: of its rollout, and in training of the trained, the old
-    and the reference policy. The old policy is evaluated in fewer updates while it is a copy of the trained one."""
+def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int, int, int, int]:
+    """Forward passes of one epoch (from 0) over all processes: of its rollout with its candidates, and in training of
+    the trained, the old and the reference policy. The old policy is evaluated in fewer updates while it is a copy of
+    the trained one. So many groups as ``filtered`` are not trained on."""
     c = config.at(epoch)
-    rows = len(table(c.rollout_solver, schedule(c.rollout_steps), **solver_options(c, epoch)).times)
-    pairs = c.pictures * c.timesteps_per_sample
+    exact, cheap = (
+        len(table(c.rollout_solver, schedule(steps), **solver_options(c, epoch)).times)
+        for steps in (c.rollout_steps, c.explore_steps or c.rollout_steps)
+    )
+    trained = c.pictures - filtered * c.group_size
+    pairs = trained * c.timesteps_per_sample
     copied = old_policy_decay(c.old_policy, epoch) == 0
-    first = c.pictures // c.updates_per_epoch * c.timesteps_per_sample if copied else 0
+    updates = max(min(c.updates_per_epoch, trained), 1)
+    first = trained // updates * c.timesteps_per_sample if copied else 0
     old = pairs - first if OBJECTIVES[c.objective].needs_old else 0
-    return c.pictures * rows, pairs, old, pairs if c.kl_weight > 0 else 0
+    return c.pictures * exact + c.candidates * cheap, pairs, old, pairs if c.kl_weight > 0 else 0
 
 
 class _Measured(NamedTuple):

@@ -34,6 +34,7 @@ from .policy import Policy, old_policy_decay
 from .rewards.base import RewardError
 from .rewards.combine import Combined, combine, weighted_sum
 from .rollout import noisy, rollout, solver_options, times
+from .selection import extremes, uninformative
 from .tracking import Tracker
 
 # Seconds to wait before a failed reward is asked again.
@@ -133,32 +134,63 @@ class Trainer:
         return self.task.gather()
 
     def sample(self) -> dict[str, Any]:
-        """One epoch's pictures from the old policy: clean latents, prompts, rewards and r, the same everywhere, and the
-        rollout's states for an objective that trains on them."""
+        """One epoch's pictures from the old policy: clean latents, prompts, rewards, r and which of them to train on,
+        the same everywhere, and the rollout's states for an objective that trains on them."""
         c, rng = self.stage, self._rng("rollout")
         groups = self.groups
         chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
-        entries = [entry for entry in chosen for _ in range(c.group_size)]
+        entries = [entry for entry in chosen for _ in range(c.explore or c.group_size)]
         seeds = [rng.getrandbits(62) for _ in entries]
         kept: list[Tensor] = []
         options = solver_options(c, self.epoch) | ({"states": kept} if self.objective.trajectory else {})
+        explored: dict[str, Any] = {}
         with self.policy.merged("old"):
+            if c.explore:
+                index, explored = self._explore(entries, seeds)
+                entries, seeds = [entries[i] for i in index], [seeds[i] for i in index]
             x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
         states = self.processes.gather(torch.cat(kept), len(entries)) if kept else None
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
-        combined, measured = self._combine(scores)
+        combined, measured = self._combine(scores, c.group_size)
         total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
         measured |= distribution(optimality_probability(combined.advantages, adv_clip_max=c.adv_clip_max), total, x0)
         measured |= {"reward": total.mean().item(), "strict": scores[:, -1].mean().item()}
-        weights = combined.r if c.combine == "per_reward" else self.objective.weights(combined.advantages, c)
+        measured |= explored | {
+            "nonfinite_rewards": measured["nonfinite_rewards"] + explored.get("nonfinite_rewards", 0)
+        }
+        trained = list(range(len(entries)))
+        if c.filter_mean is not None:
+            filtered = uninformative(total, c.filter_mean, c.filter_std).tolist()
+            trained = [i for i in trained if not filtered[i // c.group_size]]
+            measured["filtered_groups"] = sum(filtered)
+        r = combined.r
+        if c.combine != "per_reward" and trained:
+            # Some objectives' weights are relative to the mean of what is trained on.
+            r[trained] = self.objective.weights(combined.advantages[trained], c)
         prompts = [entry["prompt"] for entry in entries]
         return {
             "x0": x0,
             "states": states,
             "prompts": prompts,
             "scores": scores,
-            "r": weights.to(x0.device),
+            "r": r.to(x0.device),
+            "trained": trained,
             "measured": measured,
+        }
+
+    def _explore(self, entries: list[dict[str, Any]], seeds: list[int]) -> tuple[list[int], dict[str, Any]]:
+        """Which of an epoch's candidates to draw exactly, by how they score drawn cheaply, and what was measured."""
+        c, options = self.stage, solver_options(self.stage, self.epoch)
+        grid = times(c.explore_steps or c.rollout_steps, **self.policy.schedule)
+        *_, scores = self._draw(entries, seeds, grid, c.rollout_solver, **options)
+        scores = self.processes.gather(scores, len(entries))
+        combined, measured = self._combine(scores, c.explore)
+        kept = extremes(combined.advantages.view(-1, c.explore), c.group_size)
+        first = torch.arange(0, len(entries), c.explore, device=kept.device)
+        reward = weighted_sum(self._by_reward(scores), self.task.weights).mean().item()
+        return (first[:, None] + kept).flatten().tolist(), {
+            "explore_reward": reward,
+            "nonfinite_rewards": measured["nonfinite_rewards"],
         }
 
     def _rows(self) -> tuple[Row, ...]:
@@ -174,10 +206,11 @@ class Trainer:
     def _by_reward(self, scores: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.task.weights, scores.unbind(1), strict=False))
 
-    def _combine(self, scores: Tensor) -> tuple[Combined, dict[str, Any]]:
-        """Advantages and r (B,) of the rewards; a score that is not finite counts as the mean of its group."""
+    def _combine(self, scores: Tensor, size: int) -> tuple[Combined, dict[str, Any]]:
+        """Advantages and r (B,) of the rewards of groups of ``size``; a score that is not finite counts as the mean of
+        its group."""
         c = self.stage
-        groups = scores.view(-1, c.group_size, scores.shape[1])
+        groups = scores.view(-1, size, scores.shape[1])
         broken = ~groups[..., :-1].isfinite()
         if broken.any():
             rewards = groups[..., :-1]
@@ -186,7 +219,7 @@ class Trainer:
         combined = combine(
             self._by_reward(scores),
             self.task.weights,
-            torch.arange(len(groups)).repeat_interleave(c.group_size),
+            torch.arange(len(groups)).repeat_interleave(size),
             method=self.task.method,
             std=c.advantage_std,
             adv_clip_max=c.adv_clip_max,
@@ -276,13 +309,15 @@ class Trainer:
             AlarmError: too many updates in a row that were not finite.
         """
         c, rng = self.stage, self._rng("train")
-        order = list(range(len(data["prompts"])))
+        order = list(data["trained"])
         rng.shuffle(order)
         ts, updates = self._times(), []
         shared = [self._noises(ts, rng) for _ in range(c.prompts_per_epoch)] if c.shared_noise else []
-        for update in range(c.updates_per_epoch):
+        # Fewer where a filter has left fewer pictures than that.
+        count = min(c.updates_per_epoch, len(order))
+        for update in range(count):
             # Every picture with each of its times; a micro-batch mixes times.
-            first, last = (len(order) * k // c.updates_per_epoch for k in (update, update + 1))
+            first, last = (len(order) * k // count for k in (update, update + 1))
             pairs = [
                 (i, *noise)
                 for i in order[first:last]
@@ -291,6 +326,8 @@ class Trainer:
             updates.append(self._update(self._accumulate(data, pairs), len(pairs)))
         self.epoch += 1
         self.policy.update_old(old_policy_decay(c.old_policy, self.epoch))
+        if not updates:
+            return {"nonfinite_updates": 0}
         finite = [update for update in updates if all(map(math.isfinite, update.values()))]
         metrics = {name: sum(update[name] for update in finite) / max(len(finite), 1) for name in updates[0]}
         metrics["old_deviation_relative"] = metrics["old_deviation"] / max(metrics["velocity_rms"], 1e-12)

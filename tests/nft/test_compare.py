@@ -131,7 +131,8 @@ def test_methods_can_be_run_and_the_last_evaluation_uses_solvers_that_none_train
     ablations = [load_config(b, list(c)).model_dump() for b, c in list(chosen.ablations.values())[1:]]
     changed = {key for other in ablations for key in base if other[key] != base[key]}
     assert changed == {"objective", "rollout_solver", "weighting", "old_policy", "beta", "adv_clip_max", "group_size",
-                       "prompts_per_epoch", "kl_weight", "timesteps_per_sample"}  # fmt: skip
+                       "prompts_per_epoch", "kl_weight", "timesteps_per_sample", "explore", "explore_steps",
+                       "filter_mean"}  # fmt: skip
 
 
 TINY = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=4", "micro_batch=4", "timesteps_per_sample=2",

@@ -10,7 +10,7 @@ from nft.config import _BUNDLED, ConfigError, load_config
 
 BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
 BASELINES = {f"shapes_{name}" for name in ("sft", "rwr", "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "awm",
-                                           "v_grpo")}  # fmt: skip
+                                           "v_grpo", "explore", "filter")}  # fmt: skip
 RUNS = ["shapes", "sd35_geneval", "sd35_ocr", "sd35_pickscore", "sd35_hpsv2", "sd35_multi_reward"]
 
 
@@ -79,7 +79,8 @@ def test_defaults_shrink_with_a_small_epoch_but_given_values_are_refused():
 POSITIVE = ["lora_rank", "lora_alpha", "epochs", "prompts_per_epoch", "rollout_steps", "rollout_batch",
             "max_sequence_length", "timesteps_per_sample", "updates_per_epoch", "micro_batch", "learning_rate",
             "max_grad_norm", "beta", "adv_clip_max", "eval_every", "eval_prompts_per_group", "eval_steps",
-            "keep_checkpoints", "rwr_temperature", "resolution", "clip_range", "window", "window_epochs"]  # fmt: skip
+            "keep_checkpoints", "rwr_temperature", "resolution", "clip_range", "window", "window_epochs",
+            "explore", "explore_steps", "filter_std"]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["0", "-1", ".nan", ".inf", "[1]", "{a: 1}", "many", "true"])

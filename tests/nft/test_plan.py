@@ -28,6 +28,8 @@ SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_pe
         ["objective=rwr", "rollout_solver=heun"],
         ["adapter=full", "kl_weight=0.1"],
         ["old_policy=delayed_0.999", "kl_weight=0.1"],
+        ["explore=8", "explore_steps=2"],
+        ["explore=12", "rollout_solver=heun"],
     ],
 )
 def test_flops_and_evaluations_are_those_of_an_epoch(pipeline, tmp_path, monkeypatch, overrides):
