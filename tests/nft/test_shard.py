@@ -1,0 +1,94 @@
+"""Two processes that share the transformer's weights train as one that has them all."""
+
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from distributed_worker import Brightness, by_fork
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from nft import checkpoint
+from nft.config import ConfigError, load_config
+from nft.distributed import whole
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+
+# Five pictures two at a time, and updates of two and three pairs one at a time: processes have unlike numbers of
+# batches in rollouts and in updates, and in the one of a single held-out prompt one has none.
+SETTINGS = ["prompts_per_epoch=1", "group_size=5", "rollout_steps=2", "timesteps_per_sample=1", "micro_batch=1",
+            "rollout_batch=2", "updates_per_epoch=2", "eval_prompts_per_group=1", "eval_steps=1", "eval_every=2",
+            "eval_solver=euler", "epochs=2", "lora_rank=4", "kl_weight=0.1", "learning_rate=1e-4"]  # fmt: skip
+
+
+def run(folder, pipeline, adapter, *overrides, resume=False):
+    """Train, and leave what each process held beside the run's folder."""
+    torch.set_num_threads(1)
+    config = load_config("shapes", [f"pipeline={pipeline}", f"adapter={adapter}", *SETTINGS, *overrides])
+    trainer = Trainer(config, folder, resume=resume)
+    policy, exchanges, scatter = trainer.policy, [], torch.distributed.reduce_scatter_tensor
+    optimize = trainer.optimize
+
+    def counted(data):
+        torch.distributed.reduce_scatter_tensor = lambda *args, **kwargs: (
+            exchanges.append(1),
+            scatter(*args, **kwargs),
+        )[1]
+        try:
+            return optimize(data)
+        finally:
+            torch.distributed.reduce_scatter_tensor = scatter
+
+    trainer.optimize = counted
+    trainer.train()
+    moments = [state[name] for state in trainer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    base = [p for name, p in policy.transformer.named_parameters() if "lora" not in name]
+    groups = {"base": base, "trained": policy.trained, "old": policy._old, "ema": trainer.ema.shadow_params}
+    groups |= {"moments": moments, "reference": getattr(policy, "_weights", {None: base})[None]}
+    held = {
+        name: sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in group) / sum(x.numel() for x in group)
+        for name, group in groups.items()
+    }
+    values = {name: [whole(x.detach()) for x in group] for name, group in groups.items()}
+    out = {"held": held, "exchanges": len(exchanges), "values": values, "epoch": trainer.epoch}
+    torch.save(out, folder.parent / f"{folder.name}-{trainer.processes.rank}.pt")
+
+
+def first_epoch(source, target):
+    """A run as it was after its first epoch."""
+    shutil.copytree(source, target, symlinks=True)
+    shutil.rmtree(target / "checkpoints" / "epoch-000002")
+    return target
+
+
+@pytest.fixture(scope="module", params=["lora", "full"])
+def runs(request, pipeline, tmp_path_factory):
+    folder, adapter = tmp_path_factory.mktemp("runs"), request.param
+    threads, shapes = torch.get_num_threads(), TASKS["shapes"]
+    TASKS["shapes"] = Brightness
+    try:
+        run(folder / "one", pipeline, adapter)
+        first_epoch(folder / "one", folder / "one_two")
+
+        def work():
+            run(folder / "two", pipeline, adapter, "shard=true")
+            run(folder / "one_two", pipeline, adapter, "shard=true", resume=True)
+
+        by_fork(2, work)
+        run(first_epoch(folder / "two", folder / "two_one"), pipeline, adapter, resume=True)
+    finally:
+        torch.set_num_threads(threads)
+        TASKS["shapes"] = shapes
+    return adapter, folder, {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("name", ["two-0", "two-1", "one_two-0", "one_two-1", "two_one-0"])
+def test_it_ends_with_the_weights_of_one_process(runs, name):
+    _, _, found = runs
+    assert found[name]["epoch"] == 2
+    for group, values in found["one-0"]["values"].items():
+        for ours, theirs in zip(found[name]["values"][group], values, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text: f"{group}: {text}")
