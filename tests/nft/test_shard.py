@@ -49,7 +49,8 @@ def run(folder, pipeline, adapter, *overrides, resume=False):
     groups = {"base": base, "trained": policy.trained, "old": policy._old, "ema": trainer.ema.shadow_params}
     groups |= {"moments": moments, "reference": getattr(policy, "_weights", {None: base})[None]}
     held = {
-        name: sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in group) / sum(x.numel() for x in group)
+        name: sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in group)
+        / sum(x.numel() for x in group)
         for name, group in groups.items()
     }
     values = {name: [whole(x.detach()) for x in group] for name, group in groups.items()}
@@ -92,3 +93,53 @@ def test_it_ends_with_the_weights_of_one_process(runs, name):
     for group, values in found["one-0"]["values"].items():
         for ours, theirs in zip(found[name]["values"][group], values, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text: f"{group}: {text}")
+
+
+def test_each_process_holds_half(runs):
+    adapter, _, found = runs
+    halves = {"base", "trained", "old", "ema", "moments", "reference"} if adapter == "full" else {"base", "reference"}
+    for rank in (0, 1):
+        for name, share in found[f"two-{rank}"]["held"].items():
+            # A parameter with an odd number of rows is not halved exactly.
+            assert share == pytest.approx(0.5, abs=0.01) if name in halves else share == 1, name
+        for name in halves:
+            assert found["two-0"]["held"][name] + found["two-1"]["held"][name] == pytest.approx(1)
+
+
+def test_gradients_are_exchanged_once_for_each_optimizer_step(runs):
+    adapter, _, found = runs
+    # Two epochs of two updates; three blocks and what is outside of them. LoRA's gradients are in one all-reduce.
+    assert found["two-0"]["exchanges"] == (2 * 2 * 4 if adapter == "full" else 0)
+
+
+def test_a_checkpoint_has_the_same_files_and_whole_tensors(runs):
+    adapter, folder, _ = runs
+    one, two = (folder / name / "checkpoints" / "epoch-000001" for name in ("one", "two"))
+    names = sorted(path.relative_to(one) for path in one.rglob("*"))
+    assert names == sorted(path.relative_to(two) for path in two.rglob("*"))
+    assert checkpoint.verify(two)["epoch"] == 1
+    for path in one.rglob("*config.json"):
+        assert path.read_text() == (two / path.relative_to(one)).read_text()
+    for path in one.rglob("*.safetensors"):
+        ours, theirs = load_file(two / path.relative_to(one)), load_file(path)
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+    ours, theirs = (torch.load(path / "state.pt", weights_only=True)["optimizer"]["state"] for path in (two, one))
+    assert ours.keys() == theirs.keys()
+    for i in theirs:
+        assert {name: x.shape for name, x in ours[i].items()} == {name: x.shape for name, x in theirs[i].items()}
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_one_process_shards_nothing(pipeline, tmp_path, monkeypatch, adapter):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    config = load_config("shapes", [f"pipeline={pipeline}", f"adapter={adapter}", *SETTINGS, "shard=true"])
+    trainer = Trainer(config, tmp_path)
+    assert not any(isinstance(p, DTensor) for p in trainer.policy.transformer.parameters())
+
+
+@pytest.mark.parametrize("setting", ["fused_transformer=true", "compile_rollout=default"])
+def test_what_replaces_the_transformer_is_refused(setting):
+    with pytest.raises(ConfigError, match=f"^shard: got true with {setting.replace('true', 'True')}, it needs"):
+        load_config("shapes", ["shard=true", setting])
