@@ -1,5 +1,6 @@
 """Two processes that share the transformer's weights train as one that has them all."""
 
+import json
 import shutil
 
 import pytest
@@ -24,6 +25,11 @@ SETTINGS = ["prompts_per_epoch=1", "group_size=5", "rollout_steps=2", "timesteps
             "eval_solver=euler", "epochs=2", "lora_rank=4", "kl_weight=0.1", "learning_rate=1e-4"]  # fmt: skip
 
 
+def own(x):
+    """What this process has of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def run(folder, pipeline, adapter, *overrides, resume=False):
     """Train, and leave what each process held beside the run's folder."""
     torch.set_num_threads(1)
@@ -33,10 +39,11 @@ def run(folder, pipeline, adapter, *overrides, resume=False):
     optimize = trainer.optimize
 
     def counted(data):
-        torch.distributed.reduce_scatter_tensor = lambda *args, **kwargs: (
-            exchanges.append(1),
-            scatter(*args, **kwargs),
-        )[1]
+        def exchange(*args, **kwargs):
+            exchanges.append(1)
+            return scatter(*args, **kwargs)
+
+        torch.distributed.reduce_scatter_tensor = exchange
         try:
             return optimize(data)
         finally:
@@ -48,11 +55,7 @@ def run(folder, pipeline, adapter, *overrides, resume=False):
     base = [p for name, p in policy.transformer.named_parameters() if "lora" not in name]
     groups = {"base": base, "trained": policy.trained, "old": policy._old, "ema": trainer.ema.shadow_params}
     groups |= {"moments": moments, "reference": getattr(policy, "_weights", {None: base})[None]}
-    held = {
-        name: sum((x.to_local() if isinstance(x, DTensor) else x).numel() for x in group)
-        / sum(x.numel() for x in group)
-        for name, group in groups.items()
-    }
+    held = {name: sum(own(x).numel() for x in group) / sum(x.numel() for x in group) for name, group in groups.items()}
     values = {name: [whole(x.detach()) for x in group] for name, group in groups.items()}
     out = {"held": held, "exchanges": len(exchanges), "values": values, "epoch": trainer.epoch}
     torch.save(out, folder.parent / f"{folder.name}-{trainer.processes.rank}.pt")
@@ -92,7 +95,20 @@ def test_it_ends_with_the_weights_of_one_process(runs, name):
     assert found[name]["epoch"] == 2
     for group, values in found["one-0"]["values"].items():
         for ours, theirs in zip(found[name]["values"][group], values, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, msg=lambda text: f"{group}: {text}")
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_logged_is_that_of_one_process(runs):
+    _, folder, _ = runs
+    one, *others = (
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two", "one_two", "two_one")
+    )
+    assert [line["epoch"] for line in one] == [0, 1, 2, 2]
+    for lines in others:
+        for ours, theirs in zip(lines, one, strict=True):
+            for key in theirs.keys() & {"reward", "loss", "grad_norm", "kl", "velocity_rms", "eval_strict"}:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-7), key
 
 
 def test_each_process_holds_half(runs):
@@ -113,7 +129,7 @@ def test_gradients_are_exchanged_once_for_each_optimizer_step(runs):
 
 
 def test_a_checkpoint_has_the_same_files_and_whole_tensors(runs):
-    adapter, folder, _ = runs
+    _, folder, _ = runs
     one, two = (folder / name / "checkpoints" / "epoch-000001" for name in ("one", "two"))
     names = sorted(path.relative_to(one) for path in one.rglob("*"))
     assert names == sorted(path.relative_to(two) for path in two.rglob("*"))
