@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -24,7 +24,12 @@ def shard(transformer: nn.Module, device: torch.device, ignored: Iterable[nn.Par
 
     Each repeated block is put together for its own evaluation only. In a backward gradients are summed over the
     processes, as ``Processes.sum_gradients`` does for what is not sharded.
+
+    Raises:
+        ValueError: a version of torch that cannot sum them.
     """
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ValueError(f"shard: got true with torch {torch.__version__}, accepted is 2.9 or later")
     options = {
         "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         "ignored_params": {*ignored},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,12 +98,12 @@ def evaluate(
 
 def _subject(pipeline: str, checkpoint: Path | None) -> str:
     """What is evaluated, by content: a run's checkpoint changes as it is trained on."""
+    from .checkpoint import checksum
     from .policy import find_weights
 
     if checkpoint is None:
         return pipeline
-    with find_weights(checkpoint).open("rb") as file:
-        return f"{pipeline} with {checkpoint}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"{pipeline} with {checkpoint}, sha256 {checksum(find_weights(checkpoint))}"
 
 
 def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) -> None:
