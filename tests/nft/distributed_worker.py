@@ -53,7 +53,7 @@ def run(folder: Path, pipeline: str) -> None:
     torch.save(out, folder.parent / f"{folder.name}-{trainer.processes.rank}.pt")
 
 
-def by_fork(count, work, seconds=120):
+def by_fork(count, work, seconds=300):
     """Let ``count`` processes do ``work()`` as torchrun would start them, without importing everything once more."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
