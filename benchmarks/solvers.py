@@ -55,11 +55,11 @@ def mixture_error(solver, count=20_000):
 def world_errors(checkpoint, per_group):
     """A function from solver name and steps to one minus the strict score."""
     from nft.config import load_config
-    from nft.policy import Policy
+    from nft.full import load_policy
     from nft.rollout import rollout, times
     from nft.tasks import TASKS
 
-    policy = Policy.load(load_config("shapes"), checkpoint)
+    policy = load_policy(load_config("shapes"), checkpoint)
     task = TASKS["shapes"](policy.device)
     entries = task.held_out_prompts(per_group)
     prompts, seeds = [e["prompt"] for e in entries], list(range(len(entries)))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .distributed import whole
+
 
 class AlarmError(RuntimeError):
     """A run that cannot learn, or that has stopped to; the message says why and what to look at."""
@@ -171,12 +173,12 @@ def preflight(trainer: Any) -> None:
     except RuntimeError as error:
         raise AlarmError(f"preflight: the backward fails: {error}") from error
     gradients = [parameter.grad for parameter in policy.trained if parameter.grad is not None]
-    if not gradients or not all(gradient.isfinite().all() for gradient in gradients):
+    if not gradients or not all(whole(gradient).isfinite().all() for gradient in gradients):
         raise AlarmError("preflight: the gradient is missing or not finite; try dtype=float32 or a larger beta")
-    if not any(gradient.any() for gradient in gradients):
+    if not any(whole(gradient).any() for gradient in gradients):
         raise AlarmError("preflight: the gradient is zero; the trained weights do not reach the loss")
     torch.optim.SGD(policy.trained, lr=trainer.config.learning_rate).step()
-    if not all(parameter.isfinite().all() for parameter in policy.trained):
+    if not all(whole(parameter.detach()).isfinite().all() for parameter in policy.trained):
         raise AlarmError("preflight: a step makes the weights infinite; lower the learning rate")
     with torch.no_grad():
         for parameter, old in zip(policy.trained, before, strict=True):

@@ -17,7 +17,8 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that is damaged."""
 
 
-def _checksum(path: Path) -> str:
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -59,7 +60,7 @@ def write(folder: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         fresh.mkdir(parents=True)
         fill(fresh)
         files = sorted(path for path in fresh.rglob("*") if path.is_file())
-        checksums = {path.relative_to(fresh).as_posix(): _checksum(path) for path in files}
+        checksums = {path.relative_to(fresh).as_posix(): checksum(path) for path in files}
         (fresh / MANIFEST).write_text(json.dumps({**about, "sha256": checksums}, indent=1))
         for path in (fresh, *fresh.rglob("*")):
             _flush(path)
@@ -95,9 +96,9 @@ def verify(folder: Path) -> dict[str, Any]:
         CheckpointError: naming the file that is missing or has changed.
     """
     about = manifest(folder)
-    for name, checksum in about["sha256"].items():
+    for name, expected in about["sha256"].items():
         path = folder / name
-        if not path.is_file() or _checksum(path) != checksum:
+        if not path.is_file() or checksum(path) != expected:
             problem = "has another checksum than when it was written" if path.is_file() else "is missing"
             raise CheckpointError(f"checkpoint: {path} {problem}; delete {folder} to go on from the one before it")
     return about

@@ -260,7 +260,9 @@ def sample(
     file: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
     config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value setting, such as device=cuda")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="run, checkpoint or LoRA folder; none is the base")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="run, checkpoint or folder of weights; none is the base")
+    ] = None,
     solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
@@ -286,10 +288,10 @@ def sample(
         quieten_libraries()
         from nft_kernels.solvers import schedule, table
 
-        from .policy import Policy
+        from .full import load_policy
 
         table(solver, schedule(steps))
-        policy = Policy.load(settings, checkpoint)
+        policy = load_policy(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
         raise _fail(error) from None
     from PIL import Image

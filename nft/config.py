@@ -28,7 +28,7 @@ _BUNDLED = Path(__file__).parent / "configs"
 _FIXED = {
     "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload", "adapter",
     "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
-    "preflight", "compile_rollout", "float8_rollout", "fused_transformer",
+    "preflight", "compile_rollout", "float8_rollout", "fused_transformer", "shard",
 }  # fmt: skip
 
 
@@ -65,6 +65,9 @@ class Config(BaseModel):
     gradient_checkpointing: bool = False
     offload: bool = False
     """Text encoders and VAE wait in host memory between uses."""
+    shard: bool = False
+    """Each of several processes holds a part of the transformer's weights, and of all that training adds to them with
+    ``adapter=full``."""
     fused_transformer: bool = False
     """Evaluate the transformer by ``nft_kernels.models.sd3``, all policies alike."""
 
@@ -214,6 +217,9 @@ class Config(BaseModel):
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
         if self.float8_rollout and (not self.fused_transformer or self.compile_rollout):
             raise ValueError("float8_rollout: got true, it needs fused_transformer=true and no compile_rollout")
+        for key in ("fused_transformer", "compile_rollout"):
+            if self.shard and getattr(self, key):
+                raise ValueError(f"shard: got true with {key}={getattr(self, key)}, it needs the transformer as it is")
         if self.combine == "per_reward" and self.objective != "nft":
             raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
         window = {"window": (0, self.window)} if self.window else {}

@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def several() -> bool:
+    """Whether this is one of several processes that have joined."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+def shard(transformer: nn.Module, device: torch.device, ignored: Iterable[nn.Parameter]) -> None:
+    """Leave each process its part of every parameter but the ``ignored`` ones, on ``device``.
+
+    Each repeated block is put together for its own evaluation only. In a backward gradients are summed over the
+    processes, as ``Processes.sum_gradients`` does for what is not sharded.
+
+    Raises:
+        ValueError: a version of torch that cannot sum them.
+    """
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise ValueError(f"shard: got true with torch {torch.__version__}, accepted is 2.9 or later")
+    options = {
+        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
+        "ignored_params": {*ignored},
+    }
+    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
+    for module in (*(block for blocks in lists for block in blocks), transformer):
+        fully_shard(module, reshard_after_forward=True, **options)
+        # Not the mean: losses are normalised by the pairs of all processes. Gloo has no scaled sum.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A sharded tensor put together, in which all processes take part; any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def sharded_like(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, as ``like`` is: on its device, and sharded if it is."""
+    x = x.to(like.device)
+    if not isinstance(like, DTensor):
+        return x
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 class Processes:
     """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone.
 
-    There is no wrapper around the model: gradients of any number of micro-batches accumulate locally, and are summed
-    once when an optimizer step is due. So no process has to take part in every micro-batch, or in any.
+    Unless the model is sharded, there is no wrapper around it: gradients of any number of micro-batches accumulate
+    locally, and are summed once when an optimizer step is due. So no process has to take part in every micro-batch, or
+    in any.
     """
 
     def __init__(self, device: str) -> None:
@@ -37,6 +83,10 @@ class Processes:
         rank = self.rank if rank is None else rank
         return slice(total * rank // self.count, total * (rank + 1) // self.count)
 
+    def rounds(self, total: int, size: int) -> int:
+        """How many batches of ``size`` hold the largest share of ``total`` things."""
+        return math.ceil(math.ceil(total / self.count) / size)
+
     def gather(self, own: Tensor, total: int) -> Tensor:
         """All ``total`` rows, in order and on every process, of which ``own`` are this process' share."""
         if self.count == 1:
@@ -50,10 +100,11 @@ class Processes:
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], sums: Tensor) -> Tensor:
-        """Sum the gradients over all processes, and ``sums`` (N,) with them, in one exchange."""
+        """Sum the gradients over all processes, and ``sums`` (N,) with them, in one exchange. The backward has summed
+        those of sharded parameters."""
         if self.count == 1:
             return sums
-        parameters = list(parameters)
+        parameters = [p for p in parameters if not isinstance(p, DTensor)]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([sums, *(gradient.flatten() for gradient in gradients)])
         torch.distributed.all_reduce(flat)

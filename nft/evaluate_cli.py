@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +48,9 @@ def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]]
 
 
 def evaluate(
-    checkpoint: Annotated[Path | None, typer.Option(help="run, checkpoint or LoRA folder; none is the base")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="run, checkpoint or folder of weights; none is the base")
+    ] = None,
     suite: Annotated[str, typer.Option(help="paper or shapes")] = "shapes",
     output: Annotated[Path | None, typer.Option(help="folder of the evaluation; evals/SUITE by default")] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="SET=FILE, prompts in place of the suite's")] = None,
@@ -97,19 +98,19 @@ def evaluate(
 
 def _subject(pipeline: str, checkpoint: Path | None) -> str:
     """What is evaluated, by content: a run's checkpoint changes as it is trained on."""
-    from .policy import Policy
+    from .checkpoint import checksum
+    from .policy import find_weights
 
     if checkpoint is None:
         return pipeline
-    weights = Policy.find_adapter(checkpoint) / "adapter_model.safetensors"
-    return f"{pipeline} with {checkpoint}, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()}"
+    return f"{pipeline} with {checkpoint}, sha256 {checksum(find_weights(checkpoint))}"
 
 
 def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) -> None:
-    from .policy import Policy
+    from .full import load_policy
     from .rollout import rollout, times
 
-    policy, suite = Policy.load(run, checkpoint), evaluation.suite
+    policy, suite = load_policy(run, checkpoint), evaluation.suite
     grid = times(suite.steps, **policy.schedule)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress, policy.merged("default"):

@@ -9,16 +9,15 @@ from tempfile import TemporaryDirectory
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from .full import WEIGHTS
-from .policy import SHAPES_PIPELINE, Policy
+from .policy import ADAPTER, SHAPES_PIPELINE, WEIGHTS, find_weights
 
 
 def _weights(source: Path, weights: str) -> Path:
     """The folder of the chosen weights in a run, a checkpoint, or itself."""
     for folder in (source / weights, source / "checkpoint" / weights, source):
-        if (folder / "adapter_model.safetensors").is_file() or (folder / WEIGHTS).is_file():
+        if (folder / ADAPTER).is_file() or (folder / WEIGHTS).is_file():
             return folder
-    return Policy.find_adapter(source)
+    return find_weights(source).parent
 
 
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
@@ -39,7 +38,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     # The file's format is the same for every pipeline with a ``transformer``.
     StableDiffusion3Pipeline.save_lora_weights(
         output,
-        transformer_lora_layers=load_file(folder / "adapter_model.safetensors"),
+        transformer_lora_layers=load_file(folder / ADAPTER),
         transformer_lora_adapter_metadata=json.loads((folder / "adapter_config.json").read_text()),
     )
 

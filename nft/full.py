@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from .config import Config
-from .policy import Policy
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+from .distributed import shard, sharded_like
+from .policy import WEIGHTS, Policy, find_weights
 
 
 class FullPolicy(Policy):
-    """A policy without adapters. ``use`` exchanges the weights themselves.
+    """A policy without adapters. ``use`` exchanges the weights themselves; sharded ones stay where they are, and their
+    contents are exchanged.
 
     Small updates would vanish in half precision, so all three copies are float32, and ``dtype=bfloat16`` computes
     under autocast.
@@ -25,17 +28,39 @@ class FullPolicy(Policy):
 
     def _add_adapters(self, config: Config) -> None:
         self.transformer.float().requires_grad_(True)
+        # What a sharded class says about itself is not its own name.
+        self._settings = self.transformer.to_json_string()
+        if self.sharded:
+            shard(self.transformer, self.device, ())
         self.trained = list(self.transformer.parameters())
         self._weights: dict[str | None, list[Tensor]] = {"default": [p.data for p in self.trained]}
         for name in ("old", None):
             self._weights[name] = [p.data.clone() for p in self.trained]
         self._old = self._weights["old"]
+        self._used: str | None = "default"
 
     def use(self, adapter: str | None) -> None:
         """Choose the weights of the next evaluations; None is the reference model."""
+        if self.sharded:
+            if adapter != self._used:
+                self._exchange(self._used)
+                self._exchange(adapter)
+                self._used = adapter
+            return
         for parameter, weight in zip(self.trained, self._weights[adapter], strict=True):
             parameter.data = weight
             parameter.requires_grad_(adapter == "default")
+
+    @torch.no_grad()
+    def _exchange(self, adapter: str | None) -> None:
+        """Let the parameters and the place of these weights swap what they hold."""
+        if adapter == "default":
+            return
+        for parameter, weight in zip(self.trained, self._weights[adapter], strict=True):
+            here, there = parameter.to_local(), weight.to_local()
+            held = here.clone()
+            here.copy_(there)
+            there.copy_(held)
 
     @contextmanager
     def merged(self, adapter: str) -> Iterator[None]:
@@ -52,15 +77,42 @@ class FullPolicy(Policy):
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return super().velocity(x_t, t, *conditions)
 
-    def save_adapter(self, adapter: str, folder: Path) -> None:
+    def save_adapter(self, adapter: str, folder: Path | None) -> None:
         """Write the weights as diffusers' transformers are stored."""
         self.use(adapter)
-        self.transformer.save_pretrained(folder, max_shard_size="1000GB")
+        # Put together one by one, and kept by the first process alone.
+        state = get_model_state_dict(
+            self.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=self.sharded)
+        )
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(self._settings)
+            weights = {name: weight.contiguous() for name, weight in state.items()}
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         self.use("default")
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
         """Read weights that ``save_adapter`` wrote."""
-        state = load_file(folder / WEIGHTS)
         names = [name for name, _ in self.transformer.named_parameters()]
-        for name, weight in zip(names, self._weights[adapter], strict=True):
-            weight.copy_(state[name])
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            for name, weight in zip(names, self._weights[adapter], strict=True):
+                weight.copy_(sharded_like(file.get_tensor(name), weight))
+
+
+def load_policy(config: Config, checkpoint: Path | None) -> Policy:
+    """The policy of a configuration whose weights ``default`` are those of a run, a checkpoint, or a folder of a LoRA
+    or of whole weights; without one it is the base.
+
+    Raises:
+        FileNotFoundError, ValueError: as the constructor and ``find_weights``.
+    """
+    if checkpoint is None:
+        return Policy(config)
+    weights = find_weights(checkpoint)
+    if weights.name == WEIGHTS:
+        policy: Policy = FullPolicy(config)
+    else:
+        lora = json.loads((weights.parent / "adapter_config.json").read_text())
+        policy = Policy(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
+    policy.load_adapter("default", weights.parent)
+    return policy

@@ -163,7 +163,10 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         )
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stored = parameters + sum(buffer.numel() for buffer in model.buffers())
+    buffers = sum(buffer.numel() for buffer in model.buffers())
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer_blocks]
+    full, parts = c.adapter == "full", gpus if c.shard else 1
+    size = 4 if full else dtype.itemsize
     merged = _measure(model, inputs(1), train=False)
     if c.adapter == "lora":
         model.requires_grad_(False)
@@ -177,8 +180,10 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
 
     rollout, pairs, old, reference = evaluations(config, epoch)
     adapted_weights = sum(m.base_layer.weight.numel() for m in model.modules() if isinstance(m, LoraLayer))
-    # Every process merges once an epoch.
+    # Every process merges once an epoch, unless its weights are sharded.
     rollout_flops = rollout * merged.flops + gpus * 2 * c.lora_rank * adapted_weights
+    if parts > 1:
+        rollout_flops = rollout * adapted.flops
     training_flops = pairs * flops + old * adapted.flops + reference * merged.flops
 
     activations = step.saved
@@ -192,15 +197,21 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     kept = 2 + len(solver.rows[noisy(solver)]) if OBJECTIVES[c.objective].trajectory else 1
     memory = {
         # Of full fine-tuning this is the float32 copy that is the reference.
-        "transformer": stored * (dtype.itemsize if c.adapter == "lora" else 4),
+        "transformer": (parameters // parts + buffers) * size,
         # Offloaded, they are there in turns and not while the transformer is at work.
         "text encoders and VAE": 0 if c.offload else others,
         # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
-        "trained weights and optimizer": 7 * 4 * trained,
-        "merged weights": adapted_weights * dtype.itemsize,
+        "trained weights and optimizer": 7 * 4 * trained // (parts if full else 1),
+        "merged weights": adapted_weights * dtype.itemsize if parts == 1 else 0,
         "latents of an epoch": 4 * c.pictures * kept * shape.in_channels * side * side,
         "activations": activations * c.micro_batch,
     }
+    if parts > 1:
+        # A block, the one after it that is fetched meanwhile, and what is outside of them.
+        memory["weights put together"] = (parameters - sum(blocks) + 2 * max(blocks)) * size
+        if full and pairs > c.updates_per_epoch * gpus * c.micro_batch:
+            # They are exchanged after the last micro-batch.
+            memory["gradients put together"] = 4 * trained
     return Plan(
         parameters=parameters,
         trained_parameters=trained,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import Config, usable_device
+from .distributed import several, shard
 from .models import MODELS, find
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
 _KEPT_BYTES = 2**30
+# An adapter in PEFT's format, and the whole weights of full fine-tuning in that of diffusers.
+ADAPTER, WEIGHTS = "adapter_model.safetensors", "diffusion_pytorch_model.safetensors"
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
 
@@ -41,6 +43,22 @@ def blocks(count: int, size: int, unit: int) -> Iterator[list[int]]:
     for start in range(0, count, size):
         index = list(range(start, min(start + size, count)))
         yield index + index[-1:] * (-len(index) % unit)
+
+
+def find_weights(folder: Path) -> Path:
+    """The file of the trained adapter or weights in a run, a checkpoint, or a folder that holds it.
+
+    Raises:
+        FileNotFoundError: none of these.
+    """
+    for candidate in (folder, folder / "default", folder / "checkpoint" / "default"):
+        for name in (ADAPTER, WEIGHTS):
+            if (candidate / name).is_file():
+                return candidate / name
+    raise FileNotFoundError(
+        f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, a LoRA folder in PEFT's format, or the "
+        f"folder of a {WEIGHTS}"
+    )
 
 
 class Policy:
@@ -80,14 +98,18 @@ class Policy:
         if resolution and (resolution % unit or (largest and resolution > largest)):
             limit = f" up to {largest}" if largest else ""
             raise ValueError(f"resolution: got {resolution}, accepted are multiples of {unit}{limit}")
+        self.sharded = config.shard and several()
         self._waiting: list[UserCpuOffloadHook] = []
-        if config.offload:
-            self.transformer.to(self.device)
-            for part in self.pipeline.components.values():
-                if isinstance(part, torch.nn.Module) and part is not self.transformer:
-                    self._waiting.append(cpu_offload_with_hook(part, self.device)[1])
-        else:
-            self.pipeline.to(self.device)
+        for part in self.pipeline.components.values():
+            if not isinstance(part, torch.nn.Module):
+                continue
+            if part is self.transformer:
+                # A sharded one may not fit a device as a whole.
+                part.to("cpu" if self.sharded else self.device)
+            elif config.offload:
+                self._waiting.append(cpu_offload_with_hook(part, self.device)[1])
+            else:
+                part.to(self.device)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self._add_adapters(config)
@@ -119,7 +141,9 @@ class Policy:
         self._old = self._adapter_parameters("old")
         # Small updates would vanish in half-precision weights.
         for parameter in (*self.trained, *self._old):
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(self.device, torch.float32)
+        if self.sharded:
+            shard(self.transformer, self.device, (*self.trained, *self._old))
 
     def _adapter_parameters(self, adapter: str) -> list[torch.nn.Parameter]:
         return [p for name, p in self.transformer.named_parameters() if f".{adapter}." in name]
@@ -141,7 +165,16 @@ class Policy:
     def merged(self, adapter: str) -> Iterator[None]:
         """Evaluate with an adapter's product added to copies of the adapted weights, which saves its two extra matrix
         products a layer. The sum is taken in float32; the base weights themselves are set aside and put back. The
-        copies stay at one address for as long as the policy lives, so that a captured CUDA graph remains valid."""
+        copies stay at one address for as long as the policy lives, so that a captured CUDA graph remains valid.
+
+        Sharded weights stay as they are, and the adapter is evaluated beside them."""
+        if self.sharded:
+            self.use(adapter)
+            try:
+                yield
+            finally:
+                self.use("default")
+            return
         self.use(None)
         base = [layer.base_layer.weight.data for layer in self._adapted]
         if not self._merged:
@@ -221,45 +254,16 @@ class Policy:
         pictures = (decoded[: len(latents)].float() / 2 + 0.5).clamp(0, 1) * 255
         return pictures.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
-    def save_adapter(self, adapter: str, folder: Path) -> None:
-        """Write one adapter in PEFT's format."""
+    def save_adapter(self, adapter: str, folder: Path | None) -> None:
+        """Write one adapter in PEFT's format. A process without a folder helps the others to put together what is
+        sharded, as adapters never are."""
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self.lora.save_pretrained(folder)
         state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "adapter_model.safetensors")
-
-    @classmethod
-    def load(cls, config: Config, checkpoint: Path | None) -> Policy:
-        """The policy of a configuration whose adapter ``default`` is that of a run, a checkpoint or a LoRA folder, with
-        its rank; without one it is the base.
-
-        Raises:
-            FileNotFoundError, ValueError: as the constructor and ``find_adapter``.
-        """
-        if checkpoint is None:
-            return cls(config)
-        adapter = cls.find_adapter(checkpoint)
-        lora = json.loads((adapter / "adapter_config.json").read_text())
-        policy = cls(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
-        policy.load_adapter("default", adapter)
-        return policy
-
-    @staticmethod
-    def find_adapter(folder: Path) -> Path:
-        """The folder of the trained adapter in a run, a checkpoint, or itself.
-
-        Raises:
-            FileNotFoundError: none of these.
-        """
-        for candidate in (folder, folder / "default", folder / "checkpoint" / "default"):
-            if (candidate / "adapter_model.safetensors").is_file():
-                return candidate
-        raise FileNotFoundError(
-            f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, or a LoRA folder in PEFT's format"
-        )
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER)
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
         """Read one adapter that ``save_adapter`` wrote."""
-        set_peft_model_state_dict(
-            self.transformer, load_file(folder / "adapter_model.safetensors"), adapter_name=adapter
-        )
+        set_peft_model_state_dict(self.transformer, load_file(folder / ADAPTER), adapter_name=adapter)

@@ -26,7 +26,7 @@ from nft_kernels.solvers import Row, table
 from . import checkpoint, tasks
 from .alarms import Alarms, distribution, preflight
 from .config import Config
-from .distributed import Processes
+from .distributed import Processes, sharded_like, whole
 from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch, Step
 from .objectives.base import Loss
@@ -122,6 +122,11 @@ class Trainer:
             pictures.append(self.policy.decode(latents[-1]))
             # A task may score them while the next ones are drawn.
             self.task.submit(pictures[-1], entries[part])
+        if self.policy.sharded:
+            # Other processes may draw more batches, and need this one's part of the weights.
+            for _ in range(self.processes.rounds(len(entries), batch) - len(latents)):
+                idle = {**options, "states": None}
+                rollout(self.policy, [entries[0]["prompt"]], seeds[:1], grid, solver, batch, **idle)
         return torch.cat(latents), torch.cat(pictures), self._scores()
 
     def _scores(self) -> Tensor:
@@ -263,10 +268,16 @@ class Trainer:
     def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
         """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
         over that share. Nothing waits for the device."""
-        device = self.policy.device
+        policy, device, size = self.policy, self.policy.device, self.stage.micro_batch
         own, sums = pairs[self.processes.share(len(pairs))], torch.zeros(len(_MEASURED), device=device)
-        for start in range(0, len(own), self.stage.micro_batch):
-            part = own[start : start + self.stage.micro_batch]
+        rounds = self.processes.rounds(len(pairs), size) if policy.sharded else math.ceil(len(own) / size)
+        for step in range(rounds):
+            part = own[step * size : (step + 1) * size]
+            count = len(part)
+            # A process that has none left still has to bring its part of the weights to the others.
+            part = part or pairs[:1]
+            if policy.sharded:
+                policy.transformer.set_requires_gradient_sync(step == rounds - 1)
             index = [i for i, _, _ in part]
             t = torch.tensor([t for _, t, _ in part], device=device)
             seeds = torch.tensor([seed for _, _, seed in part], device=device)
@@ -274,18 +285,19 @@ class Trainer:
             states = None if data["states"] is None else data["states"][index]
             out, v = self._loss(data["x0"][index], data["r"][index], prompts, t, seeds, states)
             # The mean over all pairs of all processes.
-            (out.loss * (len(part) / len(pairs))).backward()
+            (out.loss * (count / len(pairs))).backward()
             rms = v.float().square().flatten(1).mean(1).sqrt()
-            sums += torch.stack(
-                [out.loss.detach().float() * len(part), out.kl.sum(), out.old_deviation.sum(), rms.sum()]
-            )
+            if count:
+                sums += torch.stack(
+                    [out.loss.detach().float() * count, out.kl.sum(), out.old_deviation.sum(), rms.sum()]
+                )
         return sums
 
     def _update(self, sums: Tensor, count: int) -> dict[str, float]:
         """One optimizer step on the summed gradients, unless something is not finite."""
         policy = self.policy
         sums = self.processes.sum_gradients(policy.trained, sums)
-        norm = torch.nn.utils.clip_grad_norm_(policy.trained, self.stage.max_grad_norm)
+        norm = whole(torch.nn.utils.clip_grad_norm_(policy.trained, self.stage.max_grad_norm))
         # The only place where an update waits for the device.
         *means, grad_norm = torch.cat([sums / count, norm[None]]).tolist()
         finite = math.isfinite(grad_norm) and all(map(math.isfinite, means))
@@ -392,6 +404,8 @@ class Trainer:
             about = {"format": 1, "epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
             checkpoint.write(self._checkpoint, self._fill, about)
             self._tidy()
+        elif self.policy.sharded:
+            self._fill(None)
         self.processes.wait()
 
     @property
@@ -406,15 +420,22 @@ class Trainer:
         if best := checkpoint.best(parent):
             checkpoint.link(self.folder / "best", best)
 
-    def _fill(self, folder: Path) -> None:
-        """The trained, the old and the averaged adapter in PEFT's format, and everything else in one file."""
+    def _fill(self, folder: Path | None) -> None:
+        """The trained, the old and the averaged adapter in PEFT's format, and everything else in one file. A process
+        without a folder writes nothing, and helps to put together what is sharded."""
         for adapter in ("default", "old"):
-            self.policy.save_adapter(adapter, folder / adapter)
+            self.policy.save_adapter(adapter, folder and folder / adapter)
         with self._averaged():
-            self.policy.save_adapter("default", folder / "ema")
+            self.policy.save_adapter("default", folder and folder / "ema")
+        optimizer = self.optimizer.state_dict()
+        for i, moments in optimizer["state"].items():
+            together = ((name, whole(moment)) for name, moment in moments.items())
+            optimizer["state"][i] = {name: moment.cpu() for name, moment in together if folder}
+        if folder is None:
+            return
         ema = {name: value for name, value in self.ema.state_dict().items() if name != "shadow_params"}
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "ema": ema,
             "alarms": self.alarms.state(),
             "epoch": self.epoch,
@@ -431,6 +452,9 @@ class Trainer:
             self.policy.load_adapter(adapter, folder / adapter)
         self.policy.old_is_current = all(map(torch.equal, self.policy.trained, self.policy._old))
         state = torch.load(folder / "state.pt", weights_only=True)
+        for i, moments in state["optimizer"]["state"].items():
+            parameter = self.policy.trained[i]
+            moments |= {name: sharded_like(moments[name], parameter) for name in moments if name != "step"}
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
         self.alarms.load(state["alarms"])

@@ -1,14 +1,21 @@
 """One process of a training run, as ``torchrun`` or ``accelerate launch`` starts it: FOLDER PIPELINE."""
 
+import os
+import signal
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from nft.config import load_config
 from nft.tasks import TASKS, Shapes
 from nft.trainer import Trainer
 
+LOCAL = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 # 4 pictures and 2 pairs an update: with three processes the shares are uneven, and in every update one has no pair.
 SETTINGS = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=3", "timesteps_per_sample=1", "micro_batch=2",
             "rollout_batch=2", "updates_per_epoch=2", "eval_prompts_per_group=1", "eval_steps=2", "epochs=2",
@@ -44,6 +51,40 @@ def run(folder: Path, pipeline: str) -> None:
         "ema": trainer.ema.shadow_params,
     }
     torch.save(out, folder.parent / f"{folder.name}-{trainer.processes.rank}.pt")
+
+
+def by_fork(count, work, seconds=300):
+    """Let ``count`` processes do ``work()`` as torchrun would start them, without importing everything once more."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            os.environ.update({k: str(v) for k, v in numbers.items()})
+            os.environ.update(LOCAL, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            PartialState._reset_state()
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    codes, end = {}, time.monotonic() + seconds
+    while len(codes) < count:
+        for child in children:
+            if child not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[child] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > end or any(codes.values()):
+                    # A process that waits for another one that has failed waits for long.
+                    os.kill(child, signal.SIGKILL)
+        time.sleep(0.02)
+    assert list(codes.values()) == [0] * count
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+import hashlib
 import json
 
 import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -59,6 +62,31 @@ def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
         assert result.exit_code == 0, result.output
     base, tuned = (pixels(tmp_path / name / "0000_seed0.png") for name in ("base", "tuned"))
     assert np.abs(base - tuned).max() > 5
+
+
+def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path):
+    whole = StableDiffusion3Pipeline.from_pretrained(pipeline.removeprefix("pipeline="))
+    with torch.no_grad():
+        for parameter in whole.transformer.parameters():
+            parameter.mul_(1.05)
+    whole.transformer.save_pretrained(tmp_path / "run" / "checkpoint" / "default")
+    whole.save_pretrained(tmp_path / "changed")
+    tuned = ["--checkpoint", str(tmp_path / "run")]
+    cases = {"base": [pipeline], "tuned": [pipeline, *tuned], "changed": [f"pipeline={tmp_path / 'changed'}"]}
+    cases["guided"] = [*cases["tuned"], "--guidance", "1", "--reference"]
+    for name, more in cases.items():
+        result = run(app, ["sample", "a red circle", "--steps", "2", "--set", *more, "--output", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    base, *same = (pixels(tmp_path / name / "0000_seed0.png") for name in cases)
+    assert np.abs(base - same[0]).max() > 5
+    # v_ref + 1 (v - v_ref) is v up to rounding.
+    assert all(np.abs(same[0] - other).max() <= 1 for other in same[1:])
+    evaluation = ["eval", "--limit", "1", "--override", pipeline, *tuned, "--output", str(tmp_path / "eval")]
+    result = run(app, evaluation, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    weights = (tmp_path / "run" / "checkpoint" / "default" / "diffusion_pytorch_model.safetensors").read_bytes()
+    subject = json.loads((tmp_path / "eval" / "settings.json").read_text())["subject"]
+    assert subject.endswith(hashlib.sha256(weights).hexdigest())
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import traceback
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +11,11 @@ import torch
 pytest.importorskip("diffusers")
 
 import distributed_worker
-from accelerate import PartialState
+from distributed_worker import LOCAL, by_fork
 
 from nft.distributed import Processes
 from nft.tasks import TASKS
 from nft.worlds.shapes.tiny import build_pipeline
-
-LOCAL = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def by_torchrun(count, folder, pipeline):
@@ -31,29 +26,6 @@ def by_torchrun(count, folder, pipeline):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def by_fork(count, folder, pipeline):
-    """As torchrun does it, without importing everything once more."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(count):
-        child = os.fork()
-        if not child:
-            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            os.environ.update({k: str(v) for k, v in numbers.items()})
-            os.environ.update(LOCAL, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            PartialState._reset_state()
-            try:
-                distributed_worker.run(Path(folder), pipeline)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * count
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
@@ -62,7 +34,7 @@ def runs(tmp_path_factory):
     threads, shapes = torch.get_num_threads(), TASKS["shapes"]
     try:
         distributed_worker.run(folder / "run1", pipeline)
-        by_fork(2, str(folder / "run2"), pipeline)
+        by_fork(2, lambda: distributed_worker.run(folder / "run2", pipeline))
     finally:
         torch.set_num_threads(threads)
         TASKS["shapes"] = shapes

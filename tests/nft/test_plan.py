@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers")
 
+from diffusers import SD3Transformer2DModel
 from distributed_worker import Brightness
 
 from nft.config import ConfigError, load_config
@@ -76,6 +77,26 @@ def test_time_and_memory_follow_from_the_settings(pipeline):
     assert one.seconds / 2 < two.seconds < 1.05 * one.seconds / 2
     smaller = plan(config.model_copy(update={"micro_batch": 1}))
     assert one.memory["activations"] == 5 * smaller.memory["activations"]
+
+
+def test_what_is_sharded_is_divided_and_what_is_put_together_is_added(pipeline):
+    def memory(gpus, *overrides):
+        return plan(load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides]), gpus).memory
+
+    transformer = SD3Transformer2DModel.from_pretrained(pipeline, subfolder="transformer")
+    parameters = sum(p.numel() for p in transformer.parameters())
+    blocks = [sum(p.numel() for p in block.parameters()) for block in transformer.transformer_blocks]
+    for adapter in ("lora", "full"):
+        alone, shared = memory(1, f"adapter={adapter}", "shard=true"), memory(4, f"adapter={adapter}", "shard=true")
+        assert alone == memory(4, f"adapter={adapter}")
+        assert alone["transformer"] - shared["transformer"] == pytest.approx(4 * parameters * 3 / 4, abs=4)
+        assert shared["weights put together"] == 4 * (parameters - sum(blocks) + 2 * max(blocks))
+        trained = "trained weights and optimizer"
+        assert shared[trained] == pytest.approx(alone[trained] / (1 if adapter == "lora" else 4), abs=4)
+        assert shared["merged weights"] == 0
+    # 16 pairs in 3 updates: two for a GPU, which is one micro-batch of 5.
+    assert "gradients put together" not in shared
+    assert memory(4, "adapter=full", "shard=true", "micro_batch=1")["gradients put together"] == 4 * parameters
 
 
 def test_bad_plans_are_named(pipeline):
