@@ -1,7 +1,7 @@
 """Compare objectives: the same base, prompts and seeds, curves against cost, intervals and paired tests.
 
 A comparison is a folder: ``runs/METHOD/seed-N`` are ordinary runs, each with a ``result.json`` once it is finished,
-as are ``tuning/METHOD/RATE``.
+as are ``tuning/METHOD/RATE``; ``base`` is a run that is evaluated and not trained.
 ``compare.json``, ``curves.png`` and ``compare.md`` say what came out. An interrupted one goes on where it stopped.
 """
 
@@ -204,6 +204,17 @@ class Run:
         replace_text(self.folder / "result.json", json.dumps(result, indent=1))
 
 
+def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What the untrained policy scores with each solver, from ``result.json`` if it is there."""
+    from .trainer import Trainer
+
+    path = folder / "result.json"
+    if not path.is_file():
+        trainer = Trainer(config, folder, resume=(folder / "config.yaml").is_file())
+        replace_text(path, json.dumps({solver: trainer.evaluate(solver)[0] for solver in solvers}, indent=1))
+    return dict(json.loads(path.read_text()))
+
+
 def _start_worker(threads: int) -> None:
     from .cli import quieten_libraries
 
@@ -350,13 +361,15 @@ def compare(
         name: [json.loads((output / "runs" / name / f"seed-{s}" / "result.json").read_text()) for s in range(seeds)]
         for name in names
     }
-    found = summarise(runs, results, target) | {"tuning": tuning}
+    base = _base_scores(output / "base", configs[first, 0], chosen.solvers)
+    found = summarise(runs, results, base, target) | {"tuning": tuning}
     return write(output, found, {name: configs[name, 0] for name in names})
 
 
 def summarise(
     runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
     results: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]],
+    base: Mapping[str, Mapping[str, float]],
     target: float | None = None,
 ) -> dict[str, Any]:
     """Everything that ``compare.json`` holds.
@@ -364,6 +377,7 @@ def summarise(
     Args:
         runs: of each method ``read_run`` of every seed; the first method is the baseline.
         results: of each method and seed the scores by solver.
+        base: those of the untrained policy.
         target: see ``compare``.
     """
     baseline, *others = runs
@@ -373,6 +387,8 @@ def summarise(
     finals = {
         name: np.array([[scores["eval_strict"] for scores in seed.values()] for seed in results[name]]) for name in runs
     }
+    untrained = {solver: scores["eval_strict"] for solver, scores in base.items()}
+    start = float(np.mean(list(untrained.values())))
     methods: dict[str, Any] = {}
     for name, seeds in runs.items():
         # Of a seed the mean over solvers.
@@ -382,6 +398,7 @@ def summarise(
         methods[name] = {
             "final": {"median": middle, "low": low, "high": high, "seeds": final.tolist()},
             "solvers": dict(zip(results[name][0], np.median(finals[name], axis=0).tolist(), strict=True)),
+            "over_base": float(final.mean() - start),
             "curves": {cost: curve([r[cost] for r in seeds], [r["score"] for r in seeds]) for cost in COSTS},
             "to_target": {cost: values.tolist() for cost, values in times.items()},
         }
@@ -400,7 +417,7 @@ def summarise(
     tested = [name for name in others if not math.isnan(methods[name]["p"])]
     for name, p in zip(tested, holm([methods[name]["p"] for name in tested]), strict=True):
         methods[name]["p_holm"] = p
-    return {"baseline": baseline, "target": target, "methods": methods}
+    return {"baseline": baseline, "target": target, "base": {"final": start, "solvers": untrained}, "methods": methods}
 
 
 # What is written.
@@ -457,12 +474,16 @@ def write(output: Path, found: Mapping[str, Any], configs: Mapping[str, Config])
             name,
             f"{m['final']['median']:.3f} [{m['final']['low']:.3f}, {m['final']['high']:.3f}]",
             *(f"{m['solvers'][solver]:.3f}" for solver in solvers),
+            f"{m['over_base']:+.3f}",
             f"{m['difference']:+.3f}" if "difference" in m else "",
             f"{m['p']:.3g}" if "p_holm" in m else "",
             f"{m['p_holm']:.3g}" if "p_holm" in m else "",
         ]
         for name, m in methods.items()
     ]
+    untrained = found["base"]
+    each = [f"{untrained['solvers'][solver]:.3f}" for solver in solvers]
+    scores.append(["untrained", f"{untrained['final']:.3f}", *each, *[""] * 4])
     reached = [
         [
             name,
@@ -484,10 +505,11 @@ Held-out prompts, strict score, {seeds} seeds; all methods start from the same b
 
 ## Scores at the end
 
-Median [quartiles] over seeds of the mean over three solvers that no rollout uses, then the median with each. The
-difference to {found["baseline"]} and its p are of a paired t-test over seeds, with Holm's correction.
+Median [quartiles] over seeds of the mean over three solvers that no rollout uses, then the median with each, and the
+mean of what was gained over the untrained policy. The difference to {found["baseline"]} and its p are of a paired
+t-test over seeds, with Holm's correction.
 
-{_table(["method", "score", *solvers, "difference", "p", "p, Holm"], scores)}
+{_table(["method", "score", *solvers, "over untrained", "difference", "p", "p, Holm"], scores)}
 
 ## Cost of reaching {found["target"]:.3f}
 

@@ -96,11 +96,15 @@ def synthetic(speed, ends):
 def test_summary_of_three_seeds():
     first, second, third = [0.5, 0.6, 0.7], [0.4, 0.55, 0.5], [0.5, 0.6, 0.7]
     parts = {name: synthetic(s, e) for name, s, e in (("x", 1, first), ("y", 2, second), ("z", 1, third))}
-    found = summarise({n: part[0] for n, part in parts.items()}, {n: part[1] for n, part in parts.items()})
+    runs, results = ({n: part[i] for n, part in parts.items()} for i in (0, 1))
+    base = {"a": {"eval_strict": 0.2}, "b": {"eval_strict": 0.3}}
+    found = summarise(runs, results, base)
+    assert found["base"]["final"] == pytest.approx(0.25) and found["base"]["solvers"] == {"a": 0.2, "b": 0.3}
     assert found["baseline"] == "x" and found["target"] == pytest.approx(0.3)
     y = found["methods"]["y"]
     assert [y["final"][key] for key in ("low", "median", "high")] == pytest.approx([0.45, 0.5, 0.525])
     assert y["solvers"] == pytest.approx({"a": 0.4, "b": 0.6})
+    assert y["over_base"] == pytest.approx((0.4 + 0.55 + 0.5) / 3 - 0.25)
     assert y["to_target"]["steps"] == pytest.approx([20 * 0.3 / end for end in second])
     assert y["ratios"]["seconds"]["ratio"] == pytest.approx((20 * 0.3 / 0.5) / (10 * 0.3 / 0.6))
     # Student's t with two degrees of freedom: P(|T| > t) = 1 - t / sqrt(2 + t^2).
@@ -109,12 +113,7 @@ def test_summary_of_three_seeds():
     assert y["difference"] == pytest.approx(d.mean()) and y["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
     # Equal scores are no test, and do not count as one.
     assert "p_holm" not in found["methods"]["z"] and y["p_holm"] == pytest.approx(y["p"])
-    assert (
-        summarise({n: part[0] for n, part in parts.items()}, {n: part[1] for n, part in parts.items()}, 0.55)[
-            "methods"
-        ]["y"]["to_target"]["steps"][0]
-        == math.inf
-    )
+    assert summarise(runs, results, base, 0.55)["methods"]["y"]["to_target"]["steps"][0] == math.inf
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -181,7 +180,8 @@ def test_command_resumes_keeps_what_is_finished_and_writes_a_page(tiny, tmp_path
     assert result.exit_code == 0, result.output
     assert all(path.read_text() == text for path, text in finished.items())
     assert (parts / "runs" / "mix_grpo" / "seed-0" / "result.json").stat().st_ino == kept.st_ino
-    ends = [json.loads((folder / "compare.json").read_text())["methods"] for folder in (whole, parts)]
+    found = [json.loads((folder / "compare.json").read_text()) for folder in (whole, parts)]
+    ends = [one["methods"] for one in found]
     assert list(ends[0]) == ["nft", "mix_grpo"]
     for name in ends[0]:
         assert ends[0][name]["final"] == ends[1][name]["final"] and ends[0][name]["solvers"].keys() == {
@@ -190,6 +190,8 @@ def test_command_resumes_keeps_what_is_finished_and_writes_a_page(tiny, tmp_path
             "dpm++3M",
         }
     page = (parts / "compare.md").read_text()
+    untrained = {end["base"]["final"] for end in found}
+    assert len(untrained) == 1 and f"| untrained | {untrained.pop():.3f} | " in page
     assert re.search(r"\| nft \| 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\] ", page) and "`window=2`" in page
     assert (parts / "curves.png").stat().st_size > 10_000
     # Both methods were given the same prompts and noise: before training their pictures score alike.
