@@ -10,8 +10,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import distributed_worker
-from distributed_worker import Brightness
-from test_distributed import by_fork
+from distributed_worker import Brightness, by_fork
 
 import nft.trainer
 from nft.compare import read_run
@@ -278,7 +277,7 @@ def test_two_processes_train_as_one_does(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed_worker, "Brightness", FirstIsDone)
     try:
         distributed_worker.run(tmp_path / "run1", pipeline)
-        by_fork(2, str(tmp_path / "run2"), pipeline)
+        by_fork(2, lambda: distributed_worker.run(tmp_path / "run2", pipeline))
     finally:
         torch.set_num_threads(threads)
     one, *two = (torch.load(tmp_path / f"run{name}.pt") for name in ("1-0", "2-0", "2-1"))

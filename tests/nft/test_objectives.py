@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from distributed_worker import Brightness
+from distributed_worker import Brightness, by_fork
 
 pytest.importorskip("diffusers")
 
 import distributed_worker
-from test_distributed import by_fork
 
 from nft.config import load_config
 from nft.objectives import OBJECTIVES, Batch, Step
@@ -332,7 +331,7 @@ def test_two_processes_train_grpo_as_one_does(pipeline, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     distributed_worker.run(tmp_path / "run1", pipeline)
     torch.set_num_threads(threads)
-    by_fork(2, str(tmp_path / "run2"), pipeline)
+    by_fork(2, lambda: distributed_worker.run(tmp_path / "run2", pipeline))
     one, *two = (torch.load(tmp_path / f"run{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert all(map(torch.equal, two[0]["trained"], two[1]["trained"]))
     for ours, theirs in zip(two[0]["trained"], one["trained"], strict=True):
