@@ -9,22 +9,20 @@ FLOPs and evaluations are compared in ``tests/nft/test_plan.py``.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
-from torch.profiler import ProfilerActivity, profile
 
 from nft.cli import quieten_libraries
 from nft.config import load_config
 from nft.plan import plan
 from nft.trainer import Trainer
+from nft_kernels.bench import peak_and_launches
 
 CASES = {
     "lora": [],
@@ -47,14 +45,6 @@ def matrix_rate() -> float:
     return 2 * 2048**3 / min(times) / 1e12
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Most bytes held at once by what ``call`` allocates."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
 def measure(overrides: list[str], folder: Path, rate: float) -> dict[str, float]:
     """Planned and measured costs of the second epoch of a run: in the first the old policy is not evaluated."""
     config = load_config("shapes", [*SMALL, *overrides])
@@ -64,14 +54,14 @@ def measure(overrides: list[str], folder: Path, rate: float) -> dict[str, float]
     data = trainer.sample()
     t = trainer.grid[1].item()
     pairs = [(i, t, i) for i in range(config.micro_batch)]
-    backward = peak_bytes(lambda: trainer._accumulate(data, pairs))
+    megabytes, _ = peak_and_launches(lambda: trainer._accumulate(data, pairs), trainer.policy.device)
     trainer.optimizer.zero_grad()
     begin = time.perf_counter()
     trainer.optimize(trainer.sample())
     seconds = time.perf_counter() - begin
     return {
         "planned_bytes": planned.memory["activations"] + 4 * planned.trained_parameters,
-        "measured_bytes": backward,
+        "measured_bytes": round(megabytes * 1e6),
         "planned_seconds": planned.seconds,
         "measured_seconds": seconds,
     }

@@ -229,7 +229,7 @@ def _time(
     return times
 
 
-def _peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
+def peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[float, int | None]:
     """Most megabytes held at once by what ``call`` allocates, and its kernels on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -260,7 +260,7 @@ def measure(
         passed = (work.checked[name]().double() - work.exact).abs().max().item() <= 16 * eps * work.size
         values = sorted(values)
         median = statistics.median(values)
-        peak, launches = _peak_and_launches(work.calls[name], device)
+        peak, launches = peak_and_launches(work.calls[name], device)
         results.append(
             Result(
                 name,

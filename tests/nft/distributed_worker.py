@@ -8,6 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 
@@ -51,6 +52,17 @@ def run(folder: Path, pipeline: str) -> None:
         "ema": trainer.ema.shadow_params,
     }
     torch.save(out, folder.parent / f"{folder.name}-{trainer.processes.rank}.pt")
+
+
+def train_until(trainer, epoch):
+    """Train, and break off as Ctrl-C does once that epoch is saved."""
+
+    def interrupt(metrics):
+        if trainer.epoch == epoch:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(interrupt)
 
 
 def by_fork(count, work, seconds=300):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from distributed_worker import Brightness
+from distributed_worker import Brightness, train_until
 
 pytest.importorskip("diffusers")
 
@@ -42,13 +42,7 @@ def test_interrupted_and_resumed_run_equals_an_unbroken_one(pipeline, tmp_path):
     whole = Trainer(settings(pipeline, "epochs=3"), tmp_path / "whole")
     whole.train()
     first = Trainer(settings(pipeline, "epochs=3"), tmp_path / "parts")
-
-    def interrupt(metrics):
-        if first.epoch == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        first.train(interrupt)
+    train_until(first, 1)
     second = Trainer(settings(pipeline, "epochs=3"), tmp_path / "parts", resume=True)
     assert second.epoch == 1
     second.train()
@@ -68,13 +62,7 @@ def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_p
     assert seen == [(0, 4, 1e-3), (1, 4, 1e-3), (2, 5, 0.01), (2, 5, 0.01), (3, 5, 0.01), (3, 5, 0.01)]
     for stop in (1, 2):
         first = Trainer(settings(pipeline, stages), tmp_path / str(stop))
-
-        def interrupt(metrics, run=first, stop=stop):
-            if run.epoch == stop:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            first.train(interrupt)
+        train_until(first, stop)
         second = Trainer(settings(pipeline, stages), tmp_path / str(stop), resume=True)
         second.train()
         assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
