@@ -22,7 +22,7 @@ from nft.cli import quieten_libraries
 from nft.config import load_config
 from nft.plan import plan
 from nft.trainer import Trainer
-from nft_kernels.bench import peak_and_launches
+from nft_kernels.bench import peak_and_launches, provenance
 
 CASES = {
     "lora": [],
@@ -74,7 +74,13 @@ def main(output: Annotated[Path, typer.Option(help="JSON file")] = Path("benchma
         with TemporaryDirectory() as folder:
             results[name] = measure(overrides, Path(folder) / "run", rate)
         print(name, {key: f"{value:.4g}" for key, value in results[name].items()}, flush=True)
-    output.write_text(json.dumps({"tflops": rate, "torch": torch.__version__, "cases": results}, indent=1) + "\n")
+    report = {
+        "command": "python -m benchmarks.plan",
+        **provenance(torch.device("cpu")),
+        "tflops": rate,
+        "cases": results,
+    }
+    output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ them before every turn.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from nft.config import load_config
 from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft.worlds.shapes.prompts import sample
+from nft_kernels.bench import provenance
 
 
 def main() -> None:
@@ -64,18 +64,15 @@ def main() -> None:
             taken[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in taken.items()}
     report = {
-        "command": "python benchmarks/rollout.py",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if policy.device.type == "cuda" else
-        f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "command": " ".join(["python benchmarks/rollout.py", *sys.argv[1:]]),
+        **provenance(policy.device),
         "pictures": options.pictures,
         "steps": options.steps,
         "fresh": options.fresh,
         "milliseconds_per_picture": {name: 1e3 * value / options.pictures for name, value in medians.items()},
         "speed_up": medians["diffusers"] / medians["nft"],
         "seconds": taken,
-    }  # fmt: skip
+    }
     print(f"diffusers {medians['diffusers']:.3f} s, nft {medians['nft']:.3f} s: {report['speed_up']:.2f}x")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -6,9 +6,7 @@ with the bundled base policy or ``--checkpoint``). Writes solvers.json and solve
 """
 
 import argparse
-import datetime
 import json
-import platform
 import sys
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from scipy.stats import norm
 
 from nft.worlds.mixture import Mixture
 from nft_kernels import solver_step
+from nft_kernels.bench import provenance
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 MIXTURE = Mixture(
@@ -92,8 +91,7 @@ def main():
     options.output.mkdir(parents=True, exist_ok=True)
     report = {
         "command": " ".join(["python benchmarks/solvers.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        **provenance(torch.device("cpu")),
         "results": rows,
     }
     (options.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")

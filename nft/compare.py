@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from scipy.stats import ttest_rel
 
+from nft_kernels.bench import provenance
+
 from .checkpoint import replace_text
 from .config import Config, load_config
 from .plan import evaluations
@@ -171,11 +173,13 @@ def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run in a folder, to the end of its epochs or of its minutes, and what it is evaluated with then."""
+    """A training run in a folder, and what it is evaluated with then. It ends with its epochs, with its minutes, or
+    where the held-out score has reached ``until``."""
 
     folder: Path
     config: Config
-    minutes: float | None
+    minutes: float | None = None
+    until: float | None = None
     solvers: tuple[str, ...] = ()
 
     def __call__(self) -> None:
@@ -190,8 +194,10 @@ class Run:
         trainer = Trainer(self.config, self.folder, resume=saved.is_file())
 
         def on_epoch(metrics: dict[str, Any]) -> None:
-            spent = sum(line.get("seconds", 0.0) for line in _lines(self.folder))
-            if self.minutes is not None and spent >= 60 * self.minutes:
+            lines = _lines(self.folder)
+            spent = sum(line.get("seconds", 0.0) for line in lines)
+            reached = max(line.get("eval_strict", -math.inf) for line in lines)
+            if spent >= 60 * (self.minutes or math.inf) or reached >= (math.inf if self.until is None else self.until):
                 raise _Enough
 
         try:
@@ -269,6 +275,7 @@ def compare(
     minutes: float | None = None,
     epochs: int | None = None,
     target: float | None = None,
+    stop_at_target: bool = False,
     tune: bool = False,
     jobs: int = 1,
     overrides: Sequence[str] = (),
@@ -287,8 +294,9 @@ def compare(
         epochs: of every run, instead.
         target: held-out score for the time-to-target ratio; by default halfway from the base's score to the one that
             the first method ends with, medians over seeds.
-        tune: first try each of the suite's learning rates on every method, for half the length of a run and with a seed
-            of its own, and give the method the one that scores best on training prompts.
+        stop_at_target: end a run after the evaluation that reaches ``target``.
+        tune: first try each of the suite's learning rates on every method, for the length of a run and with a seed of
+            its own, and give the method the one that scores best on training prompts.
         jobs: runs at once, each with its share of the cores.
         overrides: ``key=value`` changes to all methods.
         on_run: told how many runs are done, and of how many.
@@ -304,6 +312,8 @@ def compare(
         raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
     if minutes is not None and epochs is not None:
         raise ValueError("minutes, epochs: got both, accepted is one of them")
+    if stop_at_target and target is None:
+        raise ValueError("stop_at_target: got no target, accepted is one with a target")
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, accepted are positive numbers")
     chosen = SUITES[suite]()
@@ -323,7 +333,8 @@ def compare(
         limits = [f"epochs={length}"] if length else []
         return load_config(known[name][0], [*known[name][1], *limits, *overrides, *changes])
 
-    settings = json.dumps({"suite": suite, "minutes": minutes, "jobs": jobs})
+    until = target if stop_at_target else None
+    settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})
     path = output / "settings.json"
     if path.is_file() and path.read_text() != settings:
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
@@ -332,13 +343,12 @@ def compare(
     replace_text(path, settings)
     tuning: dict[str, dict[str, float]] = {}
     if tune:
-        half = [f"epochs={max(1, configs[first, 0].epochs // 2)}"] if minutes is None else []
-        cheap = ["eval_every=1000000", "eval_prompts_per_group=1", *half, f"seed={_TUNING_SEED}"]
+        cheap = ["eval_every=1000000", "eval_prompts_per_group=1", f"seed={_TUNING_SEED}"]
         trials = {
             (name, rate): Run(
                 output / "tuning" / name / f"{rate:g}",
                 config(name, *cheap, f"learning_rate={rate}"),
-                minutes and minutes / 2,
+                minutes,
             )
             for name in names
             for rate in chosen.rates
@@ -350,7 +360,7 @@ def compare(
         configs = {(name, seed): config(name, f"learning_rate={best[name]}", f"seed={seed}") for name, seed in configs}
     # Seed by seed, so that a comparison that is cut short has all methods.
     todo = [
-        Run(output / "runs" / name / f"seed-{seed}", each, minutes, chosen.solvers)
+        Run(output / "runs" / name / f"seed-{seed}", each, minutes, until, chosen.solvers)
         for (name, seed), each in configs.items()
     ]
     _run_all(todo, jobs, on_run)
@@ -362,7 +372,8 @@ def compare(
         for name in names
     }
     base = _base_scores(output / "base", configs[first, 0], chosen.solvers)
-    found = summarise(runs, results, base, target) | {"tuning": tuning}
+    found = summarise(runs, results, base, target)
+    found |= {"tuning": tuning, **provenance(torch.device(configs[first, 0].device)), "jobs": jobs}
     return write(output, found, {name: configs[name, 0] for name in names})
 
 
@@ -455,7 +466,7 @@ def _tuning(scores: Mapping[str, Mapping[str, float]]) -> str:
     return f"""
 ## Tuning
 
-Every method had {len(rates)} runs of half the length, with a seed that no run above has, to choose its learning rate.
+Every method had {len(rates)} runs of the same length, with a seed that no run above has, to choose its learning rate.
 Strict score on training prompts over the last third of their epochs:
 
 {_table(["method", *rates], rows)}
@@ -492,6 +503,7 @@ def write(output: Path, found: Mapping[str, Any], configs: Mapping[str, Config])
         ]
         for name, m in methods.items()
     ]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     base, *_ = configs.values()
     differences = [
         [name, ", ".join(f"`{key}={value}`" for key, value in config if value != getattr(base, key))]
@@ -500,6 +512,7 @@ def write(output: Path, found: Mapping[str, Any], configs: Mapping[str, Config])
     text = f"""# Comparison
 
 Held-out prompts, strict score, {seeds} seeds; all methods start from the same base and see the same prompts and seeds.
+{found["device"]}, {found["jobs"]} runs at once; {versions}; {found["date"]}.
 
 ![curves](curves.png)
 

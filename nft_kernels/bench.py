@@ -283,10 +283,20 @@ def measure(
     return results
 
 
-def _cpu_name() -> str:
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
+    """What a figure has to carry: date, device and versions, of torch, Python and ``packages``."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        listed = Path("/proc/cpuinfo")
+        lines = listed.read_text().splitlines() if listed.is_file() else []
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+        name = f"{model}, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "versions": {**packages, "torch": torch.__version__, "python": platform.python_version()},
+    }
 
 
 def compare(old: Path, new: Path, threshold: float) -> list[str]:
@@ -381,12 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"copy bandwidth {copy:.1f} GB/s")
     print(_markdown(rows))
     if options.json:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
         report = {
             "command": " ".join(["python -m nft_kernels.bench", *(arguments or sys.argv[1:])]),
-            "date": datetime.date.today().isoformat(),
-            "device": name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads",
-            "versions": {"nft_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            **provenance(device, nft_kernels=__version__),
             "copy_gigabytes_per_second": copy,
             "results": rows,
         }

@@ -214,6 +214,25 @@ def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, mon
         compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=2.0, overrides=tiny)
 
 
+def test_a_run_ends_once_its_evaluation_has_reached_the_target(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    options = {"objectives": ["sft"], "seeds": 1, "overrides": tiny}
+    compare("shapes", tmp_path / "whole", epochs=3, **options)
+    scores = {
+        name: read_run(tmp_path / "whole" / "runs" / name / "seed-0", load_config("shapes", tiny))["score"]
+        for name in ("nft", "sft")
+    }
+    # Between the best of the two methods' later evaluations, so that one gets there and the other does not.
+    low, high = sorted(max(score[1:]) for score in scores.values())
+    target = (low + high) / 2
+    assert low < target < high and all(score[0] < target for score in scores.values())
+    compare("shapes", tmp_path / "short", epochs=3, target=target, stop_at_target=True, **options)
+    for name, score in scores.items():
+        expected = score[: np.flatnonzero(score >= target)[0] + 1] if max(score) >= target else score
+        again = read_run(tmp_path / "short" / "runs" / name / "seed-0", load_config("shapes", tiny))["score"]
+        assert again.tolist() == expected.tolist()
+
+
 def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_after_another_does(
     tiny, tmp_path, monkeypatch
 ):
@@ -221,7 +240,7 @@ def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_aft
     seen = []
     compare("shapes", tmp_path / "two", jobs=2, on_run=lambda *progress: seen.append(progress), **options)
     assert seen == [(i, 6) for i in range(6)] + [(0, 2), (1, 2)]
-    assert "3 runs of half the length" in (tmp_path / "two" / "compare.md").read_text()
+    assert "3 runs of the same length" in (tmp_path / "two" / "compare.md").read_text()
     best = {"nft": 3e-3, "sft": 1e-2}
     monkeypatch.setattr("nft.compare.tuning_score", lambda run: -abs(float(run.name) - best[run.parent.name]))
     compare("shapes", tmp_path / "one", **options)
@@ -231,9 +250,9 @@ def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_aft
         for rate in SUITES["shapes"]().rates:
             folders = [tmp_path / jobs / "tuning" / name / f"{rate:g}" for jobs in ("one", "two")]
             config = load_config(str(folders[0] / "config.yaml"))
-            assert (config.learning_rate, config.epochs, config.seed) == (rate, 1, 1000)
+            assert (config.learning_rate, config.epochs, config.seed) == (rate, 2, 1000)
             logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-            assert len(logs[0]) == 3
+            assert len(logs[0]) == 4
             assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
 
 
@@ -272,6 +291,7 @@ def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
         (["--objectives", "nft,ppo"], "objectives: got 'ppo', accepted are nft, sft"),
         (["--ablations", "--objectives", "awm"], "objectives: got 'awm', accepted are nft, no_negative_branch"),
         (["--minutes", "1", "--epochs", "2"], "minutes, epochs: got both"),
+        (["--stop-at-target"], "stop_at_target: got no target"),
         (["beta=-1"], "beta: got -1"),
     ],
 )
