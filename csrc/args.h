@@ -42,7 +42,15 @@ struct Vector {
 };
 
 // In the order of WEIGHTINGS in reference/nft_loss.py.
-enum Weighting : int { kAdaptive = 0, kNone = 1, kTime = 2, kTimeSquared = 3 };
+enum Weighting : int {
+  kAdaptive = 0,
+  kNone = 1,
+  kTime = 2,
+  kTimeSquared = 3,
+  kOverTime = 4,
+  kOverTimeSquared = 5,
+  kLeftOverTimeSquared = 6,
+};
 
 // In the order of PREDICTIONS there.
 enum Prediction : int { kVelocity = 0, kX0 = 1, kEps = 2 };

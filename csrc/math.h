@@ -150,7 +150,20 @@ NFT_HD T policy_gradient(const Coefficients& c, T r, T positive, T negative) {
 }
 
 NFT_HD double time_weighting(int weighting, double t) {
-  return weighting == kTime ? t : weighting == kTimeSquared ? t * t : 1.0;
+  switch (weighting) {
+    case kTime:
+      return t;
+    case kTimeSquared:
+      return t * t;
+    case kOverTime:
+      return 1 / t;
+    case kOverTimeSquared:
+      return 1 / (t * t);
+    case kLeftOverTimeSquared:
+      return (1 - t) / (t * t);
+    default:
+      return 1;
+  }
 }
 
 // w+ or w- for a mean of |e|.

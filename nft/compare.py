@@ -66,8 +66,9 @@ def _shapes() -> Suite:
         "rollout_sde": "rollout_solver=flow-sde",
         "rollout_first_order": "rollout_solver=euler",
         "weighting_none": "weighting=none",
-        "weighting_t": "weighting=t",
-        "weighting_t2": "weighting=t2",
+        # Of the velocity's error these are w = t and 1 - t.
+        "weighting_t": "weighting=1/t",
+        "weighting_1-t": "weighting=(1-t)/t2",
         "old_copy": "old_policy=copy",
         "old_delayed": "old_policy=delayed_0.999",
         "beta_0.1": "beta=0.1",

@@ -86,6 +86,8 @@ class Config(BaseModel):
     """Candidates per prompt, of which the best and the worst, ``group_size`` in all, are drawn again and trained on."""
     explore_steps: int | None = Field(None, gt=0)
     """Solver steps of the candidates; ``rollout_steps`` by default."""
+    explore_float8: bool = False
+    """Matrix products of the candidates in float8, as ``float8_rollout`` has them for all pictures."""
     filter_mean: float | None = None
     """A group is not trained on if its mean reward reaches this and its deviation is below ``filter_std``."""
     filter_std: float = Field(0.05, gt=0)
@@ -122,7 +124,7 @@ class Config(BaseModel):
     beta: float = Field(1.0, gt=0)
     adv_clip_max: float = Field(5.0, gt=0)
     kl_weight: float = Field(1e-4, ge=0)
-    weighting: Literal["adaptive", "none", "t", "t2"] = "adaptive"
+    weighting: Literal["adaptive", "none", "t", "t2", "1/t", "1/t2", "(1-t)/t2"] = "adaptive"
     advantage_mode: Literal["continuous", "positive_only", "negative_only", "one_only", "binary"] = "continuous"
     advantage_std: Literal["global", "group"] = "global"
     rwr_temperature: float = Field(1.0, gt=0)
@@ -200,8 +202,9 @@ class Config(BaseModel):
             )
         if self.explore is not None and self.explore <= self.group_size:
             raise ValueError(f"explore: got {self.explore}, accepted are numbers above {self.group_size}, group_size")
-        if self.explore_steps and not self.explore:
-            raise ValueError(f"explore_steps: got {self.explore_steps} without explore, accepted is none then")
+        for key, default in (("explore_steps", "none"), ("explore_float8", "false")):
+            if getattr(self, key) and not self.explore:
+                raise ValueError(f"{key}: got {getattr(self, key)} without explore, accepted is {default} then")
         for key, largest, what in (
             ("explore_steps", self.rollout_steps, "rollout_steps"),
             ("window", self.rollout_steps, "rollout_steps"),
@@ -215,8 +218,9 @@ class Config(BaseModel):
             raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
         if self.task == "rewards" and self.prompts is None:
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
-        if self.float8_rollout and (not self.fused_transformer or self.compile_rollout):
-            raise ValueError("float8_rollout: got true, it needs fused_transformer=true and no compile_rollout")
+        for key in ("float8_rollout", "explore_float8"):
+            if getattr(self, key) and (not self.fused_transformer or self.compile_rollout):
+                raise ValueError(f"{key}: got true, it needs fused_transformer=true and no compile_rollout")
         for key in ("fused_transformer", "compile_rollout"):
             if self.shard and getattr(self, key):
                 raise ValueError(f"shard: got true with {key}={getattr(self, key)}, it needs the transformer as it is")

@@ -63,11 +63,11 @@ class FullPolicy(Policy):
             there.copy_(held)
 
     @contextmanager
-    def merged(self, adapter: str) -> Iterator[None]:
+    def merged(self, adapter: str, *, float8: bool = False) -> Iterator[None]:
         """Evaluate with these weights; there is nothing to merge."""
         self.use(adapter)
         try:
-            with self._rollouts():
+            with self._rollouts(float8 or self._float8):
                 yield
         finally:
             self.use("default")

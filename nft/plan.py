@@ -203,7 +203,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
         "trained weights and optimizer": 7 * 4 * trained // (parts if full else 1),
         "merged weights": adapted_weights * dtype.itemsize if parts == 1 else 0,
-        "latents of an epoch": 4 * c.pictures * kept * shape.in_channels * side * side,
+        # Candidates are gone before the others are drawn.
+        "latents of an epoch": 4 * max(c.pictures * kept, c.candidates) * shape.in_channels * side * side,
         "activations": activations * c.micro_batch,
     }
     if parts > 1:

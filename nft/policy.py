@@ -162,12 +162,13 @@ class Policy:
             parameter.requires_grad_(False)
 
     @contextmanager
-    def merged(self, adapter: str) -> Iterator[None]:
+    def merged(self, adapter: str, *, float8: bool = False) -> Iterator[None]:
         """Evaluate with an adapter's product added to copies of the adapted weights, which saves its two extra matrix
         products a layer. The sum is taken in float32; the base weights themselves are set aside and put back. The
         copies stay at one address for as long as the policy lives, so that a captured CUDA graph remains valid.
 
-        Sharded weights stay as they are, and the adapter is evaluated beside them."""
+        Sharded weights stay as they are, and the adapter is evaluated beside them. With ``float8`` the matrix products
+        are in float8 even where ``float8_rollout`` is not set."""
         if self.sharded:
             self.use(adapter)
             try:
@@ -184,7 +185,7 @@ class Policy:
                 with torch.no_grad():
                     copy.copy_(weight.float() + layer.get_delta_weight(adapter))
                 layer.base_layer.weight.data = copy
-            with self._rollouts():
+            with self._rollouts(float8 or self._float8):
                 yield
         finally:
             # The fused path may have moved them together.
@@ -194,11 +195,11 @@ class Policy:
             self.use("default")
 
     @contextmanager
-    def _rollouts(self) -> Iterator[None]:
+    def _rollouts(self, float8: bool) -> Iterator[None]:
         """Evaluate by what only rollouts may use: a compiled transformer, GELU in an epilogue, float8."""
         self._forward = self._rollout_forward
         try:
-            with self._fast_path.rollout(float8=self._float8) if self._fast_path else nullcontext():
+            with self._fast_path.rollout(float8=float8) if self._fast_path else nullcontext():
                 yield
         finally:
             self._forward = self.transformer

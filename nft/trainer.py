@@ -149,10 +149,11 @@ class Trainer:
         kept: list[Tensor] = []
         options = solver_options(c, self.epoch) | ({"states": kept} if self.objective.trajectory else {})
         explored: dict[str, Any] = {}
-        with self.policy.merged("old"):
-            if c.explore:
+        if c.explore:
+            with self.policy.merged("old", float8=c.explore_float8):
                 index, explored = self._explore(entries, seeds)
-                entries, seeds = [entries[i] for i in index], [seeds[i] for i in index]
+            entries, seeds = [entries[i] for i in index], [seeds[i] for i in index]
+        with self.policy.merged("old"):
             x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
         states = self.processes.gather(torch.cat(kept), len(entries)) if kept else None
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))

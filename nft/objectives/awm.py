@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
+
+from nft_kernels.reference.nft_loss import time_weighting
 
 from .base import OBJECTIVES, Batch, Measured, Objective, clipped, like, per_sample, velocities
 
@@ -21,7 +22,8 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
 def loss(batch: Batch, config: Config, verify: bool) -> Measured:
     """Clipped ratio e^(L_old - L_theta) with L = s mean (v_theta - v)^2, and kl_weight mean (v_theta - v_ref)^2.
 
-    ``weighting`` is s: 1, t, t^2, or for ``adaptive`` the old policy's own 1 / L, so that no time outweighs another.
+    ``weighting`` is s, 1 for ``none``, or for ``adaptive`` the old policy's own 1 / L, so that no time outweighs
+    another.
     While the policies are equal the gradient is that of the flow-matching loss weighed by the advantage.
     """
     v_theta, v_old, v_ref = velocities(batch)
@@ -29,12 +31,9 @@ def loss(batch: Batch, config: Config, verify: bool) -> Measured:
     moved = v_theta - v_old
     # L_old - L_theta before it is scaled, without cancellation where the policies are close.
     gain = per_sample(moved * (2 * (target - v_old) - moved))
-    scale = {
-        "none": torch.ones_like(batch.t),
-        "t": batch.t,
-        "t2": batch.t.square(),
-        "adaptive": 1 / per_sample((v_old - target).square()).clamp_min(1e-5),
-    }[config.weighting]
+    scale = time_weighting(batch.t, config.weighting)
+    if config.weighting == "adaptive":
+        scale = 1 / per_sample((v_old - target).square()).clamp_min(1e-5)
     kl = per_sample((v_theta - v_ref).square())
     value = clipped(scale * gain, batch.weights, config.clip_range) + config.kl_weight * kl.mean()
     return Measured(value, kl.detach(), per_sample(moved.detach().abs()))

@@ -244,7 +244,9 @@ def nft_loss(
         adv_clip_max: M, the bound the advantages were clipped to.
         kl_weight: weight of the KL term; needs ``v_ref`` when above 0.
         weighting: ``adaptive`` divides by w+- = max(mean |e+-|, 1e-5), detached; ``none`` does not; ``t`` and
-            ``t2`` multiply mean(e^2) by t and t^2 instead.
+            ``t2`` multiply mean(e^2) by t and t^2 instead, and ``1/t``, ``1/t2`` and ``(1-t)/t2`` by what their names
+            say, for t above 0. As e is t times the velocity's error, the last three weigh that by t, 1 and 1 - t, the
+            w(t) of the paper's figure 9.
         prediction: what the models predict, and ``v_theta``, ``v_old`` and ``v_ref`` therefore hold: ``v``, ``x0`` or
             ``eps``. The errors are those of the x0 prediction in any case.
         mask: weights of the elements, at least 0, that broadcast to x0's shape, boolean or floating; all means over

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import compute_dtype
 
 MIN_WEIGHT = 1e-5
-WEIGHTINGS = ("adaptive", "none", "t", "t2")
+WEIGHTINGS = ("adaptive", "none", "t", "t2", "1/t", "1/t2", "(1-t)/t2")
 PREDICTIONS = ("v", "x0", "eps")
 KL_SPACES = ("v", "x0")
 
@@ -59,8 +59,9 @@ class Options(NamedTuple):
 
 
 def time_weighting(t: Tensor, weighting: str) -> Tensor:
-    """Per-sample factor of mean(e^2): t for ``t``, t^2 for ``t2``, otherwise 1."""
-    return {"t": t, "t2": t * t}.get(weighting, torch.ones_like(t))
+    """Per-sample factor of mean(e^2), which is the name itself; 1 for ``adaptive`` and ``none``."""
+    factors = {"t": t, "t2": t * t, "1/t": 1 / t, "1/t2": 1 / (t * t), "(1-t)/t2": (1 - t) / (t * t)}
+    return factors.get(weighting, torch.ones_like(t))
 
 
 def x0_coefficients(t: Tensor, prediction: str) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ def test_loss_against_the_float64_reference(shape, dtype):
     compare_nft_loss(*x[:4], t, r, backend="native", beta=0.3)
 
 
-@pytest.mark.parametrize("weighting", ["none", "t", "t2"])
+@pytest.mark.parametrize("weighting", ["none", "t", "t2", "1/t", "1/t2", "(1-t)/t2"])
 def test_weightings(weighting):
     compare(*inputs((3, 16, 32, 32)), weighting=weighting)
 

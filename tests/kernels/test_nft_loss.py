@@ -37,7 +37,8 @@ def closed_form(v_theta, v_old, x_t, x0, t, r, v_ref=None, beta=1.0, kl_weight=0
             velocity = (1 - sign * b) * v_old[i] + sign * b * v_theta[i]
             e = x_t[i] - t[i] * velocity - x0[i]
             w = e.abs().mean().clamp_min(1e-5) if weighting == "adaptive" else torch.ones(()).double()
-            scale = {"t": t[i], "t2": t[i] ** 2}.get(weighting, 1.0)
+            powers = {"t": t[i], "t2": t[i] ** 2, "1/t": 1 / t[i], "1/t2": t[i] ** -2, "(1-t)/t2": t[i] ** -2 - 1 / t[i]}
+            scale = powers.get(weighting, 1.0)
             branches.append((scale * (e * e).mean() / w, w, -2 * scale * sign * b * t[i] * e / (n * w)))
         (lp, wp, gp), (ln, wn, gn) = branches
         policy = M * (r[i] * lp + (1 - r[i]) * ln) / b
@@ -89,7 +90,7 @@ def assert_matches(x, t, r, backend, slack=1.0, **options):
     assert (scaled.double() - grad).abs().max().item() <= slack * bound(max(size, grad.abs().max().item()), leaf.dtype)
 
 
-@pytest.mark.parametrize("weighting", ["adaptive", "none", "t", "t2"])
+@pytest.mark.parametrize("weighting", ["adaptive", "none", "t", "t2", "1/t", "1/t2", "(1-t)/t2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_weighting(backend, dtype, weighting):
     x, t, r = inputs((3, 4, 17, 13), dtype)

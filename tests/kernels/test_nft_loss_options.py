@@ -11,6 +11,13 @@ from hypothesis import strategies as st
 from nft_kernels import check, nft_loss
 
 M = 5.0
+FACTORS = {
+    "t": lambda t: t,
+    "t2": lambda t: t**2,
+    "1/t": lambda t: 1 / t,
+    "1/t2": lambda t: t**-2,
+    "(1-t)/t2": lambda t: (1 - t) / t**2,
+}
 
 
 def definition(
@@ -50,7 +57,7 @@ def definition(
                 d = channel_dim if packed else channel_dim - 1
                 w = ((m * e.abs()).sum(d, keepdim=True) / m.sum(d, keepdim=True)).clamp_min(1e-5).expand_as(e)
             w = w.detach() if detach_weight else w
-            scale = {"t": t[i], "t2": t[i] ** 2}.get(weighting, 1.0)
+            scale = 1.0 if weighting in ("adaptive", "none") else FACTORS[weighting](t[i])
             policy = policy + M * scale * torch.where(m > 0, m * portion * e**2 / w, 0).sum() / m.sum() / b
         total = policy
         if p_ref is not None:
@@ -289,7 +296,7 @@ def test_a_sample_that_is_masked_out_counts_as_nothing(backend, detach_weight):
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
     prediction=st.sampled_from(["v", "x0", "eps"]),
-    weighting=st.sampled_from(["adaptive", "none", "t", "t2"]),
+    weighting=st.sampled_from(["adaptive", "none", *FACTORS]),
     masked=st.booleans(),
     r_shape=st.sampled_from(["sample", "token", "element"]),
     reduction=st.sampled_from(["mean", "sum", "none"]),

@@ -119,6 +119,7 @@ def test_rewards_that_cannot_be_selected_by_are_named(call, message):
     [
         (["explore_steps=2"], 2),
         (["objective=grpo", "rollout_solver=flow-sde", "old_policy=copy"], 3),
+        (["explore_float8=true", "fused_transformer=true"], 3),
     ],
 )
 def test_the_kept_pictures_are_those_of_a_plain_rollout_from_their_seeds(
@@ -143,9 +144,14 @@ def test_the_kept_pictures_are_those_of_a_plain_rollout_from_their_seeds(
         return rollout(trainer.policy, prompts, seeds, grid, solver, 14, **options)
 
     states = []
+    with trainer.policy.merged("old", float8=trainer.config.explore_float8):
+        candidates = plain(steps)
     with trainer.policy.merged("old"):
-        cheap = trainer.policy.decode(plain(steps)).double().mean((1, 2, 3)) / 255
         exact = plain(3, states=states)
+    # In as many steps float8 comes close, and no more.
+    torch.testing.assert_close(candidates, exact, rtol=0, atol={2: 3.0, 3: 0.1}[steps])
+    assert torch.equal(candidates, exact) == (data["states"] is not None)
+    cheap = trainer.policy.decode(candidates).double().mean((1, 2, 3)) / 255
     ranked = [sorted(range(i, i + 7), key=lambda i: cheap[i].item()) for i in (0, 7)]
     kept = [i for ranks in ranked for i in sorted([*ranks[:2], *ranks[-2:]])]
     assert torch.equal(data["x0"], exact[kept]) and data["prompts"] == [prompts[i] for i in kept]
@@ -294,6 +300,8 @@ def test_two_processes_train_as_one_does(pipeline, tmp_path, monkeypatch):
     [
         (["explore=12"], "explore: got 12, accepted are numbers above 12, group_size"),
         (["explore_steps=4"], "explore_steps: got 4 without explore"),
+        (["explore_float8=true", "fused_transformer=true"], "explore_float8: got True without explore, accepted is false"),
+        (["explore=24", "explore_float8=true"], "explore_float8: got true, it needs fused_transformer=true"),
         (["explore=24", "explore_steps=11"], "explore_steps: got 11, accepted are 1 to 10, rollout_steps"),
         (
             ["explore=24", "explore_steps=4", "rollout_solver=flow-sde"],

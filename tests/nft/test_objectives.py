@@ -152,7 +152,7 @@ def test_awm_by_hand():
     """x0 = 1 and x_t = 3 at t = 0.5: v = 4. L is 1 for v_theta = 3 and 4 for v_old = 2: a ratio of e^(3 s)."""
     v_theta, v_old, v_ref, x0, x_t = scalars(3.0, 2.0, 1.0, 1.0, 3.0)
     t, w = (torch.tensor([value], dtype=torch.float64) for value in (0.5, -2.0))
-    for weighting, scale in (("none", 1), ("t", 0.5), ("t2", 0.25), ("adaptive", 1 / 4)):
+    for weighting, scale in (("none", 1), ("t", 0.5), ("t2", 0.25), ("1/t", 2), ("(1-t)/t2", 2), ("adaptive", 1 / 4)):
         options = config("awm", weighting=weighting, clip_range=100.0, kl_weight=0.5)
         out = OBJECTIVES["awm"].loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, w), options, False)
         assert out.loss.item() == pytest.approx(2 * math.exp(3 * scale) + 0.5 * 4)

@@ -98,7 +98,7 @@ def test_both_forms_of_delta(space, noised, t):
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "eps"])
-@pytest.mark.parametrize("weighting", ["none", "t", "t2"])
+@pytest.mark.parametrize("weighting", ["none", "t", "t2", "1/t", "1/t2", "(1-t)/t2"])
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
 def test_minimising_the_loss_finds_the_optimum(space, noised, t, prediction, weighting, beta):
     x = noised(space.old)

@@ -148,6 +148,12 @@ def _time_weighting(t, WEIGHTING: tl.constexpr):
         return t
     elif WEIGHTING == "t2":
         return t * t
+    elif WEIGHTING == "1/t":
+        return 1 / t
+    elif WEIGHTING == "1/t2":
+        return 1 / (t * t)
+    elif WEIGHTING == "(1-t)/t2":
+        return (1 - t) / (t * t)
     else:
         return tl.full(t.shape, 1, t.dtype)
 
