@@ -37,8 +37,8 @@ def closed_form(v_theta, v_old, x_t, x0, t, r, v_ref=None, beta=1.0, kl_weight=0
             velocity = (1 - sign * b) * v_old[i] + sign * b * v_theta[i]
             e = x_t[i] - t[i] * velocity - x0[i]
             w = e.abs().mean().clamp_min(1e-5) if weighting == "adaptive" else torch.ones(()).double()
-            powers = {"t": t[i], "t2": t[i] ** 2, "1/t": 1 / t[i], "1/t2": t[i] ** -2, "(1-t)/t2": t[i] ** -2 - 1 / t[i]}
-            scale = powers.get(weighting, 1.0)
+            s = t[i]
+            scale = {"t": s, "t2": s**2, "1/t": 1 / s, "1/t2": s**-2, "(1-t)/t2": (1 - s) / s**2}.get(weighting, 1.0)
             branches.append((scale * (e * e).mean() / w, w, -2 * scale * sign * b * t[i] * e / (n * w)))
         (lp, wp, gp), (ln, wn, gn) = branches
         policy = M * (r[i] * lp + (1 - r[i]) * ln) / b
