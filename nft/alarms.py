@@ -177,7 +177,7 @@ def preflight(trainer: Any) -> None:
         raise AlarmError("preflight: the gradient is missing or not finite; try dtype=float32 or a larger beta")
     if not any(whole(gradient).any() for gradient in gradients):
         raise AlarmError("preflight: the gradient is zero; the trained weights do not reach the loss")
-    torch.optim.SGD(policy.trained, lr=trainer.config.learning_rate).step()
+    torch.optim.SGD(policy.trained, lr=trainer.stage.learning_rate).step()
     if not all(whole(parameter.detach()).isfinite().all() for parameter in policy.trained):
         raise AlarmError("preflight: a step makes the weights infinite; lower the learning rate")
     with torch.no_grad():

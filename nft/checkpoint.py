@@ -130,6 +130,9 @@ def prune(parent: Path, keep: int) -> None:
 
 def link(name: Path, target: Path) -> None:
     """Point the symbolic link ``name`` at a checkpoint beside it, in one step."""
+    if name.is_dir() and not name.is_symlink():
+        # A run that was copied without its links has the checkpoint once more.
+        shutil.rmtree(name)
     fresh = name.with_name(f".{name.name}.tmp")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(os.path.relpath(target, name.parent), target_is_directory=True)

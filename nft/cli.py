@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -71,7 +73,7 @@ def train(
     from nft_kernels.check import KernelMismatchError
 
     from .alarms import AlarmError
-    from .checkpoint import CheckpointError
+    from .checkpoint import CheckpointError, existing, manifest
     from .report import save_grid, write_report
     from .rewards.base import RewardError
     from .trainer import Trainer
@@ -106,9 +108,11 @@ def train(
             trainer.train(on_epoch, on_eval)
         except KeyboardInterrupt:
             progress.stop()
-            again = " ".join(["nft train", f"--config {config}", f"--output {folder} --resume", *(overrides or [])])
-            kept = f"epoch {trainer.epoch} is saved; go on with\n  {again}"
-            _console.print(f"stopped: {kept if trainer.epoch else 'no epoch was finished'}")
+            command = ["nft", "train", "--config", config, "--output", str(folder), "--resume", *(overrides or [])]
+            # The trainer may have counted an epoch that it had not saved yet.
+            finished = existing(folder / "checkpoints")
+            kept = finished and f"epoch {manifest(finished[-1])['epoch']} is saved; go on with\n  {shlex.join(command)}"
+            _console.print(f"stopped: {kept or 'no epoch was finished'}", soft_wrap=True, markup=False)
             raise typer.Exit(130) from None
         except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError) as error:
             progress.stop()
@@ -144,14 +148,17 @@ def plan(
     from .config import ConfigError, load_config
 
     quieten_libraries()
-    from .plan import plan as estimate
+    from .plan import plan_stages
 
     try:
         settings = load_config(config, overrides)
-        costs = estimate(settings, gpus, tflops=tflops)
+        stages = plan_stages(settings, gpus, tflops=tflops)
     except (ConfigError, ValueError) as error:
         raise _fail(error) from None
-    listing = Table(f"one epoch of {config} on {gpus}", "", show_header=True)
+    costs = stages[0]
+    hours = sum(stage.epochs * each.seconds for stage, each in zip(settings.all_stages(), stages, strict=True)) / 3600
+    what = "of the first stage " if len(stages) > 1 else ""
+    listing = Table(f"one epoch {what}of {config} on {gpus}", "", show_header=True)
     for name, text in (
         ("transformer", f"{costs.parameters / 1e6:,.1f} M parameters, {costs.trained_parameters / 1e6:,.2f} M trained"),
         ("rollout", f"{costs.rollout_evaluations:,} evaluations, {costs.rollout_flops / 1e12:,.3g} TFLOP"),
@@ -160,7 +167,7 @@ def plan(
         *((f"memory: {what}", f"{size / 2**30:.2f} GiB") for what, size in costs.memory.items()),
         ("memory of one GPU", f"{sum(costs.memory.values()) / 2**30:.2f} GiB"),
         (f"time at {tflops:g} TFLOP/s", f"{costs.seconds:,.3g} s, and rewards and decoding"),
-        ("whole run", f"{settings.epochs:,} epochs, {costs.seconds * settings.epochs / 3600:,.3g} h"),
+        ("whole run", f"{settings.epochs:,} epochs, {hours:,.3g} h"),
     ):
         listing.add_row(name, text)
     _console.print(listing)
@@ -187,7 +194,12 @@ def export(
             export_lora(source, output, weights=weights)
         else:
             if pipeline is None:
-                pipeline = yaml.safe_load((source / "config.yaml").read_text())["pipeline"]
+                # Of a run, or of one of its checkpoints.
+                of = (folder / "config.yaml" for folder in (source, *source.resolve().parents[:2]))
+                saved = next((path for path in of if path.is_file()), None)
+                if saved is None:
+                    raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
+                pipeline = yaml.safe_load(saved.read_text())["pipeline"]
             export_pipeline(source, output, pipeline, weights=weights)
     except (OSError, ValueError) as error:
         raise _fail(error) from None
@@ -293,6 +305,10 @@ def sample(
         from .full import load_policy
 
         table(solver, schedule(steps))
+        if guidance is not None and not math.isfinite(guidance):
+            raise ValueError(f"guidance: got {guidance}, accepted are finite numbers of at least 0")
+        if seed + per_prompt > 2**63:
+            raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
         policy = load_policy(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
         raise _fail(error) from None

@@ -160,7 +160,7 @@ class Config(BaseModel):
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d{0,2}))?", device):
             raise ValueError(f"device: got {device!r}, accepted are cpu, cuda and cuda:N")
         return device
 
@@ -171,6 +171,8 @@ class Config(BaseModel):
             if name not in THRESHOLDS:
                 near = get_close_matches(name, THRESHOLDS, n=1) or list(THRESHOLDS)
                 raise ValueError(f"alarms.{name}: unknown key, did you mean {' or '.join(near)}?")
+            if alarms[name] < 0:
+                raise ValueError(f"alarms.{name}: got {alarms[name]}, accepted are numbers of at least 0")
         return alarms
 
     @field_validator("rewards")
@@ -216,26 +218,38 @@ class Config(BaseModel):
                 raise ValueError(f"{key}: got {getattr(self, key)}, accepted are 1 to {largest}, {what}")
         if (self.task == "rewards") != bool(self.rewards):
             raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
+        for key, plain in (("prompts", None), ("held_out_prompts", None), ("combine", "sum")):
+            if self.task != "rewards" and getattr(self, key) != plain:
+                raise ValueError(f"{key}: got {getattr(self, key)} with task={self.task}, which brings its own")
         if self.task == "rewards" and self.prompts is None:
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
         for key in ("float8_rollout", "explore_float8"):
             if getattr(self, key) and (not self.fused_transformer or self.compile_rollout):
                 raise ValueError(f"{key}: got true, it needs fused_transformer=true and no compile_rollout")
+            if getattr(self, key) and self.device != "cpu" and self.dtype != "bfloat16":
+                raise ValueError(f"{key}: got true with dtype={self.dtype}, on a GPU it needs bfloat16")
+        if self.fused_transformer and self.adapter == "full":
+            # It joins the projections of frozen weights only, so that old and trained policy would round differently.
+            raise ValueError("fused_transformer: got true with adapter=full, accepted is lora")
         for key in ("fused_transformer", "compile_rollout"):
             if self.shard and getattr(self, key):
                 raise ValueError(f"shard: got true with {key}={getattr(self, key)}, it needs the transformer as it is")
         if self.combine == "per_reward" and self.objective != "nft":
             raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
-        window = {"window": (0, self.window)} if self.window else {}
-        own = {**self.rollout_options, **window}
+        # Where a window can lie: its first and its last place, as only the ends of a rollout may draw less noise.
+        last = self.rollout_steps - (self.window or 0)
+        if self.window_order == "random":
+            last = max(self.rollout_steps // 2 - (self.window or 0), 0)
+        places = [{"window": (start, start + self.window)} for start in {0, last}] if self.window else [{}]
+        own = [{**self.rollout_options, **place} for place in places]
         for key, solver, steps, options in (
-            ("rollout_solver", self.rollout_solver, self.rollout_steps, own),
-            ("rollout_solver", self.rollout_solver, self.explore_steps or self.rollout_steps, own),
+            *(("rollout_solver", self.rollout_solver, self.rollout_steps, options) for options in own),
+            ("rollout_solver", self.rollout_solver, self.explore_steps or self.rollout_steps, own[0]),
             ("eval_solver", self.eval_solver, self.eval_steps, {}),
         ):
             try:
                 rows = table(solver, schedule(steps), **options).rows
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(
                     f"{key}: got {solver} with options {options}, which it does not take: {error}"
                 ) from None
@@ -270,7 +284,10 @@ class Config(BaseModel):
         if stages:
             total = sum(stage.epochs for stage in stages)
             if "epochs" in self.model_fields_set and self.epochs != total:
-                raise ValueError(f"epochs: got {self.epochs}, but the stages add up to {total}; change stages.0.epochs")
+                raise ValueError(
+                    f"epochs: got {self.epochs}, but the stages add up to {total}; change those of a stage, such as "
+                    "stages.0.epochs"
+                )
             self.__dict__["epochs"] = total
         self._stages = stages
         return self
@@ -290,20 +307,36 @@ class Config(BaseModel):
 
     def dump(self) -> str:
         """The resolved settings as YAML that ``load_config`` takes."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        values = self.model_dump()
+        if self._stages:
+            # They follow from the stages.
+            del values["epochs"]
+        for own, stage in zip(values["stages"], self._stages, strict=True):
+            # Where nobody set them they are those of the stage's own epoch.
+            own |= {key: getattr(stage, key) for key in ("micro_batch", "updates_per_epoch")}
+        return yaml.safe_dump(values, sort_keys=False)
 
 
 def _reward_spec(name: str, value: Any) -> RewardSpec:
     settings = value if isinstance(value, dict) else {"weight": value}
-    unknown = set(settings) - {field.name for field in fields(RewardSpec)}
-    if unknown:
-        raise ValueError(f"rewards.{name}.{min(unknown)}: unknown key, accepted are the settings of RewardSpec")
+    known = [field.name for field in fields(RewardSpec)]
+    for key in settings:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(known)}"
+            raise ValueError(f"rewards.{name}.{key}: unknown key, {hint}")
+    for key, kind in (("reward", str), ("device", str | None), ("workers", int), ("options", dict)):
+        value = settings.get(key)
+        if key in settings and (isinstance(value, bool) or not isinstance(value, kind)):
+            raise ValueError(f"rewards.{name}.{key}: got {value!r}, accepted is {getattr(kind, '__name__', kind)}")
+    if settings.get("device") is not None:
+        Config._known_device(settings["device"])
     weight = settings.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
         raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
     try:
         return RewardSpec(**{"reward": name, **settings})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"rewards.{name}.{error}") from None
 
 
@@ -314,7 +347,8 @@ class _Loader(yaml.SafeLoader):
     """YAML in which 3e-4 is a number, as in YAML 1.2, and a key comes once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise ConfigError(f"{key}: comes {keys.count(key)} times, accepted is once")
@@ -386,7 +420,8 @@ def _validated(values: dict[str, Any]) -> Config:
             key = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
                 near = get_close_matches(key, Config.model_fields, n=1)
-                lines.append(f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else ""))
+                hint = f"did you mean {near[0]}?" if near else "`nft config show` lists the known ones"
+                lines.append(f"{key}: unknown key, {hint}")
             elif problem["type"] == "value_error":
                 lines.append(str(problem["ctx"]["error"]))
             else:

@@ -29,9 +29,12 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
 
     Raises:
+        FileExistsError: an output that is a file.
         FileNotFoundError: a source that holds no adapter.
         ValueError: the whole weights of full fine-tuning.
     """
+    if output.is_file():
+        raise FileExistsError(f"output: {output} is a file, accepted is a folder")
     folder = _weights(source, weights)
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
@@ -55,8 +58,8 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         FileExistsError: an output that holds a pipeline already.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
     """
-    if (output / "model_index.json").exists():
-        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    if output.is_file() or (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} is a file or holds a pipeline already; give another folder")
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
     whole, folder = DiffusionPipeline.from_pretrained(name), _weights(source, weights)
     if (folder / WEIGHTS).is_file():

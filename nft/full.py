@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from .config import Config
 from .distributed import shard, sharded_like
-from .policy import WEIGHTS, Policy, find_weights
+from .policy import WEIGHTS, Policy, check_fit, find_weights
 
 
 class FullPolicy(Policy):
@@ -92,10 +92,16 @@ class FullPolicy(Policy):
         self.use("default")
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
-        """Read weights that ``save_adapter`` wrote."""
-        names = [name for name, _ in self.transformer.named_parameters()]
+        """Read weights that ``save_adapter`` wrote.
+
+        Raises:
+            ValueError: those of another transformer.
+        """
+        parameters = dict(self.transformer.named_parameters())
         with safe_open(folder / WEIGHTS, "pt") as file:
-            for name, weight in zip(names, self._weights[adapter], strict=True):
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            check_fit(folder / WEIGHTS, shapes, self.transformer.state_dict())
+            for name, weight in zip(parameters, self._weights[adapter], strict=True):
                 weight.copy_(sharded_like(file.get_tensor(name), weight))
 
 

@@ -7,6 +7,7 @@ matrix product is counted as it would run, and every tensor that the backward ne
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +163,10 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
             )
         )
 
+    unit = _VAE_FACTOR * shape.patch_size
+    largest = unit * shape.pos_embed_max_size
+    if c.resolution and (c.resolution % unit or c.resolution > largest):
+        raise ConfigError(f"resolution: got {c.resolution}, accepted are multiples of {unit} up to {largest}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() for buffer in model.buffers())
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer_blocks]
@@ -224,3 +229,16 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         memory=memory,
         seconds=(rollout_flops + training_flops) / (gpus * tflops * 1e12),
     )
+
+
+def plan_stages(config: Config, gpus: int = 1, *, tflops: float = 300.0) -> list[Plan]:
+    """An epoch of every stage: its second one where it has one, as in a run's first the old policy is a copy.
+
+    Args and raises: as of ``plan``.
+    """
+    lengths = [stage.epochs for stage in config.all_stages()]
+    starts = accumulate([0, *lengths[:-1]])
+    return [
+        plan(config, gpus, tflops=tflops, epoch=start + min(1, length - 1))
+        for start, length in zip(starts, lengths, strict=True)
+    ]

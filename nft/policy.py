@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -59,6 +59,24 @@ def find_weights(folder: Path) -> Path:
         f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, a LoRA folder in PEFT's format, or the "
         f"folder of a {WEIGHTS}"
     )
+
+
+def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:
+    """Compare the shapes that a file has, by name, with the weights that a model needs.
+
+    Raises:
+        ValueError: other names or shapes.
+    """
+    other = sorted(
+        name
+        for name in found.keys() | wanted.keys()
+        if name not in found or name not in wanted or list(found[name]) != list(wanted[name].shape)
+    )
+    if other:
+        raise ValueError(
+            f"checkpoint: {path} does not fit the pipeline: {len(other)} weights are missing, unknown or of another "
+            f"shape, such as {other[0]}; give the configuration that it was trained with"
+        )
 
 
 class Policy:
@@ -266,5 +284,12 @@ class Policy:
         save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER)
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
-        """Read one adapter that ``save_adapter`` wrote."""
-        set_peft_model_state_dict(self.transformer, load_file(folder / ADAPTER), adapter_name=adapter)
+        """Read one adapter that ``save_adapter`` wrote.
+
+        Raises:
+            ValueError: an adapter of other layers, or of layers of another size.
+        """
+        state = load_file(folder / ADAPTER)
+        shapes = {name: weight.shape for name, weight in state.items()}
+        check_fit(folder / ADAPTER, shapes, get_peft_model_state_dict(self.transformer, adapter_name=adapter))
+        set_peft_model_state_dict(self.transformer, state, adapter_name=adapter)

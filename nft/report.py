@@ -35,7 +35,8 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24)
         axis.axis("off")
     for axis, i in zip(axes.flat, chosen, strict=False):
         axis.imshow(pictures[i].numpy())
-        axis.set_title(prompts[i], fontsize=7, wrap=True)
+        # A prompt may hold dollar signs.
+        axis.set_title(prompts[i], fontsize=7, wrap=True, parse_math=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -44,7 +45,9 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24)
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    # What a killed process had not finished to write has no end of line.
+    whole = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = [json.loads(line) for line in whole if line.endswith("\n")]
     if not lines:
         raise FileNotFoundError(f"runs: {folder} holds no metrics.jsonl with an epoch in it")
     return lines

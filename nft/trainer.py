@@ -25,7 +25,7 @@ from nft_kernels.solvers import Row, table
 
 from . import checkpoint, tasks
 from .alarms import Alarms, distribution, preflight
-from .config import Config
+from .config import Config, load_config
 from .distributed import Processes, sharded_like, whole
 from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch, Step
@@ -53,12 +53,19 @@ class Trainer:
             FileExistsError: a folder that holds a run already, without ``resume``.
             FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
             CheckpointError: a damaged checkpoint.
-            ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used.
+            ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
+                ``resume`` another pipeline or adapter than the run's.
         """
         if resume and not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"resume: {folder} holds no checkpoint and no run")
         if not resume and (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
+        if resume and checkpoint.existing(folder / "checkpoints"):
+            before = load_config(str(folder / "config.yaml"))
+            for key in ("pipeline", "adapter", "lora_rank", "lora_alpha"):
+                came, was = getattr(config, key), getattr(before, key)
+                if came != was:
+                    raise ValueError(f"{key}: got {came}, but {folder} was trained with {was}; that cannot be changed")
         for stage in config.all_stages():
             tasks.check(stage)
         self.config, self.folder = config, folder
@@ -77,6 +84,9 @@ class Trainer:
         self.task: tasks.Task | None = None
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
             self._load(found[-1])
+            if self.processes.main:
+                # A kill may have come before the links were set.
+                self._tidy()
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
@@ -262,7 +272,7 @@ class Trainer:
                 v_ref = policy.velocity(x_t, t, *conditions)
         policy.use("default")
         v_theta = policy.velocity(x_t, t, *conditions)
-        verify = self.step < self.config.verify_kernels_steps
+        verify = self.step < self.stage.verify_kernels_steps
         batch = Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step)
         return self.objective.loss(batch, self.stage, verify), v_theta.detach()
 
@@ -498,7 +508,7 @@ class Trainer:
 
         Args:
             on_epoch: told every epoch's and every evaluation's metrics, after they are logged and saved.
-            on_eval: told epoch, pictures (B, H, W, 3) and prompts of every evaluation.
+            on_eval: told epoch, pictures (B, H, W, 3) and prompts of every evaluation, before it is saved.
 
         Raises:
             AlarmError: what cannot or can no longer be trained.
@@ -507,9 +517,7 @@ class Trainer:
         if self.epoch == 0 and self.config.preflight:
             preflight(self)
         if self.evaluation_due:
-            held_out = self._evaluate()
-            on_epoch(held_out[0])
-            on_eval(self.epoch, *held_out[1:])
+            on_epoch(self._evaluate(on_eval))
         while self.epoch < self.config.epochs:
             if self.config.at(self.epoch) is not self.stage:
                 self._enter_stage(self.epoch)
@@ -521,13 +529,10 @@ class Trainer:
             metrics["alarms"] = self.alarms.epoch(metrics)
             self.log(metrics)
             self.save()
-            due = self.evaluation_due
-            if due:
-                held_out = self._evaluate()
+            held_out = self._evaluate(on_eval) if self.evaluation_due else None
             on_epoch(metrics)
-            if due:
-                on_epoch(held_out[0])
-                on_eval(self.epoch, *held_out[1:])
+            if held_out is not None:
+                on_epoch(held_out)
         self.tracker.finish()
 
     @property
@@ -536,13 +541,14 @@ class Trainer:
         c = self.config
         return self.score is None and (self.epoch % c.eval_every == 0 or self.epoch == c.epochs)
 
-    def _evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
-        """Evaluate, compare with the last time, log, and tell the checkpoint."""
+    def _evaluate(self, on_eval: Callable[[int, Tensor, list[str]], None]) -> dict[str, Any]:
+        """Evaluate, compare with the last time, log, and tell the checkpoint, after which it is not done again."""
         scores, pictures, prompts = self.evaluate()
+        on_eval(self.epoch, pictures, prompts)
         self.score = scores["eval_strict"]
         metrics = {**scores, "alarms": self.alarms.evaluation(self.score)}
         self.log(metrics)
         if self.processes.main and self.epoch:
             checkpoint.amend(self._checkpoint, score=self.score)
             self._tidy()
-        return metrics, pictures, prompts
+        return metrics

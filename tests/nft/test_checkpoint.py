@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -115,6 +116,32 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(pipeline, 
     assert sorted(os.listdir(tmp_path / "whole" / "checkpoints")) == sorted(
         os.listdir(tmp_path / "parts" / "checkpoints")
     )
+
+
+def test_a_kill_before_the_last_link_is_made_good(pipeline, tmp_path, monkeypatch):
+    link = checkpoint.link
+
+    def killed(name, target):
+        if name.name == "best" and target.name == "epoch-000004":
+            raise KeyboardInterrupt
+        link(name, target)
+
+    monkeypatch.setattr(checkpoint, "link", killed)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: ({"eval_strict": self.epoch / 10}, torch.zeros(1), ["a"]))
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(settings(pipeline), tmp_path / "run").train()
+    assert (tmp_path / "run" / "best").resolve().name == "epoch-000002"
+    monkeypatch.setattr(checkpoint, "link", link)
+    Trainer(settings(pipeline), tmp_path / "run", resume=True).train()
+    assert (tmp_path / "run" / "best").resolve().name == "epoch-000004"
+
+
+def test_a_run_that_was_copied_without_its_links_goes_on(pipeline, tmp_path):
+    Trainer(settings(pipeline, "epochs=2"), tmp_path / "run").train()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    assert not (tmp_path / "copy" / "checkpoint").is_symlink()
+    Trainer(settings(pipeline, "epochs=3"), tmp_path / "copy", resume=True).train()
+    assert (tmp_path / "copy" / "checkpoint").resolve().name == "epoch-000003"
 
 
 def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(pipeline, tmp_path):

@@ -6,16 +6,20 @@ pytest.importorskip("diffusers")
 
 import hashlib
 import json
+import shlex
 
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nft.cli import app
 from nft.config import load_config
 from nft.policy import Policy
+from nft.report import save_grid
+from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
 
 run = CliRunner().invoke
@@ -96,12 +100,31 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--solver", "eulr"], "eulr"),
         (["a", "--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
         (["a", "--file", "/nowhere"], "/nowhere"),
+        (["a", "--guidance", "nan"], "guidance: got nan, accepted are finite numbers"),
+        (["a", "--per-prompt", "2", "--seed", str(2**63 - 1)], f"seed: got {2**63 - 1}, accepted are 0 to {2**63 - 2}"),
         (["a", "--set", "devise=cuda"], "devise: unknown key, did you mean device?"),
     ],
 )
 def test_sample_names_bad_input(arguments, message):
     result = run(app, ["sample", *arguments])
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+
+
+def test_an_adapter_of_another_model_is_named(pipeline, tmp_path):
+    policy = Policy(load_config("shapes", [pipeline, "lora_rank=4"]))
+    policy.save_adapter("default", tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = load_file(path)
+    first, *others = sorted(state)
+    for broken in (
+        {name: state[name] for name in others},
+        {**state, first: state[first][:, :-1].contiguous()},
+        {**state, "base_model.model.more.lora_A.weight": torch.zeros(4, 4)},
+    ):
+        save_file(broken, path)
+        result = run(app, ["sample", "a red circle", "--set", pipeline, "--checkpoint", str(tmp_path)])
+        assert result.exit_code == 2, result.output
+        assert "does not fit the pipeline: 1 weights are missing, unknown or of another shape" in result.output
 
 
 def test_solvers_are_listed():
@@ -122,6 +145,8 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
         result = train(pipeline, tmp_path / name, f"seed={len(name)}", "beta=0.5" if name == "one" else "beta=2")
         assert result.exit_code == 0, result.output
     assert "holds a run already" in " ".join(train(pipeline, tmp_path / "one").output.split())
+    result = run(app, ["train", "epochs=3", "lora_rank=8", "--resume", "--output", str(tmp_path / "one")])
+    assert result.exit_code == 2 and "lora_rank: got 8, but" in result.output
     # A resumed run keeps its settings but for what is given anew.
     result = run(app, ["train", "epochs=3", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 0 and "epoch 3: held-out strict score" in result.output
@@ -142,6 +167,35 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
     assert result.exit_code == 2 and "holds no metrics.jsonl" in result.output.replace("\n", " ")
 
 
+def test_an_interrupt_names_the_epoch_that_is_saved_and_a_command_that_can_be_pasted(pipeline, tmp_path, monkeypatch):
+    save, quoted = Trainer.save, "stages=[{epochs: 1}, {epochs: 1}]"
+
+    def interrupted(trainer):
+        if trainer.epoch == 2:
+            raise KeyboardInterrupt
+        save(trainer)
+
+    monkeypatch.setattr(Trainer, "save", interrupted)
+    settings = [pipeline, *TINY[:-1], quoted]
+    result = run(app, ["train", *settings, "--output", str(tmp_path / "run")])
+    assert result.exit_code == 130 and "epoch 1 is saved; go on with" in result.output
+    command = shlex.split(result.output.splitlines()[-1])
+    assert command[-len(settings) :] == settings and command[:2] == ["nft", "train"]
+    monkeypatch.undo()
+    result = run(app, command[1:])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "checkpoints" / "epoch-000002").is_dir()
+
+
+def test_pictures_and_reports_survive_odd_prompts_and_a_line_that_was_cut_off(tmp_path):
+    save_grid(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ['a sign "$5" beside "$10"'], tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").width > 100
+    line = json.dumps({"epoch": 1, "step": 1, "reward": 0.5, "alarms": []})
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line[:20]}")
+    (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
+    assert run(app, ["report", str(tmp_path)]).exit_code == 0
+
+
 def test_config_show_prints_a_file_that_trains_the_same(tmp_path):
     result = run(app, ["config", "show", "--config", "sd35_multi_reward_1gpu", "beta=0.2", "stages.1.epochs=7"])
     assert result.exit_code == 0
@@ -155,6 +209,9 @@ def test_config_show_prints_a_file_that_trains_the_same(tmp_path):
 def test_plan_prints_costs_without_the_weights():
     result = run(app, ["plan", "--config", "shapes", "--gpus", "2"])
     assert result.exit_code == 0 and "2,880 evaluations" in result.output and "GiB" in result.output
+    for resolution in ("8", "24", "100000"):
+        result = run(app, ["plan", f"resolution={resolution}"])
+        assert result.exit_code == 2 and f"resolution: got {resolution}, accepted are multiples of 16" in result.output
     result = run(app, ["plan", "pipeline=/nowhere"])
     assert result.exit_code == 2 and "/nowhere" in result.output
 

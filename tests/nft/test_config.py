@@ -34,6 +34,24 @@ def test_a_bundled_configuration_survives_being_saved(name, tmp_path):
     assert again.model_dump() == config.model_dump()
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ["prompts_per_epoch=8", "stages=[{epochs: 1}, {epochs: 1, prompts_per_epoch: 1, group_size: 2}]"],
+        ["prompts_per_epoch=1", "group_size=2", "stages=[{epochs: 1}, {epochs: 2, group_size: 12}]"],
+        ["stages=[{epochs: 3, micro_batch: 7}, {epochs: 1, updates_per_epoch: 2}]"],
+    ],
+)
+def test_stages_survive_being_saved_and_their_lengths_can_be_changed_then(stages, tmp_path):
+    config, path = load_config("shapes", stages), tmp_path / "config.yaml"
+    path.write_text(config.dump())
+    again = load_config(str(path))
+    assert again.dump() == config.dump() and again.epochs == config.epochs
+    for own, other in zip(config.all_stages(), again.all_stages(), strict=True):
+        assert own.model_dump() == other.model_dump()
+    assert load_config(str(path), ["stages.1.epochs=5"]).epochs == config.all_stages()[0].epochs + 5
+
+
 def test_the_curriculum_has_the_papers_five_stages():
     config = load_config("sd35_multi_reward")
     starts = [0, 800, 1100, 1300, 1500]
@@ -67,8 +85,10 @@ def test_the_window_is_checked():
     assert "accepted is the solver mixed without a window" in refused(
         "shapes_mix_grpo", "rollout_options.window=[0, 2]"
     )
-    # cps draws no noise in the last step to t = 0.
+    # cps draws no noise in the last step to t = 0, which the window comes to in the end.
     assert "and cps has 9 of them" in refused("shapes_flow_grpo", "rollout_solver=cps")
+    assert "and mixed has 1 of them" in refused("shapes_mix_grpo", "rollout_options={sde: cps, eta: 0.8}")
+    load_config("shapes_flow_grpo_fast", ["rollout_options={sde: cps, eta: 0.8}"])
 
 
 def test_defaults_shrink_with_a_small_epoch_but_given_values_are_refused():
@@ -119,6 +139,14 @@ def test_positive_numbers(key, value):
         ("resolution=100", "resolution: got 100"),
         ("device=gpu", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),
         ("device=cuda:x", "device: got 'cuda:x'"),
+        ("device=cuda:01", "device: got 'cuda:01'"),
+        ("device=cuda:99999999999", "device: got 'cuda:99999999999'"),
+        ("alarms.velocity=-1.0", "alarms.velocity: got -1.0, accepted are numbers of at least 0"),
+        ("prompts=mine.txt", "prompts: got mine.txt with task=shapes, which brings its own"),
+        ("held_out_prompts=ocr", "held_out_prompts: got ocr with task=shapes"),
+        ("combine=gdpo", "combine: got gdpo with task=shapes"),
+        ("lr=1e-4", "lr: unknown key, `nft config show` lists the known ones"),
+        (f"rollout_options.eta={10**400}", "rollout_solver: got dpm++2M with options"),
         ("dtype=float16", "dtype: got 'float16'"),
         ("task=shape", "task: got 'shape'"),
         ("objective=dpo", "objective: got 'dpo'"),
@@ -147,6 +175,38 @@ def test_rewards_are_checked():
     assert "rewards.pickscore: got 'a'" in refused("sd35_pickscore", "rewards.pickscore=a")
     assert "prompts: got none" in refused("sd35_pickscore", "prompts=null")
     assert "epochs: got 20, but the stages add up to 1600" in refused("sd35_multi_reward", "epochs=20")
+    for setting, message in (
+        ("{wieght: 1.0}", ".wieght: unknown key, did you mean weight?"),
+        ("{reward: 3}", ".reward: got 3, accepted is str"),
+        ("{reward: null}", ".reward: got None, accepted is str"),
+        ("{workers: 1.5}", ".workers: got 1.5, accepted is int"),
+        ("{workers: true}", ".workers: got True, accepted is int"),
+        ("{options: [1]}", ".options: got [1], accepted is dict"),
+        ("{device: 3}", ".device: got 3, accepted is str | None"),
+        ("{device: gpu}", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),
+        (str(10**400), "rewards.pickscore"),
+    ):
+        assert message in refused("sd35_pickscore", f"rewards.pickscore={setting}")
+
+
+def test_float8_and_full_fine_tuning_are_checked_against_the_rest():
+    fused = ["fused_transformer=true", "float8_rollout=true"]
+    assert "float8_rollout: got true with dtype=float32, on a GPU it needs bfloat16" in refused(
+        "shapes", *fused, "device=cuda"
+    )
+    load_config("shapes", [*fused, "device=cuda", "dtype=bfloat16"])
+    assert "fused_transformer: got true with adapter=full, accepted is lora" in refused(
+        "shapes", *fused, "adapter=full"
+    )
+
+
+def test_a_file_may_merge_what_it_has_named(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "task: rewards\nprompts: ocr\n"
+        "rewards:\n  ocr: &both {weight: 0.5, workers: 2}\n  jpeg: {<<: *both, workers: 1}\n"
+    )
+    specs = load_config(str(tmp_path / "run.yaml")).reward_specs()
+    assert [(spec.weight, spec.workers) for spec in specs.values()] == [(0.5, 2), (0.5, 1)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What a run exports gives, in plain diffusers, the pictures that the trainer's policy draws."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -52,7 +54,9 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
         expected = velocities(trainer.policy.transformer)
     assert (expected - untouched).abs().max() > 1e-3
     for name, more in (("lora", []), ("merged", ["--merge"])):
-        arguments = ["export", str(trainer.folder), str(tmp_path / name), "--weights", weights, *more]
+        # Of the run, and of one of its checkpoints.
+        source = trainer.folder / ("best" if name == "merged" and weights == "ema" else "")
+        arguments = ["export", str(source), str(tmp_path / name), "--weights", weights, *more]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     base.load_lora_weights(tmp_path / "lora")
@@ -69,10 +73,15 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
         (["RUN", "out", "--weights", "best"], "weights: got 'best'"),
         (["RUN", "PIPELINE", "--merge"], "holds a pipeline already"),
         (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "/nowhere"),
+        (["RUN", "FILE"], "is a file"),
+        (["RUN", "FILE", "--merge"], "is a file"),
+        (["LORA", "out", "--merge"], "pipeline: got none, and"),
     ],
 )
 def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    names = {"RUN": str(trainer.folder), "PIPELINE": trainer.config.pipeline}
+    (tmp_path / "file").touch()
+    shutil.copytree(trainer.folder / "checkpoint" / "default", tmp_path / "lora")
+    names = {"RUN": str(trainer.folder), "PIPELINE": trainer.config.pipeline, "FILE": "file", "LORA": "lora"}
     result = CliRunner().invoke(app, ["export", *(names.get(argument, argument) for argument in arguments)])
     assert result.exit_code == 2 and message in result.output.replace("\n", "")

@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 from distributed_worker import Brightness
 
 from nft.config import ConfigError, load_config
-from nft.plan import plan
+from nft.plan import plan, plan_stages
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
@@ -97,6 +97,17 @@ def test_what_is_sharded_is_divided_and_what_is_put_together_is_added(pipeline):
     # 16 pairs in 3 updates: two for a GPU, which is one micro-batch of 5.
     assert "gradients put together" not in shared
     assert memory(4, "adapter=full", "shard=true", "micro_batch=1")["gradients put together"] == 4 * parameters
+
+
+def test_every_stage_is_planned_at_its_own_cost(pipeline):
+    stages = "stages=[{epochs: 1}, {epochs: 4, rollout_steps: 6}, {epochs: 2, timesteps_per_sample: 1}]"
+    settings = [f"pipeline={pipeline}", *SMALL]
+    costs = plan_stages(load_config("shapes", [*settings, stages]))
+    assert [each.rollout_evaluations for each in costs] == [8 * 3, 8 * 6, 8 * 3]
+    # In the run's first epoch the old policy is a copy and is not evaluated in the first of three updates.
+    assert [each.training_evaluations for each in costs] == [16 + 16 - 4, 16 + 16, 8 + 8]
+    alone = plan(load_config("shapes", [*settings, "rollout_steps=6"]))
+    assert costs[1].seconds == alone.seconds
 
 
 def test_bad_plans_are_named(pipeline):
