@@ -56,7 +56,9 @@ def test_the_three_policies_are_one_at_first_and_then_follow_their_rules(pipelin
     assert all(p.data_ptr() == w.data_ptr() for p, w in zip(policy.trained, policy._weights["default"], strict=True))
 
 
-@pytest.mark.parametrize("overrides", [["kl_weight=0.1"], ["dtype=bfloat16", "gradient_checkpointing=true"], ["explore=3"]])
+@pytest.mark.parametrize(
+    "overrides", [["kl_weight=0.1"], ["dtype=bfloat16", "gradient_checkpointing=true"], ["explore=3"]]
+)
 def test_a_resumed_run_ends_as_an_unbroken_one(pipeline, tmp_path, overrides):
     whole = Trainer(settings(pipeline, *overrides), tmp_path / "whole")
     start = [weight.clone() for weight in whole.policy._weights[None]]
