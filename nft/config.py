@@ -307,14 +307,9 @@ class Config(BaseModel):
 
     def dump(self) -> str:
         """The resolved settings as YAML that ``load_config`` takes."""
-        values = self.model_dump()
-        if self._stages:
-            # They follow from the stages.
-            del values["epochs"]
-        for own, stage in zip(values["stages"], self._stages, strict=True):
-            # Where nobody set them they are those of the stage's own epoch.
-            own |= {key: getattr(stage, key) for key in ("micro_batch", "updates_per_epoch")}
-        return yaml.safe_dump(values, sort_keys=False)
+        # What nobody set follows from each stage's own epoch.
+        derived = {"epochs", *({"micro_batch", "updates_per_epoch"} - self.model_fields_set)} if self._stages else set()
+        return yaml.safe_dump(self.model_dump(exclude=derived), sort_keys=False)
 
 
 def _reward_spec(name: str, value: Any) -> RewardSpec:
