@@ -35,8 +35,8 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24)
         axis.axis("off")
     for axis, i in zip(axes.flat, chosen, strict=False):
         axis.imshow(pictures[i].numpy())
-        # A prompt may hold dollar signs.
-        axis.set_title(prompts[i], fontsize=7, wrap=True, parse_math=False)
+        # Between two dollar signs it would look for mathematics.
+        axis.set_title(prompts[i].replace("$", r"\$"), fontsize=7, wrap=True)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -94,7 +94,8 @@ def write_report(folder: Path) -> Path:
         path = folder / name
         return _embedded(path.read_bytes()) if path.exists() else ""
 
-    scores = [line for line in lines if "eval_strict" in line]
+    # A run that was killed early has not been evaluated.
+    scores = [line for line in lines if "eval_strict" in line] or [{}]
     rows = "".join(
         f"<tr><td>{name.removeprefix('eval_')}</td><td>{scores[0][name]:.3f}</td><td>{scores[-1][name]:.3f}</td></tr>"
         for name in scores[0]
