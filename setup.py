@@ -43,8 +43,20 @@ def cuda_compiler() -> "str | None":
     return nvcc
 
 
-def cuda_archs() -> "list[str]":
-    listed = os.environ.get("NFT_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0a;10.0"
+def known_archs(nvcc: str) -> str:
+    """Those of the default architectures that this nvcc compiles for."""
+    wanted = ("8.0", "9.0a", "10.0")
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    # An nvcc too old to list them says so itself when it compiles.
+    known = [a for a in wanted if f"sm_{a.rstrip('a').replace('.', '')}" in codes]
+    if codes and len(known) < len(wanted):
+        missing = ", ".join(a for a in wanted if a not in known)
+        print(f"nft_kernels: {nvcc} does not know {missing}, building without", file=sys.stderr)
+    return ";".join(known or wanted)
+
+
+def cuda_archs(nvcc: str) -> "list[str]":
+    listed = os.environ.get("NFT_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or known_archs(nvcc)
     archs = [a for a in listed.replace("+PTX", "").replace(",", ";").replace(" ", ";").split(";") if a]
     if not archs or not all(a.rstrip("af").replace(".", "").isdigit() for a in archs):
         sys.exit(f"NFT_CUDA_ARCHS: got {listed!r}, accepted is a list such as '8.0;9.0a;10.0'")
@@ -96,7 +108,7 @@ class NinjaBuild(build_ext):
         libraries = ""
         nvcc = cuda_compiler()
         if nvcc:
-            archs = cuda_archs()
+            archs = cuda_archs(nvcc)
             has += f""" '-DNFT_CUDA_ARCHS="{", ".join(archs)}"'"""
             rules += [
                 f"nvcc = {nvcc}",

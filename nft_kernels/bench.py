@@ -118,18 +118,25 @@ class Work(NamedTuple):
     """The least that has to be read and written."""
 
 
+def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for the shapes of one case, whatever was compiled before it."""
+    torch._dynamo.reset()
+    return torch.compile(formula, dynamic=False, fullgraph=True)
+
+
 def _noise_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
-    x0, noise = _inputs(case, device, 2)
+    (x0,) = _inputs(case, device, 1)
     t, seeds = torch.linspace(0.1, 0.9, case.batch, device=device), torch.arange(case.batch, device=device)
-    # PyTorch draws its noise as every trainer does; what is checked is the formula, on noise that is given.
+    noise = noise_reference.normals(seeds, torch.zeros_like(seeds), x0[0].numel()).view_as(x0)
+    # PyTorch draws its own noise, as every trainer does; of its formula the arithmetic is checked, on our noise.
     calls: dict[str, Callable[[], Any]] = {}
     checked: dict[str, Callable[[], Tensor]] = {}
-    for name, formula in (("eager", _plain_noise), ("compile", torch.compile(_plain_noise))):
+    for name, formula in (("eager", _plain_noise), ("compile", _compiled(_plain_noise))):
         calls[name] = partial(lambda formula: formula(x0, t, torch.randn_like(x0)), formula)
-        checked[name] = partial(formula, x0, t, noise)
+        checked[name] = partial(formula, x0, t, noise.to(x0.dtype))
     for name in ("reference", *_fused(device, wanted)):
         calls[name] = partial(add_noise, x0, t, seed=seeds, backend=name)
-        checked[name] = partial(add_noise, x0, t, noise=noise, backend=name)
+        checked[name] = calls[name]
     exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
     return Work(calls, checked, exact, exact.abs().max().item(), 2 * x0.nbytes / 1e9)
 
@@ -142,7 +149,7 @@ def _step_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
     numbers = (row.a, *row.b, row.t)
     calls: dict[str, Callable[[], Any]] = {
         name: partial(formula, x, v, older, oldest, *numbers)
-        for name, formula in (("eager", _plain_step), ("compile", torch.compile(_plain_step)))
+        for name, formula in (("eager", _plain_step), ("compile", _compiled(_plain_step)))
     }
     for name in ("reference", *_fused(device, wanted)):
         calls[name] = partial(solver_step, solver, i, x, v, (older, oldest), backend=name)
@@ -157,7 +164,7 @@ def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
     leaf, *others = _inputs(case, device, 4)
     t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
     fixed = (*others, t, r)
-    losses: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, "compile": torch.compile(plain_loss)}
+    losses: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, "compile": _compiled(plain_loss)}
     for name in ("reference", *_fused(device, wanted)):
         losses[name] = partial(lambda name, *tensors: nft_loss(*tensors, backend=name).loss, name)
     leaf.requires_grad_(case.mode != "no_grad")
@@ -189,7 +196,10 @@ def build(case: Case, device: torch.device, wanted: Sequence[str] = PROVIDERS) -
     """Inputs and calls of one case, for those of the wanted providers that run on the device."""
     make = {"nft_loss": _loss_work, "add_noise": _noise_work, "solver_step": _step_work}[case.op]
     work = make(case, device, wanted)
-    return work._replace(calls={name: call for name, call in work.calls.items() if name in wanted})
+    calls = {name: call for name, call in work.calls.items() if name in wanted}
+    if not calls:
+        raise ValueError(f"providers: got {', '.join(wanted)}, none of which runs {case.op} on {device}")
+    return work._replace(calls=calls)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -254,17 +264,20 @@ def measure(
     """Check and time every provider of one case."""
     work = build(case, device, wanted)
     moved, eps = work.gigabytes, torch.finfo(getattr(torch, case.dtype)).eps
+    passed = {
+        name: (work.checked[name]().double() - work.exact).abs().max().item() <= 16 * eps * work.size
+        for name in work.calls
+    }
     times = _time(work.calls, device, seconds, cold=case.cache == "cold")
     results = []
     for name, values in times.items():
-        passed = (work.checked[name]().double() - work.exact).abs().max().item() <= 16 * eps * work.size
         values = sorted(values)
         median = statistics.median(values)
         peak, launches = peak_and_launches(work.calls[name], device)
         results.append(
             Result(
                 name,
-                passed,
+                passed[name],
                 median * 1e6,
                 values[len(values) // 5] * 1e6,
                 values[len(values) * 4 // 5] * 1e6,
@@ -300,18 +313,24 @@ def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
 
 
 def compare(old: Path, new: Path, threshold: float) -> list[str]:
-    """What grew: one line for each case and provider whose median is more than ``threshold`` times the old one."""
+    """What grew: one line for each case and provider whose median is more than ``threshold`` times the old one, that is
+    missing, or whose numbers are wrong now."""
 
-    def medians(path: Path) -> dict[str, float]:
-        rows = json.loads(path.read_text())["results"]
-        return {" ".join(str(row[k]) for k in (*Case.__dataclass_fields__, "provider")): row["median"] for row in rows}
+    def rows(path: Path) -> dict[str, dict[str, Any]]:
+        found = json.loads(path.read_text())["results"]
+        return {" ".join(str(row[k]) for k in (*Case.__dataclass_fields__, "provider")): row for row in found}
 
-    before, after = medians(old), medians(new)
-    return [
-        f"{key}: {before[key]:.1f} us became {after[key]:.1f} us"
-        for key in before
-        if key in after and after[key] > threshold * before[key]
-    ]
+    def said(before: float, after: dict[str, Any] | None) -> str | None:
+        if after is None:
+            return "is missing"
+        if not after["check"]:
+            return "fails its check"
+        longer = after["median"] > threshold * before
+        return f"{before:.1f} us became {after['median']:.1f} us" if longer else None
+
+    later = rows(new)
+    lines = ((key, said(row["median"], later.get(key))) for key, row in rows(old).items())
+    return [f"{key}: {what}" for key, what in lines if what]
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -387,7 +406,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             itertools.product([op], modes, options.dtypes, options.shapes, options.batches, options.caches),
         ):
             print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
-            rows += [asdict(case) | asdict(r) for r in measure(case, device, options.seconds, copy, options.providers)]
+            try:
+                found = measure(case, device, options.seconds, copy, options.providers)
+            except ValueError as error:
+                parser.error(str(error))
+            rows += [asdict(case) | asdict(result) for result in found]
     print(f"copy bandwidth {copy:.1f} GB/s")
     print(_markdown(rows))
     if options.json:

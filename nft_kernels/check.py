@@ -86,7 +86,8 @@ def compare_nft_loss(
                 **{name: cast(value) for name, value in options.items()},
                 backend=chosen,
             )
-            out.loss.backward()
+            # It has a value for every sample with reduction="none".
+            out.loss.sum().backward()
         assert leaf.grad is not None
         return {name: value.detach() for name, value in out._asdict().items()} | {"gradient": leaf.grad}
 

@@ -41,6 +41,8 @@ NFT_HD int64_t most_splits(int64_t batch) { return (kBlocks + batch - 1) / batch
 // That many slices, unless the threads of a block would lack packs. At most batch + kBlocks of them.
 NFT_HD Slices slices_of(int64_t batch, int64_t packs) {
   const int64_t wanted = most_splits(batch), useful = (packs + kThreads - 1) / kThreads;
+  // A segment may be empty where nobody could look at its offsets.
+  if (useful < 1) return {0, 1, 0};
   const int64_t most = wanted < useful ? wanted : useful, length = (packs + most - 1) / most;
   return {packs, (packs + length - 1) / length, length};
 }

@@ -105,6 +105,9 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight)
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
+    if segments is not None:
+        # What torch.compile traced had no values to look at.
+        _validate.offsets("segments", segments, x0)
     grad_dtype = _unscaled_dtype(v_theta) if want_grad else None
     _, details, grad = load(backend).nft_loss(inputs, options, grad_dtype=grad_dtype)
     losses = reference.counted(details[0] + kl_weight * details[5], outer)
@@ -169,8 +172,9 @@ def _per_token(
         x = x.unflatten(-1, (len(x0), tokens)).sum(-1)
         if lengths is None:
             return x
-        owner = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths, output_size=len(x0))
-        return x.new_zeros(*x.shape[:-1], len(lengths)).index_add(-1, owner, x)
+        # In a fixed order, which an ``index_add`` on a GPU has not.
+        rows_first = x.movedim(-1, 0).contiguous()
+        return torch.segment_reduce(rows_first, "sum", lengths=lengths, unsafe=True).movedim(0, -1)
 
     mask = None if inputs.mask is None else rows(inputs.mask)
     size = (mask if mask is not None else torch.ones_like(rows(x0), dtype=torch.float32)).double().sum(1)
@@ -193,6 +197,11 @@ def _per_token(
     loss, details = _run(tensors, options, backend, per_sample)
     details = torch.cat([gather(details[:7] * share.to(details.dtype)), _largest(details[7], lengths, len(x0))[None]])
     return gather(loss) if per_sample else loss, details
+
+
+def _narrow(x: Tensor, wide: bool) -> Tensor:
+    """What weighs elements, in float64 only where the loss is computed in it."""
+    return x if x.is_floating_point() and (wide or x.dtype != torch.float64) else x.float()
 
 
 def _largest(x: Tensor, lengths: Tensor | None, batch: int) -> Tensor:
@@ -288,15 +297,16 @@ def nft_loss(
             f"weighting: got {weighting!r} with weight_per={weight_per!r} and detach_weight={detach_weight}, accepted "
             "is 'adaptive', as there is no weight w otherwise"
         )
-    samples = x0
+    samples, wide = x0, compute_dtype(v_theta, v_old, x_t, x0, v_ref) == torch.float64
     if segments is not None:
         _validate.offsets("segments", segments, x0)
         samples, segments = segments[1:], segments.contiguous()
     # At an end the x0 prediction, or the velocity that the KL term needs, may not follow from what is predicted.
-    positive = (prediction, kl_space) == ("x0", "v") and v_ref is not None
+    positive = ((prediction, kl_space) == ("x0", "v") and v_ref is not None) or "/" in weighting
     _validate.per_sample("t", t, samples, 0, 1, above=positive, below=prediction == "eps")
     if isinstance(r, Tensor) and r.ndim == x0.ndim > 1:
         _validate.broadcastable("r", r, x0, 0, 1)
+        r = _narrow(r, wide)
     else:
         _validate.per_sample("r", r, samples, 0, 1)
     if isinstance(beta, Tensor):
@@ -306,12 +316,13 @@ def nft_loss(
         beta = torch.full(samples.shape[:1], beta, dtype=torch.float64, device=x0.device)
     if mask is not None:
         _validate.broadcastable("mask", mask, x0, 0, math.inf)
-        mask = mask if mask.is_floating_point() else mask.float()
+        mask = _narrow(mask, wide)
     outer = None
     if sample_weight is not None:
         _validate.per_sample("sample_weight", sample_weight, samples, 0, math.inf, below=True)
         outer = sample_weight.detach().double()
-        outer = outer / outer.sum() if reduction == "mean" else outer
+        # Where no sample counts the loss is 0.
+        outer = outer / outer.sum().clamp_min(torch.finfo(torch.float64).tiny) if reduction == "mean" else outer
     elif reduction != "mean":
         outer = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
     options = Options(float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight)

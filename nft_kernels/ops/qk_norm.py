@@ -33,9 +33,10 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     joint = _fake(q, k, weight_q, weight_k, context_q)
     kernel, heads, length = load("triton").qk_norm, q.shape[2], q.shape[1]
-    kernel(_rows(q, k), (weight_q, weight_k), _rows(*(x[:, :length] for x in joint)), heads, eps)
+    kernel(_rows(q, k), (dense(weight_q), dense(weight_k)), _rows(*(x[:, :length] for x in joint)), heads, eps)
     if context_q is not None and context_k is not None:
-        weights = context_weight_q, context_weight_k
+        assert context_weight_q is not None and context_weight_k is not None
+        weights = dense(context_weight_q), dense(context_weight_k)
         kernel(_rows(context_q, context_k), weights, _rows(*(x[:, length:] for x in joint)), heads, eps)
     return joint
 
@@ -52,7 +53,7 @@ def _gradient(
     """Gradients of one stream's queries and keys."""
     outputs = _fake_gradient(q, k)
     load("triton").qk_norm_gradient(
-        _rows(q, k), (weight_q, weight_k), _rows(grad_q, grad_k), _rows(*outputs), q.shape[2], eps
+        _rows(q, k), (dense(weight_q), dense(weight_k)), _rows(grad_q, grad_k), _rows(*outputs), q.shape[2], eps
     )
     return outputs
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from nft_kernels import bench
 
@@ -34,6 +35,43 @@ def test_no_speed_up_is_reported_for_wrong_numbers(tmp_path, monkeypatch):
     code, report = run(tmp_path, "--dtypes", "float32", "--providers", "eager", "reference")
     wrong = next(row for row in report["results"] if row["provider"] == "reference")
     assert code == 1 and not wrong["check"] and wrong["over_eager"] is None
+
+
+def test_noise_of_another_seed_is_wrong(tmp_path, monkeypatch):
+    right = bench.add_noise
+    monkeypatch.setattr(bench, "add_noise", lambda x0, t, seed, **k: right(x0, t, seed=seed + 1, **k))
+    code, report = run(tmp_path, "--ops", "add_noise", "--dtypes", "float32", "--providers", "eager", "native")
+    assert code == 1 and [row["check"] for row in report["results"]] == [True, False]
+
+
+def test_every_case_is_compiled_for_its_own_shape():
+    shapes = []
+
+    def formula(x):
+        # Traced once for every compilation.
+        shapes.append(x.shape[0])
+        return x + 1
+
+    for batch in range(2, 14):
+        bench._compiled(formula)(torch.zeros(batch, 3))
+    assert shapes == list(range(2, 14))
+
+
+def test_providers_that_cannot_run_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--providers", "triton")
+    assert "providers: got triton, none of which runs nft_loss on cpu" in capsys.readouterr().err
+
+
+def test_a_comparison_misses_what_is_gone_or_wrong(tmp_path, capsys):
+    _, report = run(tmp_path, "--dtypes", "float32", "--providers", "eager", "reference")
+    (tmp_path / "old.json").write_text(json.dumps(report))
+    report["results"][0]["check"] = False
+    del report["results"][1]
+    (tmp_path / "new.json").write_text(json.dumps(report))
+    assert bench.main(["--compare", str(tmp_path / "old.json"), str(tmp_path / "new.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines[0].endswith("eager: fails its check") and lines[1].endswith("reference: is missing")
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.05, 0), (1.5, 1)])

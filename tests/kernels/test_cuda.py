@@ -93,6 +93,18 @@ def test_weightings(weighting):
     compare(*inputs((3, 16, 32, 32)), weighting=weighting)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_weighs_elements_may_be_wider_than_the_latents(dtype):
+    x, t, r = inputs((3, 8, 31, 32), dtype)
+    mask, r = torch.rand(3, 1, 31, 32, dtype=torch.float64), r.double().view(-1, 1, 1, 1)
+    got, wide = (
+        nft_loss(*(a.to(kind) for a in x[:4]), t, r, mask=mask, backend=backend)
+        for backend, kind in (("native", dtype), ("reference", torch.float64))
+    )
+    for ours, theirs in zip(got, wide, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(5, 4, 32, 32), (1, 8, 512, 512)], ids=str)
 def test_mixed_dtypes_and_per_sample_beta(shape):
     x, t, r = inputs(shape)

@@ -336,6 +336,10 @@ def test_backward_of_none_takes_a_gradient_per_sample_after_compilation():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        *(
+            ({"weighting": name, "t": torch.tensor([0.0, 0.5])}, ValueError, r"t: got values outside \(0, 1\]")
+            for name in ("1/t", "1/t2", "(1-t)/t2")
+        ),
         ({"prediction": "score"}, ValueError, "prediction: got 'score', accepted are v, x0, eps"),
         ({"prediction": "eps", "t": torch.tensor([0.5, 1.0])}, ValueError, "t: got values outside"),
         ({"kl_space": "eps"}, ValueError, "kl_space: got 'eps'"),
@@ -364,3 +368,39 @@ def test_combinations_that_make_no_sense_are_named(change, error, message):
     good = dict(zip(("v_theta", "v_old", "x_t", "x0"), x, strict=False)) | {"t": t, "r": r}
     with pytest.raises(error, match=message):
         nft_loss(**(good | change))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64, torch.bool], ids=str)
+def test_what_weighs_elements_may_have_any_dtype(backend, kind):
+    """As it stands in that dtype: nothing is reinterpreted."""
+    x, t, _ = make((3, 4, 9))
+    x = [a.float() for a in x]
+    mask, share = (a[None] for a in torch.rand(2, 4, 9, generator=torch.Generator().manual_seed(0)))
+    mask, share = (a > 0.3 if kind == torch.bool else a.to(kind) for a in (mask, share))
+    got = nft_loss(*x[:4], t.float(), share, mask=mask, backend=backend)
+    wide = nft_loss(*(a.double() for a in x[:4]), t, share.double(), mask=mask.double(), backend="reference")
+    for ours, theirs in zip(got, wide, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_per": "token", "channel_dim": 1}], ids=str)
+def test_samples_that_all_count_nothing_have_no_loss_and_no_gradient(backend, options):
+    x, t, r = make((3, 4, 9))
+    leaf = x[0].requires_grad_()
+    out = nft_loss(leaf, *x[1:4], t, r, sample_weight=torch.zeros(3), backend=backend, **options)
+    out.loss.backward()
+    assert out.loss.item() == 0 and leaf.grad.eq(0).all() and out.policy_loss.gt(0).all()
+
+
+def test_offsets_beyond_the_tensors_are_refused_when_compiled_too(backend):
+    x, t, r = make((19, 4), samples=1)
+    loss = torch.compile(partial(nft_loss, backend=backend), fullgraph=True, backend="aot_eager")
+    if backend == "reference":
+        pytest.skip("it has no kernel that could write there")
+    with pytest.raises(ValueError, match=r"segments: got offsets \[0, 30\], accepted are rising ones from 0 to 19"):
+        loss(*x[:4], t, r, segments=torch.tensor([0, 30]))
+
+
+def test_the_check_takes_a_loss_for_every_sample(backend):
+    x, t, r = make((3, 4, 9))
+    assert check.compare_nft_loss(*(a.float() for a in x[:4]), t.float(), r.float(), reduction="none", backend=backend)

@@ -63,6 +63,7 @@ def test_any_strides(backend):
     q, k = (part.unflatten(-1, (3, 12)) for part in fused.split(36, -1)[:2])
     context = torch.randn(2, 3, 4, 12).transpose(1, 2), torch.randn(2, 4, 3, 24)[..., ::2]
     named = inputs(torch.float32) | {"q": q, "k": k, "context_q": context[0], "context_k": context[1]}
+    named |= {"weight_q": torch.randn(24)[::2], "context_weight_k": torch.randn(1).expand(12)}
     leaves = {name: x.detach().requires_grad_() for name, x in named.items()}
     outs = qk_norm(**leaves, backend=backend)
     wide = [x.detach().double().requires_grad_() for x in named.values()]

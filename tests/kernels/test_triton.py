@@ -1,5 +1,6 @@
 """What only the Triton backend has: addressing, the choice of blocks, and what it says where it cannot run."""
 
+import json
 import subprocess
 import sys
 
@@ -120,6 +121,8 @@ def test_timing_configurations_leaves_the_results_right(kernels, monkeypatch):
         monkeypatch.setattr(kernel, "_do_bench", lambda call, quantiles: call() or [next(clock)] * 3)
     loss, details, grad = load(kernels).nft_loss(*args, grad_dtype=torch.float32)
     assert _differentiate.best_config == configs[-1]
+    # The best is kept on disk under its key, which the interpreter leaves out: it has to be JSON.
+    assert all(json.dumps(list(kernel.cache)) for kernel in (_sum_slices, _differentiate))
     for got, before in zip((loss, details, grad), expected, strict=True):
         torch.testing.assert_close(got, before, rtol=1e-6, atol=1e-9)
 
@@ -133,6 +136,16 @@ def test_nothing_is_timed_unless_wanted_and_never_in_a_capture(kernels, monkeypa
     monkeypatch.setenv("NFT_KERNELS_TRITON_CONFIG", "BLOCK=2048,num_warps=8")
     (config,) = common._configs()
     assert config.kwargs["BLOCK"] == 2048 and config.num_warps == 8
+    for wrong in (
+        "BLOCK=1000,num_warps=4",
+        "BLOCK=128,num_warps=4",
+        "BLOCK=0,num_warps=4",
+        "BLOCK=256,num_warps=3",
+        "4",
+    ):
+        monkeypatch.setenv("NFT_KERNELS_TRITON_CONFIG", wrong)
+        with pytest.raises(ValueError, match=f"NFT_KERNELS_TRITON_CONFIG: got '{wrong}', accepted is such as"):
+            common._configs()
     monkeypatch.setenv("NFT_KERNELS_TRITON_CONFIG", "2048")
     with pytest.raises(ValueError, match="NFT_KERNELS_TRITON_CONFIG: got '2048'"):
         common._configs()

@@ -57,10 +57,14 @@ def _config(block: int, num_warps: int) -> triton.Config:
 
 def _configs() -> list[triton.Config]:
     if wanted := os.environ.get("NFT_KERNELS_TRITON_CONFIG"):
-        found = re.fullmatch(r"BLOCK=(\d+),num_warps=(\d+)", wanted)
-        if not found:
-            raise ValueError(f"NFT_KERNELS_TRITON_CONFIG: got {wanted!r}, accepted is such as BLOCK=2048,num_warps=8")
-        return [_config(int(found[1]), int(found[2]))]
+        found = re.fullmatch(r"BLOCK=(\d+),num_warps=(1|2|4|8|16)", wanted)
+        block = int(found[1]) if found else 0
+        if not found or block < 256 or block & (block - 1):
+            raise ValueError(
+                f"NFT_KERNELS_TRITON_CONFIG: got {wanted!r}, accepted is such as BLOCK=2048,num_warps=8: a power of "
+                "two of at least 256, and 1, 2, 4, 8 or 16 warps"
+            )
+        return [_config(block, int(found[2]))]
     # First with 8 elements a thread: 16 bytes of a half-precision tensor, the widest access there is.
     candidates = [_config(256 * n * warps, warps) for warps in (4, 8) for n in (1, 2, 4)]
     return candidates if os.environ.get("NFT_KERNELS_AUTOTUNE") == "1" else candidates[:1]
@@ -77,7 +81,8 @@ def tuned(kernel: Any) -> Any:
     The default is a fixed choice, so nothing is timed. NFT_KERNELS_TRITON_CONFIG sets another one, and
     NFT_KERNELS_AUTOTUNE=1 times several for every new size of samples or mix of dtypes and keeps the best on disk.
     """
-    key = [name for name in ("elements", "item_bytes", "dtype", "GENERAL") if name in kernel.arg_names]
+    # What is kept on disk is JSON, so there is no Triton dtype among these.
+    key = [name for name in ("elements", "item_bytes", "GENERAL") if name in kernel.arg_names]
     prune = {"early_config_prune": _allowed}
     return triton.autotune(_configs(), key, prune_configs_by=prune, cache_results=True)(kernel)
 

@@ -144,18 +144,19 @@ def _slice(inputs, program, slices, length, elements):
 
 @triton.jit
 def _time_weighting(t, WEIGHTING: tl.constexpr):
+    one = tl.full(t.shape, 1, t.dtype)
     if WEIGHTING == "t":
         return t
     elif WEIGHTING == "t2":
         return t * t
     elif WEIGHTING == "1/t":
-        return 1 / t
+        return _divide(one, t)
     elif WEIGHTING == "1/t2":
-        return 1 / (t * t)
+        return _divide(one, t * t)
     elif WEIGHTING == "(1-t)/t2":
-        return (1 - t) / (t * t)
+        return _divide(one - t, t * t)
     else:
-        return tl.full(t.shape, 1, t.dtype)
+        return one
 
 
 @triton.jit
