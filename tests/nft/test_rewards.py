@@ -165,9 +165,7 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_a_reward_that_takes_no_options_says_so():
-    with pytest.raises(
-        ValueError, match="reward shapes: .* argument 'scale'; accepted are none"
-    ):
+    with pytest.raises(ValueError, match=r"reward shapes: .* argument 'scale'; accepted are none"):
         registry.check("shapes", scale=1)
 
 
