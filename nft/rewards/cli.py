@@ -56,7 +56,10 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
         name, dot, key = target.rpartition(".")
         if not separator or not dot or name not in options:
             raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(names)}")
-        options[name][key] = yaml.safe_load(value)
+        try:
+            options[name][key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set: got {setting!r}, accepted is a VALUE in YAML") from None
     return options
 
 

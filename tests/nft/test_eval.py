@@ -220,6 +220,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
         (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
         (["--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE"),
+        (["--set", "jpeg.quality=[1"], "--set: got 'jpeg.quality=[1', accepted is a VALUE in YAML"),
         (["--set", "jpeg.reward=jpg"], "reward: got 'jpg', did you mean jpeg?"),
         (["--set", "jpeg.quality=0"], "quality: got 0, accepted is 1 to 100"),
         (["--set", "jpeg.quality=high"], "reward jpeg: "),
