@@ -220,14 +220,14 @@ class Evaluation:
             "steps": self.suite.steps,
             "pictures_per_prompt": self.per_prompt,
             "prompts_sha256": digest,
-            "sampling": dict(sampling or {}),
+            **(sampling or {}),
         }
         path = folder / "settings.json"
         if not path.exists():
             _write(path, json.dumps(settings, indent=1))
         begun = json.loads(path.read_text())
         if begun != settings:
-            apart = _differences(*({**s, **s.get("sampling", {}), "sampling": None} for s in (begun, settings)))
+            apart = _differences(begun, settings)
             raise ValueError(f"output: {folder} holds an evaluation with other settings: {apart}; give another folder")
 
     def _jobs(self, name: str) -> list[tuple[Entry, int, Path]]:

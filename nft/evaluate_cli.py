@@ -87,7 +87,8 @@ def evaluate(
         other = None
         if baseline is not None:
             begun = json.loads((baseline / "settings.json").read_text())
-            other = Evaluation(suite, baseline, subject=begun["subject"], sampling=begun.get("sampling"), **same)
+            theirs = {key: begun[key] for key in sampling if key in begun}
+            other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, **same)
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
         quieten_libraries()
