@@ -550,6 +550,7 @@ def test_what_cannot_be_loaded_is_named_at_once():
 def test_bad_input_to_the_command_is_named(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("\n")
+    monkeypatch.setattr("uvicorn.run", lambda *arguments, **options: None)
     result = CliRunner().invoke(app, ["reward-server", *arguments], env={"COLUMNS": "300"})
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 
