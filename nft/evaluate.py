@@ -1,7 +1,8 @@
 """Evaluation of a checkpoint: pinned prompts, seeds and solver; a table with intervals and paired tests.
 
 Everything is kept in one folder: ``settings.json``, ``pictures``, ``scores`` and ``results.json``. An evaluation that
-was interrupted goes on where it stopped.
+was interrupted goes on where it stopped, and only with the settings that it began with. Several processes share the
+drawing; the first one scores.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -19,15 +21,18 @@ from PIL import Image
 from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
-from .data import geneval, ocr, prompts
+from .data import geneval, prompts
 from .data.prompts import Entry
+from .distributed import Processes
 from .rewards import registry
-from .rewards.base import RewardError, score
+from .rewards.base import RewardError, check_needs, score
+from .rewards.ocr import target_of, text_score
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """Pictures (B, H, W, 3) uint8 of prompts and their seeds."""
+Options = Mapping[str, Mapping[str, Any]]
+"""The rewards' own options by reward, with JSON's types."""
 
-_GENEVAL_SEED, _OCR_SEED = 2509, 16117
 _RESAMPLES = 9999
 
 
@@ -53,10 +58,6 @@ class Suite:
     steps: int = 40
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = ""
-
-
-def _generated_geneval() -> list[Entry]:
-    return [entry for group in geneval.generate(80, _GENEVAL_SEED).values() for entry in group]
 
 
 def _drawbench() -> list[Entry]:
@@ -93,8 +94,8 @@ SUITES = {
             Column("UniRwd", "drawbench", "unifiedreward", scale=5.0),
         ),
         prompts={
-            "geneval": _generated_geneval,
-            "ocr": lambda: ocr.generate(1000, _OCR_SEED),
+            "geneval": lambda: prompts.benchmark("geneval"),
+            "ocr": lambda: prompts.benchmark("ocr"),
             "drawbench": _drawbench,
         },
         published=_TABLE_1,
@@ -112,18 +113,49 @@ SUITES = {
 }
 
 
+def _read_ocr(path: Path) -> list[Entry]:
+    entries = prompts.read(path)
+    for entry in entries:
+        try:
+            text_score("", target_of(entry["prompt"], entry))
+        except ValueError as error:
+            raise ValueError(f"prompts: {path}: {entry['prompt']!r}: {error}") from None
+    return entries
+
+
+_READERS: dict[str, Callable[[Path], list[Entry]]] = {"geneval": geneval.read, "ocr": _read_ocr}
+
+
+def _beside(path: Path) -> Path:
+    """A name for what is not finished, which no other process takes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
 def _write(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".tmp")
+    fresh = _beside(path)
     fresh.write_text(text)
     fresh.replace(path)
 
 
 def _save_picture(picture: Tensor, path: Path) -> None:
-    fresh = path.with_name(path.name + ".tmp")
+    fresh = _beside(path)
     Image.fromarray(picture.numpy()).save(fresh, format="PNG")
     fresh.replace(path)
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} is {there.get(key, 'not set')!r} there and {here.get(key, 'not set')!r} here"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    )
+
+
+def _spec(reward: str, options: Options | None) -> dict[str, Any]:
+    """What scores in a reward's place, and its options."""
+    return {"reward": reward, **(options or {}).get(reward, {})}
 
 
 class Evaluation:
@@ -135,6 +167,7 @@ class Evaluation:
         folder: Path,
         *,
         subject: str,
+        sampling: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         limit: int | None = None,
         per_prompt: int = 1,
@@ -145,6 +178,8 @@ class Evaluation:
             suite: a name in ``SUITES``.
             folder: where everything is kept.
             subject: what is evaluated, such as the checkpoint's path; part of the settings.
+            sampling: whatever else the pictures depend on, such as resolution and dtype, with JSON's types; part of
+                the settings.
             files: prompt files that replace the suite's sets, by set; for ``geneval`` the benchmark's own
                 ``evaluation_metadata.jsonl``.
             limit: prompts of each set and task group, all by default.
@@ -166,7 +201,7 @@ class Evaluation:
         for name, make in self.suite.prompts.items():
             try:
                 path = (files or {}).get(name)
-                found = make() if path is None else geneval.read(path) if name == "geneval" else prompts.read(path)
+                found = make() if path is None else _READERS.get(name, prompts.read)(path)
             except ValueError as error:
                 if files and name in files:
                     raise
@@ -185,11 +220,15 @@ class Evaluation:
             "steps": self.suite.steps,
             "pictures_per_prompt": self.per_prompt,
             "prompts_sha256": digest,
+            **(sampling or {}),
         }
         path = folder / "settings.json"
-        if path.exists() and json.loads(path.read_text()) != settings:
-            raise ValueError(f"output: {folder} holds an evaluation with other settings; give another folder")
-        _write(path, json.dumps(settings, indent=1))
+        if not path.exists():
+            _write(path, json.dumps(settings, indent=1))
+        begun = json.loads(path.read_text())
+        if begun != settings:
+            apart = _differences(begun, settings)
+            raise ValueError(f"output: {folder} holds an evaluation with other settings: {apart}; give another folder")
 
     def _jobs(self, name: str) -> list[tuple[Entry, int, Path]]:
         """Every picture's entry, seed and file; a seed belongs to its place in the set."""
@@ -204,21 +243,66 @@ class Evaluation:
         """Entry, seed and file of every picture that is not there yet."""
         return [job for name in self.entries for job in self._jobs(name) if not job[2].exists()]
 
-    def draw(self, draw: Draw, batch: int, on_batch: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Draw the pictures that are not there yet, ``batch`` at a time, and tell how many are done."""
-        jobs = [job for name in self.entries for job in self._jobs(name)]
+    def draw(
+        self,
+        draw: Draw,
+        batch: int,
+        on_batch: Callable[[int, int], None] = lambda done, total: None,
+        processes: Processes | None = None,
+    ) -> None:
+        """Draw this process' share of the pictures that are not there yet, ``batch`` at a time, and tell how many of it
+        are done. Returns when all processes are."""
+        processes = processes or Processes("cpu")
         missing = self.missing()
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            pictures = draw([entry["prompt"] for entry, _, _ in part], [seed for _, seed, _ in part]).cpu()
-            for picture, (_, _, path) in zip(pictures, part, strict=True):
-                path.parent.mkdir(parents=True, exist_ok=True)
+        # None begins before all have seen what is missing.
+        processes.wait()
+        own = missing[processes.share(len(missing))]
+        for step in range(processes.rounds(len(missing), batch)):
+            part = own[step * batch : (step + 1) * batch]
+            # A process that has none left still has to bring its part of sharded weights to the others.
+            drawn = part or missing[:1]
+            pictures = draw([entry["prompt"] for entry, _, _ in drawn], [seed for _, seed, _ in drawn]).cpu()
+            for picture, (_, _, path) in zip(pictures[: len(part)], part, strict=True):
                 _save_picture(picture, path)
-            on_batch(len(jobs) - len(missing) + start + len(part), len(jobs))
+            on_batch(min((step + 1) * batch, len(own)), len(own))
+        processes.wait()
+
+    def _wanted(self) -> list[tuple[str, str]]:
+        """Prompt set and reward of the columns that are not left out."""
+        return sorted({(c.prompts, c.reward) for c in self.suite.columns if c.title not in self.left_out})
+
+    def check(self, options: Options | None = None) -> None:
+        """Find out what keeps the pictures from being scored, before any is drawn.
+
+        Args:
+            options: see ``score``.
+
+        Raises:
+            ValueError: an unknown reward or option, a value that it refuses, prompts without what a reward needs, or
+                pictures that were scored with other options before.
+        """
+        for name, reward in self._wanted():
+            judged_by = _spec(reward, options)
+            self._check_spec(name, reward, judged_by)
+            if len(self.read_scores(name, reward)) == len(self._jobs(name)):
+                continue
+            target, own = judged_by["reward"], {k: v for k, v in judged_by.items() if k != "reward"}
+            try:
+                registry.check(target, **own)
+                # What has a device is loaded after the policy is gone.
+                on_device = not target.startswith(registry.REMOTE) and registry.find(target).uses_device
+                judge = registry.find(target) if on_device else registry.load(target, **own)
+            except (RewardError, FileNotFoundError):
+                # Its columns are left out, unless it can be had later.
+                continue
+            try:
+                check_needs(judge, self.entries[name])
+            except ValueError as error:
+                raise ValueError(f"prompts: {name}: {error}") from None
 
     def score(
         self,
-        options: Mapping[str, Mapping[str, Any]] | None = None,
+        options: Options | None = None,
         *,
         device: str = "cpu",
         batch: int = 64,
@@ -232,12 +316,14 @@ class Evaluation:
             device: of rewards that use one.
             batch: pictures that are scored and then written at a time.
             on_reward: told of each reward before it is loaded.
+
+        Raises:
+            ValueError: see ``check``.
         """
-        wanted = {(c.prompts, c.reward) for c in self.suite.columns if c.title not in self.left_out}
-        for name, reward in sorted(wanted):
+        for name, reward in self._wanted():
             on_reward(reward)
             try:
-                self._score(name, reward, dict((options or {}).get(reward, {})), device, batch)
+                self._score(name, reward, _spec(reward, options), device, batch)
             except (RewardError, FileNotFoundError) as error:
                 titles = [c.title for c in self.suite.columns if (c.prompts, c.reward) == (name, reward)]
                 self.left_out |= dict.fromkeys(titles, str(error))
@@ -251,20 +337,34 @@ class Evaluation:
         whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
         return [json.loads(line) for line in whole.splitlines()]
 
-    def _score(self, name: str, reward: str, options: dict[str, Any], device: str, batch: int) -> None:
-        jobs, lines = self._jobs(name), self.read_scores(name, reward)
+    def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any]) -> None:
+        """Whether the scores that are there, if any, are by this reward with these options."""
+        path = self._scores_path(name, reward)
+        if self.read_scores(name, reward):
+            before = json.loads(path.with_suffix(".json").read_text())
+            if before != judged_by:
+                raise ValueError(
+                    f"output: {path} holds scores of {reward} with other options: {_differences(before, judged_by)}; "
+                    "delete it or give another folder"
+                )
+
+    def _score(self, name: str, reward: str, judged_by: dict[str, Any], device: str, batch: int) -> None:
+        self._check_spec(name, reward, judged_by)
+        jobs, lines, path = self._jobs(name), self.read_scores(name, reward), self._scores_path(name, reward)
         if len(lines) == len(jobs):
             return
-        _write(self._scores_path(name, reward), "".join(json.dumps(line) + "\n" for line in lines))
-        judge = registry.load(options.pop("reward", reward), device=device, **options)
+        own = {key: value for key, value in judged_by.items() if key != "reward"}
+        judge = registry.load(judged_by["reward"], **{"device": device, **own})
+        _write(path, "".join(json.dumps(line) + "\n" for line in lines))
+        _write(path.with_suffix(".json"), json.dumps(judged_by))
         for start in range(len(lines), len(jobs), batch):
             part = jobs[start : start + batch]
-            pictures = torch.from_numpy(np.stack([np.asarray(Image.open(path).convert("RGB")) for _, _, path in part]))
+            pictures = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("RGB")) for _, _, file in part]))
             scored = score(judge, pictures, [entry["prompt"] for entry, _, _ in part], [entry for entry, _, _ in part])
-            with self._scores_path(name, reward).open("a") as file:
-                for i, (entry, seed, path) in enumerate(part):
+            with path.open("a") as file:
+                for i, (entry, seed, picture) in enumerate(part):
                     values = {"score": scored.score[i].item()} | {k: v[i].item() for k, v in scored.details.items()}
-                    line = {"picture": path.name, "seed": seed, "tag": entry["tag"], "prompt": entry["prompt"]}
+                    line = {"picture": picture.name, "seed": seed, "tag": entry["tag"], "prompt": entry["prompt"]}
                     file.write(json.dumps(line | values) + "\n")
 
     def column(self, column: Column) -> dict[str, np.ndarray] | None:

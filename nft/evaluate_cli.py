@@ -12,6 +12,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+# What the pictures depend on besides pipeline, weights, prompts and solver.
+_SAMPLING = {"resolution", "dtype", "max_sequence_length", "fused_transformer", "float8_rollout", "compile_rollout"}
+
 
 def _pairs(settings: list[str] | None, label: str) -> dict[str, str]:
     found = {}
@@ -65,6 +68,7 @@ def evaluate(
     console = Console()
     from .cli import _fail, quieten_libraries
     from .config import load_config
+    from .distributed import Processes
     from .evaluate import SUITES, Evaluation
     from .rewards.cli import reward_options
 
@@ -75,18 +79,24 @@ def evaluate(
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
         run = load_config(config or SUITES[suite].config, overrides)
         subject = _subject(run.pipeline, checkpoint)
-        evaluation = Evaluation(suite, folder, subject=subject, files=files, limit=limit, per_prompt=per_prompt)
+        processes = Processes(run.device)
+        console.quiet = not processes.main
+        same: dict[str, Any] = {"files": files, "limit": limit, "per_prompt": per_prompt}
+        sampling = run.model_dump(include=_SAMPLING)
+        evaluation = Evaluation(suite, folder, subject=subject, sampling=sampling, **same)
         other = None
         if baseline is not None:
             begun = json.loads((baseline / "settings.json").read_text())
-            other = Evaluation(
-                suite, baseline, subject=begun["subject"], files=files, limit=limit, per_prompt=per_prompt
-            )
+            theirs = {key: begun[key] for key in sampling if key in begun}
+            other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, **same)
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
         quieten_libraries()
+        evaluation.check(options)
         if evaluation.missing():
-            _draw(console, evaluation, run, checkpoint)
+            _draw(console, evaluation, run, checkpoint, processes)
+        if not processes.main:
+            return
         with console.status("") as status:
             evaluation.score(options, device=run.device, on_reward=lambda name: status.update(f"scoring: {name}"))
         results = evaluation.results(other)
@@ -106,7 +116,7 @@ def _subject(pipeline: str, checkpoint: Path | None) -> str:
     return f"{pipeline} with {checkpoint}, sha256 {checksum(find_weights(checkpoint))}"
 
 
-def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) -> None:
+def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any) -> None:
     from .full import load_policy
     from .rollout import rollout, times
 
@@ -121,4 +131,5 @@ def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None) 
             ),
             run.rollout_batch,
             lambda done, total: progress.update(bar, completed=done, total=total),
+            processes,
         )

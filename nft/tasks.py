@@ -13,7 +13,6 @@ from torch import Tensor
 from .config import Config
 from .data import prompts
 from .rewards import registry
-from .rewards.detector import GenEvalReward
 from .rewards.geneval import Verdict
 from .rewards.pool import RewardSpec, Scorer
 from .worlds.shapes.prompts import sample, split
@@ -85,29 +84,6 @@ class Shapes(Task):
         return _table(verdicts).clamp_min(0)
 
 
-class GenEval(Task):
-    """GenEval with COCO objects: trains on the partial credit, reports the strict score."""
-
-    _BATCH = 16
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.reward = GenEvalReward(device=device)
-
-    def train_prompts(self) -> list[list[dict[str, Any]]]:
-        """Training prompts by task group."""
-        return prompts.train("geneval", prompts.held_out("geneval"))
-
-    def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
-        """A fixed set of prompts that are never trained on."""
-        return prompts.held_out("geneval", per_group)
-
-    def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
-        """Partial and strict score of uint8 pictures (B, H, W, 3), scored 16 at a time."""
-        parts = [slice(start, start + self._BATCH) for start in range(0, len(entries), self._BATCH)]
-        return _table(verdict for part in parts for verdict in self.reward.verdicts(pictures[part], entries[part]))
-
-
 def _prompts(train: str, held_out: str | None) -> list[list[dict[str, Any]]]:
     if held_out is None and train not in prompts.SETS:
         raise ValueError(f"held_out_prompts: got none, accepted beside {train!r} is a prompt set or a file")
@@ -176,7 +152,8 @@ class Rewards(Task):
         self.scorer.close()
 
 
-TASKS: dict[str, type[Task]] = {"shapes": Shapes, "geneval": GenEval}
+TASKS: dict[str, type[Task]] = {"shapes": Shapes}
+_GENEVAL: dict[str, Any] = {"rewards": {"geneval": RewardSpec("geneval")}, "train": "geneval"}
 
 
 def build(config: Config, device: torch.device) -> Task:
@@ -185,6 +162,9 @@ def build(config: Config, device: torch.device) -> Task:
     Raises:
         OSError, ValueError, RewardError: prompts or a reward that cannot be had, named.
     """
+    if config.task == "geneval":
+        # Trains on the partial credit, and reports the strict score.
+        return Rewards(device, **_GENEVAL)
     if config.task != "rewards":
         return TASKS[config.task](device)
     assert config.prompts is not None
@@ -204,9 +184,11 @@ def check(config: Config) -> None:
     Raises:
         OSError, ValueError, RewardError: as ``build``.
     """
+    if config.task == "geneval":
+        registry.check("geneval")
     if config.task != "rewards":
         return
     assert config.prompts is not None
     _prompts(config.prompts, config.held_out_prompts)
     for spec in config.reward_specs().values():
-        registry.check(spec.reward)
+        registry.check(spec.reward, **spec.options)

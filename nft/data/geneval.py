@@ -105,10 +105,12 @@ def generate(per_group: int, seed: int) -> dict[str, list[dict[str, Any]]]:
 def _check(entry: Any) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or entry.get("tag") not in GROUPS:
         raise ValueError(f"accepted is an object with a prompt and one of the tags {', '.join(GROUPS)}")
-    for item in (*entry.get("include", ()), *entry.get("exclude", ())):
+    if not entry.get("include"):
+        raise ValueError("accepted is an object with at least one object to include")
+    for item in (*entry["include"], *entry.get("exclude", ())):
         if item.get("class") not in CLASSES or not isinstance(item.get("count"), int) or item["count"] < 1:
             raise ValueError(f"got {item}, accepted is a COCO class under GenEval's name with a positive count")
-    for index, item in enumerate(entry.get("include", ())):
+    for index, item in enumerate(entry["include"]):
         where, target = item.get("position", (POSITIONS[0], -1))
         if where not in POSITIONS or target >= index:
             raise ValueError(f"got position {[where, target]}, accepted is one of {POSITIONS} of an earlier object")

@@ -15,6 +15,7 @@ SETS = ("shapes", "geneval", "ocr")
 _PER_GROUP = 5000
 _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
 _HELD_OUT = {"geneval": 100, "ocr": 1000}
+_BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117}
 
 
 def read(path: Path) -> list[Entry]:
@@ -68,8 +69,22 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
     return [entry for group in _by_tag(read(Path(source))) for entry in group[:per_group]]
 
 
+def benchmark(source: str) -> list[Entry]:
+    """The prompts of ``geneval`` (80 of each task group) or ``ocr`` (1000) that checkpoints are compared on."""
+    if source == "ocr":
+        return ocr.generate(1000, _BENCHMARK_SEEDS[source])
+    return [entry for group in geneval.generate(80, _BENCHMARK_SEEDS[source]).values() for entry in group]
+
+
+def _asked(entry: Entry) -> str:
+    """What a prompt of GenEval asks for, in whatever order it names the objects; any other prompt."""
+    objects = sorted(json.dumps(item, sort_keys=True) for item in entry.get("include", ()))
+    return " ".join(objects) or entry["prompt"]
+
+
 def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
-    """Training prompts by task group, without those of ``apart_from``.
+    """Training prompts by task group, without those of ``apart_from``, and of ``geneval`` and ``ocr`` without those of
+    ``benchmark``: but for the 80 single objects, which are all there are.
 
     Args:
         source: ``shapes``, ``geneval``, ``ocr``, or a file.
@@ -78,15 +93,18 @@ def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
     Raises:
         OSError, ValueError: a file that cannot be read, or a source with no other prompts.
     """
+    kept_away = {entry["prompt"] for entry in apart_from}
     if source == "shapes":
         groups = list(shapes.split(held_out=False).values())
     elif source == "ocr":
         groups = [ocr.generate(_PER_GROUP, _TRAIN_SEED)]
+        kept_away |= {entry["prompt"] for entry in benchmark("ocr")}
     elif source == "geneval":
-        groups = list(geneval.generate(_PER_GROUP, _TRAIN_SEED).values())
+        asked = {_asked(entry) for entry in (*apart_from, *benchmark("geneval")) if entry["tag"] != "single_object"}
+        generated = geneval.generate(_PER_GROUP, _TRAIN_SEED).values()
+        groups = [[entry for entry in group if _asked(entry) not in asked] for group in generated]
     else:
         groups = _by_tag(read(Path(source)))
-    kept_away = {entry["prompt"] for entry in apart_from}
     left = [[entry for entry in group if entry["prompt"] not in kept_away] for group in groups]
     if not any(left):
         raise ValueError(f"prompts: {source} holds no prompt that is not held out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -39,6 +40,8 @@ class Reward(Protocol):
     """The optional extra that installs ``packages``."""
     weights: Mapping[str, str] = MappingProxyType({})
     """Hub names of its default weights, each with a file that tells whether they are here."""
+    files: Mapping[str, str] = MappingProxyType({})
+    """Files that it looks for in the working folder by default, each with the address that it comes from."""
     uses_device: bool = False
     """Whether the constructor takes ``device``."""
     threaded: bool = False
@@ -46,14 +49,17 @@ class Reward(Protocol):
     batch: int = 16
     """Pictures per call."""
 
+    def __init__(self) -> None:
+        """Without options."""
+
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored | Tensor:
         """Scores (B,) of uint8 pictures (B, H, W, 3), alone or with details; higher is better."""
         ...
 
 
-def name_of(reward: Reward) -> str:
-    """What messages call a reward."""
-    return getattr(reward, "name", type(reward).__name__)
+def name_of(reward: Reward | type[Reward]) -> str:
+    """What messages call a reward or a kind of rewards."""
+    return getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__))
 
 
 def missing_packages(kind: type[Reward]) -> list[str]:
@@ -75,7 +81,7 @@ def install_hint(kind: type[Reward]) -> str:
     return f'pip install "diffusion-nft[{kind.extra}]"' if kind.extra else f"pip install {' '.join(kind.packages)}"
 
 
-def validate(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata) -> None:
+def validate(reward: Reward | type[Reward], pictures: Tensor, prompts: list[str], metadata: Metadata) -> None:
     """Check a batch against a reward's needs.
 
     Raises:
@@ -89,6 +95,15 @@ def validate(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Met
     for label, values in (("prompts", prompts), ("metadata", metadata)):
         if len(values) != len(pictures):
             raise ValueError(f"{label}: got {len(values)}, accepted is one per picture, {len(pictures)}")
+    check_needs(reward, metadata)
+
+
+def check_needs(reward: Reward | type[Reward], metadata: Metadata) -> None:
+    """Check entries against a reward's needs.
+
+    Raises:
+        ValueError: an entry without a key that the reward needs.
+    """
     for i, entry in enumerate(metadata):
         lacking = [key for key in reward.needs if key not in entry]
         if lacking:
@@ -108,7 +123,7 @@ def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metada
 
     Raises:
         TypeError, ValueError: a batch that does not fit (see ``validate``).
-        RewardError: scores of a wrong shape, not finite, or outside of the reward's range.
+        RewardError: scores that are no tensor, of a wrong shape, not finite, or outside of the reward's range.
     """
     validate(reward, pictures, prompts, metadata)
     parts: list[Scored] = []
@@ -118,6 +133,8 @@ def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metada
         scored = result if isinstance(result, Scored) else Scored(result, {})
         columns = {"score": scored.score, **scored.details}
         for label, values in columns.items():
+            if not isinstance(values, Tensor):
+                raise RewardError(f"{name_of(reward)}: {label} is a {type(values).__name__}, not a tensor")
             if values.shape != (len(prompts[part]),):
                 raise RewardError(f"{name_of(reward)}: {label} has shape {tuple(values.shape)}, not one per picture")
             if not values.isfinite().all():
@@ -145,10 +162,14 @@ def from_hub(load: Callable[[str], T], source: str) -> T:
 
     Raises:
         FileNotFoundError: weights that are neither on disk nor reachable, with the command that fetches them.
+        ValueError: a folder that cannot be loaded, and why.
     """
     try:
         return load(source)
     except (OSError, ValueError) as error:
+        if Path(source).exists():
+            raise ValueError(f"reward weights: {source!r} cannot be loaded: {error}") from error
         raise FileNotFoundError(
-            f"reward weights: {source!r} is neither on disk nor reachable: run `hf download {source}` or give a folder"
+            f"reward weights: {source!r} is neither on disk nor reachable: run `hf download {source}` or give a folder "
+            f"({str(error).strip().partition(chr(10))[0]})"
         ) from error

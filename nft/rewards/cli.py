@@ -17,30 +17,31 @@ def _interval(low: float, high: float) -> str:
     return f"{'(-inf' if math.isinf(low) else f'[{low:g}'}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
 
 
+def _row(name: str) -> tuple[str, ...]:
+    from .base import install_hint, missing_packages, missing_weights
+    from .registry import find
+
+    kind = find(name)
+    state = [f"{', '.join(missing)} missing: {install_hint(kind)}"] if (missing := missing_packages(kind)) else []
+    state += [f"weights missing: hf download {weights}" for weights in missing_weights(kind)]
+    state += [f"{file} missing: {where}" for file, where in kind.files.items() if not Path(file).is_file()]
+    needs = ", ".join(("prompt", *kind.needs))
+    about = (kind.__doc__ or "").strip().partition("\n")[0].replace("``", "")
+    device = "any" if kind.uses_device else "CPU"
+    return name, _interval(*kind.range), needs, device, "\n".join(state) or "installed", about
+
+
 def rewards() -> None:
     """List the rewards, with what is installed and what is missing."""
-    from .base import install_hint, missing_packages, missing_weights
-    from .registry import find, known
+    from .registry import known
 
     listing = Table("name", "range", "needs", "device", "state", "what it is")
     for name in known():
         try:
-            kind = find(name)
-        except (ImportError, ValueError) as error:
-            listing.add_row(name, "", "", "", escape(f"broken: {error}"), "")
-            continue
-        state = [f"{', '.join(missing)} missing: {install_hint(kind)}"] if (missing := missing_packages(kind)) else []
-        state += [f"weights missing: hf download {name}" for name in missing_weights(kind)]
-        needs = ", ".join(("prompt", *kind.needs))
-        about = (kind.__doc__ or "").strip().partition("\n")[0].replace("``", "")
-        row = (
-            name,
-            _interval(*kind.range),
-            needs,
-            "any" if kind.uses_device else "CPU",
-            "\n".join(state) or "installed",
-            about,
-        )
+            row = _row(name)
+        # Whatever is wrong with one, of which many are others', the list is of all.
+        except Exception as error:
+            row = (name, "", "", "", f"broken: {error}", "")
         listing.add_row(*map(escape, row))
     Console().print(listing)
 
@@ -55,14 +56,17 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
         name, dot, key = target.rpartition(".")
         if not separator or not dot or name not in options:
             raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(names)}")
-        options[name][key] = yaml.safe_load(value)
+        try:
+            options[name][key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--set: got {setting!r}, accepted is a VALUE in YAML") from None
     return options
 
 
 def reward_server(
     names: Annotated[list[str], typer.Argument(help="rewards to serve, see `nft rewards`, or module:attribute")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8600,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8600,
     device: Annotated[str, typer.Option(help="of rewards that use one, such as cuda:1")] = "cpu",
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME.KEY=VALUE, a reward's own option")] = None,
     max_mib: Annotated[int, typer.Option(min=1, help="largest request in MiB")] = 64,
@@ -90,12 +94,14 @@ def reward_server(
         raise _fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
     try:
         token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
+        if token_file and not token:
+            raise ValueError(f"token-file: {token_file} is empty, accepted is a file with the token")
         options = reward_options(settings or [], names)
         # A module's ``a:B`` is served as B.
         short = [name.rpartition(":")[2] for name in names]
         if len(set(short)) < len(short):
             raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
-        served = {s: load(name, device=device, **options[name]) for s, name in zip(short, names, strict=True)}
+        served = {s: load(name, **{"device": device, **options[name]}) for s, name in zip(short, names, strict=True)}
     except (ValueError, OSError, RewardError) as error:
         raise _fail(error) from None
     if not token:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import Any
@@ -13,6 +14,7 @@ from .base import Metadata, Reward, RewardError, Scored
 
 TOKEN = "NFT_REWARD_TOKEN"
 _LONGEST_PAUSE = 5.0
+_CONNECT = 5.0
 
 
 class RemoteReward(Reward):
@@ -30,8 +32,8 @@ class RemoteReward(Reward):
 
         Args:
             url: http://host:port/NAME.
-            timeout: seconds for one answer.
-            patience: seconds of failed tries, since the last success, after which the server is given up.
+            timeout: seconds for one answer, with the time that a full server lets its sender wait.
+            patience: seconds of failed tries, since the first of them, after which the server is given up.
 
         Raises:
             RewardError: a server that cannot be reached, refuses, or does not serve NAME.
@@ -39,10 +41,10 @@ class RemoteReward(Reward):
         import httpx
 
         self.server, _, self.name = url.rstrip("/").rpartition("/")
-        self.patience = patience
+        self.timeout, self.patience = timeout, patience
         token = os.environ.get(TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self.client = httpx.Client(timeout=timeout, headers=headers)
+        self.client = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT)), headers=headers)
         served = self._request("GET", "/rewards")
         if self.name not in served:
             raise RewardError(f"reward server {self.server}: serves {', '.join(served)}, not {self.name!r}")
@@ -54,8 +56,9 @@ class RemoteReward(Reward):
     def _request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         import httpx
 
-        pause, give_up = 0.1, time.monotonic() + self.patience
+        pause, begin, give_up = 0.1, time.monotonic(), math.inf
         while True:
+            full = False
             try:
                 response = self.client.request(method, self.server + path, content=body)
             except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
@@ -67,8 +70,13 @@ class RemoteReward(Reward):
                 # It is reachable and says no: only a full or failing server may say otherwise later.
                 if response.status_code not in (502, 503, 504):
                     raise RewardError(f"reward server {self.server}: {problem}")
-            if time.monotonic() + pause > give_up:
-                raise RewardError(f"reward server {self.server}: no answer in {self.patience:g} s ({problem})")
+                # It lives, and says when to come back.
+                full = response.status_code == 503 and "retry-after" in response.headers
+            now = time.monotonic()
+            give_up = math.inf if full else min(give_up, now + self.patience)
+            if now + pause > (begin + self.timeout if full else give_up):
+                limit = self.timeout if full else self.patience
+                raise RewardError(f"reward server {self.server}: no answer in {limit:g} s ({problem})")
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 

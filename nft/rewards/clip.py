@@ -20,6 +20,8 @@ CLIP_L = "openai/clip-vit-large-patch14"
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPS, HPS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+AESTHETIC_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+AESTHETIC_SOURCE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 
 
 class CLIP(Reward):
@@ -180,10 +182,11 @@ class Aesthetic(CLIP):
     """
 
     range = (-math.inf, math.inf)
+    files = MappingProxyType({AESTHETIC_HEAD: AESTHETIC_SOURCE})
 
     def __init__(
         self,
-        head: str = "sac+logos+ava1-l14-linearMSE.pth",
+        head: str = AESTHETIC_HEAD,
         model: str = CLIP_L,
         *,
         device: str | torch.device = "cpu",
@@ -191,8 +194,7 @@ class Aesthetic(CLIP):
         """Load CLIP and the head.
 
         Args:
-            head: file with the head's state dict, from
-                https://github.com/christophschuhmann/improved-aesthetic-predictor.
+            head: file with the head's state dict.
             model: hub name or folder of the CLIP.
             device: where to run.
 
@@ -201,8 +203,7 @@ class Aesthetic(CLIP):
         """
         if not Path(head).is_file():
             raise FileNotFoundError(
-                f"aesthetic head: no file {head!r}: download sac+logos+ava1-l14-linearMSE.pth from "
-                "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+                f"aesthetic head: no file {head!r}: download {AESTHETIC_HEAD} from {AESTHETIC_SOURCE}"
             )
         super().__init__(model, device=device)
         state = torch.load(head, map_location="cpu", weights_only=True)

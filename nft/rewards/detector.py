@@ -17,12 +17,10 @@ from torch import Tensor
 from nft.data.geneval import CLASSES, COLORS
 
 from .base import Metadata, Reward, Scored, from_hub
-from .geneval import Detection, Verdict, judge
+from .geneval import MAX_OBJECTS, THRESHOLD, Detection, Verdict, counted, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
-MAX_OBJECTS = 16
 _COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _GREY = 153
 
@@ -92,24 +90,21 @@ class GenEvalReward(Reward):
         ]
 
     def _read(self, picture: np.ndarray, result: dict[str, Any], entry: dict[str, Any]) -> list[Detection]:
-        threshold = COUNTING_THRESHOLD if entry["tag"] == "counting" else THRESHOLD
         wanted: dict[str, bool] = {}
         for item in (*entry["include"], *entry.get("exclude", ())):
             wanted[item["class"]] = wanted.get(item["class"], False) or "color" in item
-        segments = sorted(result["segments_info"], key=lambda s: -s["score"])
-        kept: dict[str, list[Detection]] = {name: [] for name in wanted}
-        for segment in segments:
-            name = CLASSES[segment["label_id"]]
-            if name not in wanted or segment["score"] <= threshold or len(kept[name]) == MAX_OBJECTS:
-                continue
-            mask = result["segmentation"][segment["id"]].cpu().numpy() > 0
-            if not mask.any():
-                continue
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
-            color = self._color(picture, mask, box, name) if wanted[name] else None
-            kept[name].append(Detection(name, box, segment["score"], color))
-        return [detection for group in kept.values() for detection in group]
+        found: list[Detection] = []
+        for name, colored in wanted.items():
+            segments = [s for s in result["segments_info"] if CLASSES[s["label_id"]] == name]
+            masks = [result["segmentation"][s["id"]].cpu().numpy() > 0 for s in segments]
+            # An empty mask is no object.
+            scores = [s["score"] if mask.any() else 0.0 for s, mask in zip(segments, masks, strict=True)]
+            for i in counted(scores, entry["tag"]):
+                rows, columns = np.flatnonzero(masks[i].any(1)), np.flatnonzero(masks[i].any(0))
+                box = (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
+                color = self._color(picture, masks[i], box, name) if colored else None
+                found.append(Detection(name, box, scores[i], color))
+        return found
 
     def verdicts(self, pictures: Tensor, entries: list[dict[str, Any]]) -> list[Verdict]:
         """Every picture judged by the rules of ``nft.rewards.geneval``."""

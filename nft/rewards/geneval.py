@@ -7,11 +7,14 @@ many, so it is trained on exact counts and partial credit (yifan123/reward-serve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
+MAX_OBJECTS = 16
 _POSITION_THRESHOLD = 0.1
 
 
@@ -34,6 +37,17 @@ class Verdict:
     strict: float
     partial: float
     reasons: tuple[str, ...]
+
+
+def counted(confidences: Sequence[float], tag: str) -> list[int]:
+    """Which of a detector's objects of one class count in a prompt of task group ``tag``, and in which order.
+
+    Those above a threshold, the most confident first, at most ``MAX_OBJECTS``. Of equal confidence the last one is
+    first, as in the benchmark, which sorts ascending and turns that round.
+    """
+    threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+    order = sorted(range(len(confidences)), key=confidences.__getitem__)[::-1]
+    return [i for i in order if confidences[i] > threshold][:MAX_OBJECTS]
 
 
 def directions(box: tuple[float, ...], target: tuple[float, ...]) -> set[str]:
@@ -75,7 +89,8 @@ def benchmark(detections: list[Detection], metadata: dict[str, Any]) -> bool:
     them all in the asked colour and position, and no excluded class at its count or above.
 
     Args:
-        detections: objects found in the picture, in any order; of equal confidence the first counts.
+        detections: objects found in the picture, in any order; of equal confidence the first one is taken, so that
+            the order of ``counted`` holds.
         metadata: a GenEval entry with ``include`` and optionally ``exclude``.
     """
     found = _by_class(detections)

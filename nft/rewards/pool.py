@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .base import Metadata, Reward, RewardError, Scored, join, score
+from .base import Metadata, Reward, RewardError, Scored, join, score, validate
 
 _TRIES = 3
 
@@ -144,12 +144,15 @@ class Scorer:
             label, got = ("max_pending", max_pending) if rewards else ("rewards", "none")
             raise ValueError(f"{label}: got {got}, accepted is at least one")
         self._workers: dict[str, Any] = {}
+        self._judges: dict[str, Any] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
         for name, spec in rewards.items():
             remote = spec.reward.startswith(registry.REMOTE)
             kind = None if remote else registry.find(spec.reward)
             here = remote or kind is None or kind.threaded
-            self._workers[name] = _Here(spec, device) if here else _Processes(spec)
+            worker = self._workers[name] = _Here(spec, device) if here else _Processes(spec)
+            # What a server's reward needs is known by its instance only.
+            self._judges[name] = worker.reward if isinstance(worker, _Here) else kind
             # Two calls at a time of a model on one device would only share it.
             count = 1 if kind is not None and kind.uses_device else spec.workers
             self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")
@@ -159,8 +162,18 @@ class Scorer:
         self._max_pending = max_pending
 
     def submit(self, pictures: Tensor, entries: Metadata) -> None:
-        """Hand over uint8 pictures (B, H, W, 3) and their entries, each with a ``prompt``."""
-        batch = _Batch(pictures.cpu(), [entry["prompt"] for entry in entries], list(entries))
+        """Hand over uint8 pictures (B, H, W, 3) and their entries, each with a ``prompt``.
+
+        Raises:
+            TypeError, ValueError: a batch that cannot be scored, which is not taken.
+        """
+        for i, entry in enumerate(entries):
+            if "prompt" not in entry:
+                raise ValueError(f"entries: entry {i} lacks prompt")
+        prompts = [entry["prompt"] for entry in entries]
+        for judge in self._judges.values():
+            validate(judge, pictures, prompts, entries)
+        batch = _Batch(pictures.cpu(), prompts, list(entries))
         with self._changed:
             self._changed.wait_for(lambda: sum(b.running > 0 for b in self._batches) < self._max_pending)
             self._batches.append(batch)

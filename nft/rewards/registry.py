@@ -7,6 +7,7 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any
 
 from .base import Reward, RewardError, install_hint, missing_packages
@@ -38,7 +39,7 @@ def find(name: str) -> type[Reward]:
     """The class of a reward by name or ``module:attribute``, the module on the path or in the working folder.
 
     Raises:
-        ValueError: no such name, module or attribute.
+        ValueError: no such name, module or attribute, a module that fails, or something that is no reward.
     """
     target = known().get(name, name)
     module, separator, attribute = target.partition(":")
@@ -50,28 +51,50 @@ def find(name: str) -> type[Reward]:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(f"reward: got {name!r}, but there is no module {error.name!r}") from None
-    except AttributeError:
-        raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}") from None
+        found = import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"reward: got {name!r}, but there is no module {error.name!r}") from None
+        raise ValueError(f"reward: got {name!r}, but {module} fails: {type(error).__name__}: {error}") from error
+    if not hasattr(found, attribute):
+        raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}")
+    kind = getattr(found, attribute)
+    # A protocol with attributes does not take part in issubclass.
+    if not (isinstance(kind, type) and Reward in kind.__mro__):
+        raise ValueError(f"reward: got {name!r}, accepted is a subclass of nft.rewards.base.Reward")
+    return kind
 
 
-def check(name: str) -> None:
-    """Whether a reward could be made, without making it.
+def _kind(name: str) -> type[Reward]:
+    if name.startswith(REMOTE):
+        from .client import RemoteReward
+
+        return RemoteReward
+    return find(name)
+
+
+def _arguments(name: str, kind: type[Reward], device: str, options: dict[str, Any]) -> dict[str, Any]:
+    if name.startswith(REMOTE):
+        return {"url": name, **options}
+    return {"device": device, **options} if kind.uses_device else options
+
+
+def check(name: str, **options: Any) -> None:
+    """Whether a reward could be made with these options, without making it.
 
     Raises:
-        ValueError: an unknown reward.
+        ValueError: an unknown reward, or options that it does not have or lacks.
         RewardError: packages that are not installed, with the command that installs them.
     """
-    if name.startswith(REMOTE):
-        return
-    kind = find(name)
+    kind = _kind(name)
     missing = missing_packages(kind)
     if missing:
         raise RewardError(f"reward {name}: {', '.join(missing)} not installed: {install_hint(kind)}")
+    accepted = signature(kind)
+    try:
+        accepted.bind(**_arguments(name, kind, "cpu", options))
+    except TypeError as error:
+        raise ValueError(f"reward {name}: {error}; accepted are {', '.join(accepted.parameters) or 'none'}") from None
 
 
 def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
@@ -83,13 +106,12 @@ def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
         options: the reward's own.
 
     Raises:
-        ValueError: an unknown reward.
+        ValueError: an unknown reward, or options that it does not take.
         RewardError: packages that are not installed, with the command that installs them.
     """
-    check(name)
-    if name.startswith(REMOTE):
-        from .client import RemoteReward
-
-        return RemoteReward(name, **options)
-    kind = find(name)
-    return kind(**({"device": device} if kind.uses_device else {}), **options)
+    check(name, **options)
+    kind = _kind(name)
+    try:
+        return kind(**_arguments(name, kind, device, options))
+    except TypeError as error:
+        raise ValueError(f"reward {name}: {error}, with the options {options or 'left out'}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,8 @@ from .base import Metadata, Reward, Scored, score, validate
 
 MAX_BYTES, MAX_WAITING, MAX_PICTURES = 64 * 2**20, 16, 1024
 _READ_TIMEOUT = 60.0
+# Texts of a request: so much in any case, and so much more for each of the most pictures.
+_HEADER, _HEADER_EACH = 2**16, 2**12
 
 
 @dataclass
@@ -30,6 +32,7 @@ class _Job:
     prompts: list[str]
     metadata: Metadata
     answer: asyncio.Future[Scored]
+    gone: Callable[[], Awaitable[bool]]
 
 
 def _together(jobs: list[_Job]) -> tuple[Tensor, list[str], Metadata]:
@@ -48,9 +51,12 @@ class Batcher:
         self.waiting: list[_Job] = []
         self.arrived = asyncio.Event()
 
-    async def score(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        """Scores of one batch; raises what the reward raises on it."""
-        job = _Job(pictures, prompts, metadata, asyncio.get_running_loop().create_future())
+    async def score(
+        self, pictures: Tensor, prompts: list[str], metadata: Metadata, gone: Callable[[], Awaitable[bool]]
+    ) -> Scored:
+        """Scores of one batch; raises what the reward raises on it, and ``ConnectionError`` if nobody waits for them
+        any more when its turn comes."""
+        job = _Job(pictures, prompts, metadata, asyncio.get_running_loop().create_future(), gone)
         self.waiting.append(job)
         self.arrived.set()
         return await job.answer
@@ -70,7 +76,14 @@ class Batcher:
             await self.arrived.wait()
             self.arrived.clear()
             while self.waiting:
-                await self._answer(self._next())
+                here = []
+                for job in self._next():
+                    if await job.gone():
+                        job.answer.set_exception(ConnectionError("the sender has gone"))
+                    else:
+                        here.append(job)
+                if here:
+                    await self._answer(here)
 
     async def _answer(self, jobs: list[_Job]) -> None:
         try:
@@ -172,15 +185,16 @@ def build_app(
             raise HTTPException(503, f"{inside} requests are waiting; come back", {"Retry-After": "1"})
         inside += 1
         try:
-            body = await asyncio.wait_for(_read(request, max_bytes), _READ_TIMEOUT)
-            batch = wire.unpack(body)
+            try:
+                body = await asyncio.wait_for(_read(request, max_bytes), _READ_TIMEOUT)
+            except asyncio.TimeoutError:
+                raise HTTPException(408, f"body: not received within {_READ_TIMEOUT} seconds") from None
+            batch = wire.unpack(body, _HEADER + _HEADER_EACH * max_pictures)
             if len(batch[1]) > max_pictures:
                 raise HTTPException(413, f"pictures: got {len(batch[1])}, accepted are at most {max_pictures}")
             validate(rewards[name], *batch)
             del body
-            return wire.to_json(await batchers[name].score(*batch))
-        except asyncio.TimeoutError:
-            raise HTTPException(408, f"body: not received within {_READ_TIMEOUT} seconds") from None
+            return wire.to_json(await batchers[name].score(*batch, request.is_disconnected))
         except (ValueError, TypeError) as error:
             raise HTTPException(422, str(error)) from None
         except HTTPException:

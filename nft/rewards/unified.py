@@ -21,15 +21,21 @@ QUESTION = (
     "attributes and relations agree with the caption, and the picture's quality in clarity, detail, colour and overall "
     "appeal. Answer with a number from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]"
 )
-_SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)")
+_SCORE = re.compile(r"Final Score:\s*\**\s*([-+]?\d+(?:\.\d+)?)")
 _SIDE = 512
 _FIRST_PAUSE = 0.5
 
 
-class UnifiedReward(Reward):
-    """The number after ``Final Score:`` in the model's answer / 5; an answer without one scores 0.
+def _number(answer: Any) -> float | None:
+    """The score in an answer; a model that refuses may give no text at all."""
+    found = _SCORE.search(answer) if isinstance(answer, str) else None
+    return float(found[1]) if found and 1 <= float(found[1]) <= 5 else None
 
-    The detail ``answered`` is 1 where there was a number. Pictures are sent as PNG, 512 x 512.
+
+class UnifiedReward(Reward):
+    """The number after ``Final Score:`` in the model's answer / 5; an answer without one from 1 to 5 scores 0.
+
+    The detail ``answered`` is 1 where there was such a number. Pictures are sent as PNG, 512 x 512.
     """
 
     range = (0.0, 1.0)
@@ -67,7 +73,7 @@ class UnifiedReward(Reward):
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"})
         self.pool = ThreadPoolExecutor(concurrency)
 
-    def _ask(self, picture: Tensor, prompt: str) -> str:
+    def _ask(self, picture: Tensor, prompt: str) -> Any:
         buffer = io.BytesIO()
         Image.fromarray(picture.numpy()).resize((_SIDE, _SIDE)).save(buffer, format="PNG")
         image = {"url": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
@@ -96,7 +102,6 @@ class UnifiedReward(Reward):
         raise RewardError(f"unifiedreward: {self.url} gave no answer ({problem})")
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        answers = list(self.pool.map(self._ask, pictures.cpu(), prompts))
-        found = [_SCORE.search(answer) for answer in answers]
-        scores = [float(match[1]) / 5 if match else 0.0 for match in found]
-        return Scored(torch.tensor(scores), {"answered": torch.tensor([float(match is not None) for match in found])})
+        numbers = [_number(answer) for answer in self.pool.map(self._ask, pictures.cpu(), prompts)]
+        scores = torch.tensor([(number or 0.0) / 5 for number in numbers])
+        return Scored(scores, {"answered": torch.tensor([float(number is not None) for number in numbers])})

@@ -21,16 +21,20 @@ def pack(pictures: Tensor, prompts: list[str], metadata: Metadata) -> bytes:
     return safetensors.torch.save({"pictures": pictures.cpu().contiguous()}, texts)
 
 
-def unpack(body: bytes) -> tuple[Tensor, list[str], Metadata]:
-    """What ``pack`` made.
+def unpack(body: bytes, max_header: int) -> tuple[Tensor, list[str], Metadata]:
+    """What ``pack`` made, with at most ``max_header`` bytes of texts: parsed, they may take many times as much.
 
     Raises:
         ValueError: anything else.
     """
+    # The first eight bytes of a safetensors file are the length of its header.
+    length = int.from_bytes(body[:8], "little")
+    if max_header < length <= len(body):
+        raise ValueError(f"header: got {length} bytes of texts, accepted are at most {max_header}")
     try:
         pictures = safetensors.torch.load(body)["pictures"]
-        # The file was found valid: its header is JSON, its length in the first eight bytes.
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]
+        # The file was found valid: its header is JSON.
+        header = json.loads(body[8 : 8 + length])["__metadata__"]
         prompts, metadata = json.loads(header["prompts"]), json.loads(header["metadata"])
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"body: got {type(error).__name__}, accepted is a batch made by nft.rewards.wire") from None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
+from distributed_worker import by_fork
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
 from nft.cli import app
 from nft.config import load_config
+from nft.distributed import Processes
 from nft.evaluate import SUITES, Evaluation, comparison, summary
 from nft.evaluate_cli import _print
 from nft.policy import Policy
@@ -126,6 +129,78 @@ def test_an_interrupted_evaluation_goes_on(base, pipeline):
     assert after["JPEG kB"]["mean"] == pytest.approx(json.loads(before)["JPEG kB"]["mean"], rel=0.01)
 
 
+def test_other_settings_are_not_mixed(base, pipeline):
+    """Neither pictures of another resolution nor scores by other options stand in for those that are asked for."""
+    folder, _ = base
+    before = (folder / "results.json").read_text()
+    for more, message in (
+        (["--override", "resolution=32"], "resolution is None there and 32 here"),
+        (["--override", "dtype=bfloat16"], "dtype is 'float32' there and 'bfloat16' here"),
+        (["--set", "jpeg.quality=10"], "quality is 'not set' there and 10 here"),
+    ):
+        result = evaluate(folder, pipeline, *more)
+        assert result.exit_code == 2 and message in result.output, result.output
+    scores = folder / "scores" / "shapes_jpeg.jsonl"
+    whole = scores.read_text()
+    scores.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert evaluate(folder, pipeline, "--set", "jpeg.quality=10").exit_code == 2
+    scores.write_text(whole)
+    assert (folder / "results.json").read_text() == before
+
+
+def test_two_processes_draw_and_score_as_one(base, pipeline, tmp_path):
+    """Batches of 5 of 12 pictures: two processes draw 5 and 1 each."""
+    folder, _ = base
+
+    def work():
+        result = evaluate(tmp_path / "two", pipeline, "--override", "rollout_batch=5")
+        assert result.exit_code == 0, result.output
+        shown = "pictures, scores and results" in result.output
+        assert shown == (os.environ["RANK"] == "0"), result.output
+
+    by_fork(2, work)
+    names = sorted(path.name for path in (folder / "pictures" / "shapes").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two" / "pictures" / "shapes").iterdir()) == names
+    for name in names:
+        one, two = (np.asarray(Image.open(f / "pictures" / "shapes" / name)) for f in (folder, tmp_path / "two"))
+        # The last bit of a matrix product depends on the batch.
+        assert np.abs(one.astype(int) - two).max() <= 1
+    for reward in ("shapes", "jpeg"):
+        lines = (tmp_path / "two" / "scores" / f"shapes_{reward}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["picture"] for line in lines] == names
+    one, two = (json.loads((f / "results.json").read_text()) for f in (folder, tmp_path / "two"))
+    assert two["JPEG kB"]["mean"] == pytest.approx(one["JPEG kB"]["mean"], rel=0.01)
+    assert not [path for path in (tmp_path / "two").rglob("*") if path.suffix == ".tmp"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_picture_is_drawn_by_one_process(count, tmp_path):
+    """Seven pictures in batches of two; each process takes part in as many rounds as the others."""
+
+    def work():
+        evaluation = Evaluation("shapes", tmp_path / "e", subject="s", limit=2)
+        evaluation.entries["shapes"] = evaluation.entries["shapes"][:7]
+        seen = []
+
+        def draw(texts, seeds):
+            seen.append(seeds)
+            return torch.tensor(seeds, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3).contiguous()
+
+        processes = Processes("cpu")
+        evaluation.draw(draw, 2, processes=processes)
+        (tmp_path / f"seen{processes.rank}").write_text(json.dumps(seen))
+        assert not evaluation.missing()
+
+    by_fork(count, work)
+    seen = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in range(count)]
+    assert len({len(batches) for batches in seen}) == 1
+    pictures = sorted((tmp_path / "e" / "pictures" / "shapes").iterdir())
+    assert [np.asarray(Image.open(path)).flat[0] for path in pictures] == list(range(7))
+    drawn = [seed for batches in seen for batch in batches for seed in batch]
+    # One that has no picture left draws the first again, and drops it.
+    assert sorted(drawn) == [0] * (len(drawn) - 7) + list(range(7))
+
+
 def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_path):
     folder, _ = base
     result = evaluate(tmp_path / "tuned", pipeline, "--checkpoint", str(tuned), "--baseline", str(folder))
@@ -145,9 +220,27 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
         (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
         (["--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE"),
+        (["--set", "jpeg.quality=[1"], "--set: got 'jpeg.quality=[1', accepted is a VALUE in YAML"),
+        (["--set", "jpeg.reward=jpg"], "reward: got 'jpg', did you mean jpeg?"),
+        (["--set", "jpeg.quality=0"], "quality: got 0, accepted is 1 to 100"),
+        (["--set", "jpeg.quality=high"], "reward jpeg: "),
+        (
+            ["--set", "jpeg.qualitty=3"],
+            "reward jpeg: got an unexpected keyword argument 'qualitty'",
+        ),
+        (
+            ["--suite", "paper", "--prompts", "drawbench=unquoted.txt", "--set", "clipscore.reward=shapes"],
+            "prompts: drawbench: metadata: entry 0 lacks include, which ShapesReward needs",
+        ),
+        (["--suite", "paper", "--prompts", "ocr=unquoted.txt"], "'a sign': prompts: got 'a sign', accepted for OCR"),
+        (["--suite", "paper", "--prompts", "geneval=nothing.jsonl"], "line 1: accepted is an object with at least one"),
     ],
 )
-def test_bad_input_is_named(arguments, message, tmp_path):
+def test_bad_input_is_named_before_anything_is_drawn(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nft.evaluate_cli._draw", None)
+    (tmp_path / "unquoted.txt").write_text('a sign "Open"\na sign\n')
+    (tmp_path / "nothing.jsonl").write_text('{"tag": "colors", "prompt": "a red bus"}\n')
     result = run(app, ["eval", "--output", str(tmp_path / "e"), *arguments], env={"COLUMNS": "200"})
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 

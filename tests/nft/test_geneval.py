@@ -24,7 +24,7 @@ from transformers import (
 from nft.data.geneval import CLASSES, COLORS, COUNTS, GROUPS, generate
 from nft.rewards.base import score
 from nft.rewards.detector import GenEvalReward
-from nft.rewards.geneval import Detection, benchmark, directions, judge
+from nft.rewards.geneval import Detection, benchmark, counted, directions, judge
 
 
 def test_prompts_fit_their_metadata_and_seed():
@@ -175,6 +175,28 @@ def test_a_crop_is_masked_to_grey(reward, monkeypatch):
 def test_missing_weights_are_named():
     with pytest.raises(FileNotFoundError, match="hf download /nowhere"):
         GenEvalReward("/nowhere")
+
+
+def test_equal_confidences_are_taken_from_the_last(reward):
+    """The benchmark sorts ascending and reverses: with the count of one and a tie, the last one's colour decides."""
+    rng = random.Random(0)
+    for _ in range(500):
+        values = [rng.choice([0.2, 0.3, 0.31, 0.5, 0.9, 0.95]) for _ in range(rng.randrange(30))]
+        order = np.argsort(values, kind="stable")[::-1]
+        for tag, threshold in (("counting", 0.9), ("colors", 0.3)):
+            assert counted(values, tag) == [i for i in order if values[i] > threshold][:16]
+    result = segments(("dog", 0.5, 0, 0, 9, 9), ("dog", 0.8, 1, 1, 9, 9), ("dog", 0.8, 2, 2, 9, 9))
+    found = reward._read(np.zeros((40, 40, 3), np.uint8), result, entry("colors", {"class": "dog"}))
+    assert [d.box[0] for d in found] == [2, 1, 0]
+    # The rule takes them in that order.
+    red, blue = (Detection("dog", d.box, d.confidence, c) for d, c in zip(found[:2], ("red", "blue"), strict=True))
+    assert benchmark([red, blue], {"include": [{"class": "dog", "count": 1, "color": "red"}]})
+
+
+def test_an_empty_mask_is_no_object(reward):
+    many = segments(*[("dog", 0.5, 0, 0, 0, 0)] * 20, ("dog", 0.4, 1, 2, 3, 4))
+    (found,) = reward._read(np.zeros((40, 40, 3), np.uint8), many, entry("colors", {"class": "dog"}))
+    assert found.box == (1, 2, 3, 4)
 
 
 # --- the rule, written out here from its description ---

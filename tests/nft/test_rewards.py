@@ -124,6 +124,67 @@ def test_own_reward_by_entry_point(own_module, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("Own = torch", "'broken_reward:Own', but broken_reward fails: NameError: name 'torch' is not defined"),
+        ("import torch; torch.nothing", "broken_reward fails: AttributeError: .*torch.*nothing"),
+        ("import no_such_package", "broken_reward fails: ModuleNotFoundError: .*no_such_package"),
+        ("class Own: pass", "'broken_reward:Own', accepted is a subclass of nft.rewards.base.Reward"),
+        ("Own = 3", "'broken_reward:Own', accepted is a subclass of nft.rewards.base.Reward"),
+    ],
+)
+def test_a_broken_reward_is_named_with_its_own_error(code, message, tmp_path, monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    (tmp_path / "broken_reward.py").write_text(code)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "broken_reward", raising=False)
+    with pytest.raises(ValueError, match=message):
+        registry.load("broken_reward:Own")
+    points = [EntryPoint("mine", "broken_reward:Own", registry.ENTRY_POINTS)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.delitem(sys.modules, "broken_reward", raising=False)
+    listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "240"})
+    assert listing.exit_code == 0 and all(name in listing.output for name in registry.BUNDLED)
+    (row,) = [line for line in listing.output.splitlines() if "mine" in line]
+    assert "broken: " in row
+    monkeypatch.delitem(sys.modules, "broken_reward", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qualitty": 3}, "reward jpeg: got an unexpected keyword argument 'qualitty'; accepted are quality"),
+        ({"quality": "high"}, "reward jpeg: .*with the options {'quality': 'high'}"),
+        ({"quality": 0}, "quality: got 0"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        registry.load("jpeg", **options)
+
+
+def test_a_reward_that_takes_no_options_says_so():
+    with pytest.raises(ValueError, match=r"reward shapes: .* argument 'scale'; accepted are none"):
+        registry.check("shapes", scale=1)
+
+
+def test_scores_that_are_no_tensor_are_named():
+    class Plain(Reward):
+        def __call__(self, pictures, prompts, metadata):
+            return [0.0] * len(pictures)
+
+    with pytest.raises(RewardError, match="Plain: score is a list, not a tensor"):
+        score(Plain(), noise(), PROMPTS, [{}] * 3)
+
+
+def test_a_folder_that_cannot_be_loaded_says_why(tmp_path):
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=f"'{tmp_path}' cannot be loaded: .*config.json"):
+        CLIPScore(str(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("orc", "got 'orc', did you mean ocr?"),
@@ -157,6 +218,22 @@ def test_missing_weights_are_listed(monkeypatch, tmp_path):
     listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "240"}).output
     assert "weights missing: hf download yuvalkirstain/PickScore_v1" in listing
     assert "hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K" in listing and "hf download xswu/HPSv2" not in listing
+
+
+def test_a_missing_head_is_listed(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, file: "here")
+    monkeypatch.chdir(tmp_path)
+
+    def row():
+        listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "300"}).output
+        return next(line for line in listing.splitlines() if "aesthetic" in line)
+
+    head = "sac+logos+ava1-l14-linearMSE.pth"
+    assert f"{head} missing: https://github.com/christophschuhmann/improved-aesthetic-predictor" in row()
+    (tmp_path / head).touch()
+    assert "missing" not in row() and "installed" in row()
 
 
 # --- JPEG ---
@@ -510,6 +587,28 @@ def test_unifiedreward_sends_picture_and_prompt_and_reads_the_score(chat, monkey
     prefix, _, data = body["messages"][0]["content"][0]["image_url"]["url"].partition(",")
     assert prefix == "data:image/png;base64"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Final Score: 5", 1.0),
+        ("Final Score: **4.25**", 0.85),
+        ("Final Score: 3.", 0.6),
+        ("Final Score: 5.5", None),
+        ("Final Score: 10", None),
+        ("Final Score: 0", None),
+        ("Final Score: -3", None),
+        ("Final Score: none", None),
+        (None, None),
+        ([{"type": "text", "text": "Final Score: 4"}], None),
+    ],
+)
+def test_unifiedreward_takes_whole_numbers_from_1_to_5(chat, text, expected):
+    chat["replies"] = [(200, text)]
+    scored = score(unified(chat), noise(1), ["p"], [{}])
+    assert scored.score.tolist() == pytest.approx([expected or 0.0])
+    assert scored.details["answered"].tolist() == [float(expected is not None)]
 
 
 def test_unifiedreward_tries_again_and_then_names_the_server(chat, monkeypatch):

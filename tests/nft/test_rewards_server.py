@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,13 +19,15 @@ pytest.importorskip("fastapi", reason='pip install "diffusion-nft[server]"')
 pytest.importorskip("uvicorn", reason='pip install "diffusion-nft[server]"')
 
 import httpx
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from nft.cli import app
 from nft.rewards import wire
-from nft.rewards.base import RewardError, score
+from nft.rewards.base import Reward, RewardError, score
 from nft.rewards.client import RemoteReward
 from nft.rewards.pool import RewardSpec, Scorer
+from nft.rewards.server import build_app
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a secret of the tests"
@@ -237,16 +240,144 @@ def test_one_senders_bad_batch_is_not_the_others_fault(server):
             assert statuses == [200, 500, 200, 200]
 
 
+def raw(server, body):
+    """A connection that has sent everything but the body, and the body."""
+    sock = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60)
+    head = ("POST /score/Number HTTP/1.1", "Host: a", f"Authorization: Bearer {TOKEN}", f"Content-Length: {len(body)}")
+    return sock, "\r\n".join([*head, "", ""]).encode() + body
+
+
 def test_memory_stays_bounded(server):
-    """200 requests of almost 1 MiB, 16 at a time: the peak grows by what 4 places may hold, not by 200 MiB."""
-    body = batch([1], side=590)
+    """100 requests of almost 1 MiB at once: the peak grows by what 4 places may hold, not by 100 MiB and more."""
+    pictures, entries = numbered([1], side=590, seconds=0.3)
+    body = wire.pack(pictures, ["p"], entries)
     assert 1_000_000 < len(body) < 2**20
     post(server, body)
     before = server.peak_bytes()
-    remote = RemoteReward(f"{server.url}/Number")
-    with ThreadPoolExecutor(16) as threads:
-        list(threads.map(lambda _: remote._request("POST", "/score/Number", body), range(200)))
+
+    def send(_):
+        sock, request = raw(server, body)
+        with sock:
+            sock.sendall(request)
+            return sock.recv(12)[-3:]
+
+    with ThreadPoolExecutor(100) as threads:
+        statuses = list(threads.map(send, range(100)))
     assert server.peak_bytes() - before < 40 * 2**20
+    assert set(statuses) == {b"200", b"503"}
+
+
+def test_texts_that_outgrow_their_pictures_are_not_read(server):
+    """64 pictures may come with 64 KiB + 64 x 4 KiB of texts."""
+    pictures = torch.zeros(1, 4, 4, 3, dtype=torch.uint8)
+    for length, status in ((300_000, 200), (330_000, 422)):
+        answer = post(server, wire.pack(pictures, ["p" * length], [{"n": 0}]))
+        assert answer.status_code == status
+    assert "header: got" in answer.text and "accepted are at most 327680" in answer.text
+
+
+def test_what_nobody_waits_for_is_not_scored(probes, tmp_path):
+    log = tmp_path / "log"
+    running = Server(probes, free_port(), "probes:Number", "--set", f"probes:Number.log={log}").wait()
+
+    def until(count):
+        for _ in range(200):
+            if httpx.get(f"{running.url}/health").json()["waiting"] == count:
+                return
+            time.sleep(0.01)
+        raise TimeoutError(count)
+
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            pictures, entries = numbered([1], seconds=1.5)
+            first = threads.submit(post, running, wire.pack(pictures, ["p"], entries))
+            until(1)
+            sock, request = raw(running, batch([2, 3]))
+            sock.sendall(request)
+            until(2)
+            sock.close()
+            third = threads.submit(post, running, batch([4, 5, 6]))
+            assert first.result().json()["score"] == [1] and third.result().json()["score"] == [4, 5, 6]
+        assert log.read_text().split() == ["1", "3"]
+    finally:
+        running.kill()
+
+
+def test_a_reward_that_runs_into_a_timeout_of_its_own_failed():
+    class Late(Reward):
+        def __call__(self, pictures, prompts, metadata):
+            raise TimeoutError("the judge is asleep")
+
+    with TestClient(build_app({"Late": Late()}, TOKEN)) as client:
+        shown = {"Authorization": f"Bearer {TOKEN}"}
+        answer = client.post("/score/Late", content=batch([1]), headers=shown)
+    assert answer.status_code == 500 and "Late: TimeoutError: the judge is asleep" in answer.text
+
+
+# --- how long a server is waited for ---
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A server by a list of seconds and answers, the last of which stays, on a clock of its own."""
+    state = {"now": 1000.0, "replies": [], "asked": 0}
+    clock = SimpleNamespace(
+        monotonic=lambda: state["now"], sleep=lambda seconds: state.update(now=state["now"] + seconds)
+    )
+    monkeypatch.setattr("nft.rewards.client.time", clock)
+    scores = httpx.Response(200, json={"score": [1.0], "details": {}})
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"r": {"range": ["0", "9"], "needs": [], "batch": 4}})
+        state["asked"] += 1
+        seconds, reply = state["replies"].pop(0) if state["replies"] else (0.01, scores)
+        clock.sleep(seconds)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    client = httpx.Client
+    monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=httpx.MockTransport(answer), **options))
+    state["remote"] = RemoteReward("http://server:1/r", timeout=300, patience=60)
+
+    def ask():
+        pictures, entries = numbered([1])
+        return score(state["remote"], pictures, ["p"], entries).score.tolist()
+
+    state["ask"] = ask
+    return state
+
+
+def test_a_server_that_dies_late_is_asked_again(stand_in):
+    """Patience begins with the first failure, not with the request."""
+    stand_in["replies"] = [(100, httpx.ReadError("reset")), (1, httpx.ConnectError("refused"))]
+    assert stand_in["ask"]() == [1] and stand_in["asked"] == 3
+    begin = stand_in["now"]
+    stand_in["replies"] = [(100, httpx.ReadError("reset")), *[(0, httpx.ConnectError("refused"))] * 100]
+    with pytest.raises(RewardError, match="no answer in 60 s"):
+        stand_in["ask"]()
+    assert 100 + 50 < stand_in["now"] - begin <= 100 + 60
+    # A machine that is not there is found out sooner than one that takes long to score.
+    assert stand_in["remote"].client.timeout.connect <= 10 and stand_in["remote"].client.timeout.read == 300
+
+
+def test_a_full_server_is_waited_for_longer_than_a_failing_one(stand_in):
+    full = httpx.Response(503, headers={"Retry-After": "1"}, text="come back")
+    stand_in["replies"] = [(1, full)] * 40
+    begin = stand_in["now"]
+    assert stand_in["ask"]() == [1] and stand_in["now"] - begin > 120
+    # A failure before does not count once the server has answered.
+    stand_in["replies"] = [(1, httpx.ReadError("reset")), *[(1, full)] * 30, (1, httpx.ReadError("reset"))]
+    assert stand_in["ask"]() == [1]
+    begin, stand_in["replies"] = stand_in["now"], [(1, full)] * 1000
+    with pytest.raises(RewardError, match=r"no answer in 300 s .*come back"):
+        stand_in["ask"]()
+    assert 290 < stand_in["now"] - begin <= 301
+    begin, stand_in["replies"] = stand_in["now"], [(1, httpx.Response(503, text="down"))] * 1000
+    with pytest.raises(RewardError, match=r"no answer in 60 s .*down"):
+        stand_in["ask"]()
+    assert stand_in["now"] - begin <= 62
 
 
 # --- killed half-way ---
@@ -368,6 +499,32 @@ def test_submit_waits_while_too_much_is_pending(process):
     assert scores_of(process) == [9]
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pictures": torch.zeros(2, 8, 8, 3)}, TypeError, "pictures: got torch.float32"),
+        ({"pictures": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, ValueError, "pictures: got shape"),
+        ({"entries": [{"prompt": "p", "n": 0}]}, ValueError, "prompts: got 1, accepted is one per picture, 2"),
+        ({"entries": [{"prompt": "p", "n": 0}, {"n": 0}]}, ValueError, "entries: entry 1 lacks prompt"),
+        ({"entries": [{"prompt": "p", "n": 0}, {"prompt": "p"}]}, ValueError, "entry 1 lacks n, which Number needs"),
+    ],
+)
+def test_a_batch_that_cannot_be_scored_is_refused_at_once(process, change, error, message):
+    pictures, entries = numbered([0, 0])
+    with pytest.raises(error, match=message):
+        process.submit(**{"pictures": pictures, "entries": entries} | change)
+    with pytest.raises(ValueError, match="nothing was submitted"):
+        process.gather()
+
+
+def test_a_batch_is_held_against_what_the_server_says_it_needs(server):
+    with Scorer({"r": RewardSpec(f"{server.url}/Number")}) as scorer:
+        with pytest.raises(ValueError, match="entry 0 lacks n, which Number needs"):
+            scorer.submit(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [{"prompt": "p"}])
+        scorer.submit(*numbered([4]))
+        assert scores_of(scorer) == [4]
+
+
 def test_what_cannot_be_loaded_is_named_at_once():
     with pytest.raises(ValueError, match="did you mean ocr"):
         Scorer({"r": RewardSpec("orc")})
@@ -384,10 +541,16 @@ def test_what_cannot_be_loaded_is_named_at_once():
         (["jpeg", "--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE with a NAME of jpeg"),
         (["jpeg", "--set", "jpeg.quality=0"], "quality: got 0"),
         (["jpeg", "jpeg"], "accepted are different ones"),
+        (["jpeg", "--set", "jpeg.qualitty=3"], "reward jpeg: got an unexpected keyword argument 'qualitty'"),
         (["jpeg", "--token-file", "/nowhere"], "/nowhere"),
+        (["jpeg", "--token-file", "empty"], "token-file: empty is empty"),
+        (["jpeg", "--port", "0"], "Invalid value for '--port'"),
     ],
 )
-def test_bad_input_to_the_command_is_named(arguments, message):
+def test_bad_input_to_the_command_is_named(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("\n")
+    monkeypatch.setattr("uvicorn.run", lambda *arguments, **options: None)
     result = CliRunner().invoke(app, ["reward-server", *arguments], env={"COLUMNS": "300"})
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 

@@ -1,15 +1,20 @@
 """Prompt sets, GenEval's own file, and the task that scores with any rewards."""
 
 import json
+import threading
 
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
+from nft.config import load_config
 from nft.data import geneval, prompts
+from nft.evaluate import SUITES
+from nft.rewards.detector import GenEvalReward
+from nft.rewards.geneval import Verdict
 from nft.rewards.pool import RewardSpec
-from nft.tasks import GenEval, Rewards, Shapes
+from nft.tasks import Rewards, Shapes, build
 
 ENTRY = {
     "tag": "position",
@@ -39,6 +44,7 @@ def test_the_benchmarks_file_is_read(tmp_path):
         (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: got position .* of an earlier object"),
         (json.dumps(ENTRY | {"include": [{"class": "cat", "count": 1, "color": "teal"}]}), "line 2: got color 'teal'"),
         (json.dumps(ENTRY | {"include": [7]}), "line 2: "),
+        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "line 2: .*at least one object to include"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
@@ -77,6 +83,24 @@ def test_held_out_prompts_are_not_trained_on(source):
     assert [e["tag"] for e in few] == [tag for tag in dict.fromkeys(e["tag"] for e in held) for _ in range(2)]
 
 
+def test_what_is_evaluated_on_is_not_trained_on():
+    """The suite's prompts, and of GenEval those that name the same objects the other way round."""
+    tested = {entry["prompt"] for entry in SUITES["paper"].prompts["ocr"]()}
+    assert not tested & {e["prompt"] for group in prompts.train("ocr", []) for e in group}
+
+    def asked(entry):
+        """'a cat and a dog' asks for what 'a dog and a cat' does."""
+        return entry["tag"], frozenset(entry["prompt"].removeprefix("a photo of ").split(" and "))
+
+    tested = {asked(e) for e in SUITES["paper"].prompts["geneval"]()} | {asked(e) for e in prompts.held_out("geneval")}
+    groups = {group[0]["tag"]: group for group in prompts.train("geneval", prompts.held_out("geneval"))}
+    assert list(groups) == list(geneval.GROUPS)
+    # There are no other single objects than those 80.
+    assert len(groups.pop("single_object")) == 80
+    assert not tested & {asked(e) for group in groups.values() for e in group}
+    assert all(len(group) > 50 for group in groups.values())
+
+
 def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
     (tmp_path / "a.txt").write_text("a cat\n")
     (tmp_path / "b.txt").write_text("a cat\na dog\n")
@@ -88,13 +112,36 @@ def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
         Rewards(torch.device("cpu"), {"jpeg": RewardSpec("jpeg")}, train=a)
 
 
+def test_geneval_is_scored_beside_the_sampling(monkeypatch):
+    """The partial credit is trained on and the strict score reported; a batch is handed over before it is scored."""
+    going = threading.Event()
+
+    def verdicts(self, pictures, entries):
+        assert going.wait(10)
+        return [Verdict(1.0, float(i % 2), 0.5 - i, ()) for i in range(len(entries))]
+
+    monkeypatch.setattr(GenEvalReward, "__init__", lambda self, *, device: None)
+    monkeypatch.setattr(GenEvalReward, "verdicts", verdicts)
+    task = build(load_config("sd35_geneval", ["device=cpu"]), torch.device("cpu"))
+    try:
+        pictures = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+        task.submit(pictures, task.held_out_prompts(1)[:3])
+        going.set()
+        assert task.gather().tolist() == [[0.5, 0.0], [-0.5, 1.0], [-1.5, 0.0]]
+        assert task.weights == {"geneval": 1.0}
+    finally:
+        going.set()
+        task.close()
+
+
 def test_geneval_keeps_its_prompts(monkeypatch):
-    monkeypatch.setattr("nft.tasks.GenEvalReward", lambda device: None)
-    task = GenEval(torch.device("cpu"))
+    monkeypatch.setattr(GenEvalReward, "__init__", lambda self, *, device: None)
+    task = build(load_config("sd35_geneval", ["device=cpu"]), torch.device("cpu"))
     held = task.held_out_prompts(40)
     assert {e["tag"] for e in held} == set(geneval.GROUPS) - {"single_object"} and len(held) == 200
     groups = task.train_prompts()
     assert [group[0]["tag"] for group in groups] == list(geneval.GROUPS) and len(groups[0]) == 80
+    task.close()
 
 
 def test_a_task_of_several_rewards():
