@@ -22,8 +22,8 @@ class SolverStep(NamedTuple):
     x: Tensor
     """x' of x's shape and dtype."""
     history: tuple[Tensor, ...]
-    """What the next call takes as ``history``, newest first; as short as the rows to come allow. It may hold v itself: a
-    model that writes every velocity over the last one, as a captured CUDA graph does, needs a copy."""
+    """What the next call takes as ``history``, newest first; as short as the rows to come allow. It may hold v itself:
+    of a model that writes each velocity over the last one, as a captured CUDA graph does, give copies."""
     x0: Tensor | None
     """x - t v, of x's dtype, if asked for."""
     log_prob: Tensor | None
