@@ -94,8 +94,9 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path):
     nvcc.chmod(0o755)
     unset = {"NFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "NFT_KERNELS_CUDA", "NFT_KERNELS_CPU"}
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    # A compiler that fails at once: the commands are all that is looked at.
-    environment |= {"NVCC": str(nvcc), "CXX": shutil.which("false") or "false"}
+    # Compilers that fail at once, as the commands are all that is looked at, and what a build would bring along.
+    (tmp_path / "pybind11.py").write_text("def get_include():\n    return ''\n")
+    environment |= {"NVCC": str(nvcc), "CXX": shutil.which("false") or "false", "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path / 'temp'}", f"--build-lib={tmp_path}"]
     done = subprocess.run(command, cwd=CSRC.parent, env=environment, capture_output=True, text=True)
     assert f"{nvcc} does not know 10.0, building without" in done.stderr

@@ -78,6 +78,8 @@ def by_fork(count, work, seconds=300):
             os.environ.update({k: str(v) for k, v in numbers.items()})
             os.environ.update(LOCAL, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             PartialState._reset_state()
+            # The parent's threads are not in a fork, which would wait for them for ever.
+            torch.set_num_threads(1)
             try:
                 work()
             except BaseException:
