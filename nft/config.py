@@ -320,19 +320,16 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(known)}"
             raise ValueError(f"rewards.{name}.{key}: unknown key, {hint}")
-    for key, kind in (("reward", str), ("device", str | None), ("workers", int), ("options", dict)):
-        value = settings.get(key)
-        if key in settings and (isinstance(value, bool) or not isinstance(value, kind)):
-            raise ValueError(f"rewards.{name}.{key}: got {value!r}, accepted is {getattr(kind, '__name__', kind)}")
-    if settings.get("device") is not None:
-        Config._known_device(settings["device"])
     weight = settings.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
         raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
     try:
-        return RewardSpec(**{"reward": name, **settings})
+        spec = RewardSpec(**{"reward": name, **settings})
+        if spec.device is not None:
+            Config._known_device(spec.device)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"rewards.{name}.{error}") from None
+    return spec
 
 
 _REWARDS_RULE = "the task rewards needs at least one, the others bring their own"

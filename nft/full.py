@@ -67,7 +67,7 @@ class FullPolicy(Policy):
         """Evaluate with these weights; there is nothing to merge."""
         self.use(adapter)
         try:
-            with self._rollouts(float8 or self._float8):
+            with self._rollouts(float8):
                 yield
         finally:
             self.use("default")

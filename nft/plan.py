@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nft_kernels.solvers import schedule, table
 
 from .config import Config, ConfigError
-from .models.base import JOINT_ATTENTION
+from .models.base import JOINT_ATTENTION, check_resolution
 from .objectives import OBJECTIVES
 from .policy import SHAPES_PIPELINE, old_policy_decay
 from .rollout import noisy, solver_options
@@ -140,7 +140,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
 
     Raises:
         ConfigError: a transformer whose settings cannot be read.
-        ValueError: no GPU, or no speed.
+        ValueError: no GPU, no speed, or a resolution that the transformer does not take.
     """
     if gpus < 1 or not tflops > 0:
         raise ValueError(f"gpus and tflops: got {gpus} and {tflops}, accepted are positive numbers")
@@ -164,9 +164,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         )
 
     unit = _VAE_FACTOR * shape.patch_size
-    largest = unit * shape.pos_embed_max_size
-    if c.resolution and (c.resolution % unit or c.resolution > largest):
-        raise ConfigError(f"resolution: got {c.resolution}, accepted are multiples of {unit} up to {largest}")
+    check_resolution(c.resolution, unit, unit * shape.pos_embed_max_size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.numel() for buffer in model.buffers())
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer_blocks]

@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import Config, usable_device
 from .distributed import several, shard
 from .models import MODELS, find
+from .models.base import check_resolution
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
 _KEPT_BYTES = 2**30
@@ -112,10 +113,7 @@ class Policy:
             )
             raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
         self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
-        unit, largest, resolution = self.model.unit, self.model.largest, config.resolution
-        if resolution and (resolution % unit or (largest and resolution > largest)):
-            limit = f" up to {largest}" if largest else ""
-            raise ValueError(f"resolution: got {resolution}, accepted are multiples of {unit}{limit}")
+        check_resolution(config.resolution, self.model.unit, self.model.largest)
         self.sharded = config.shard and several()
         self._waiting: list[UserCpuOffloadHook] = []
         for part in self.pipeline.components.values():
@@ -203,7 +201,7 @@ class Policy:
                 with torch.no_grad():
                     copy.copy_(weight.float() + layer.get_delta_weight(adapter))
                 layer.base_layer.weight.data = copy
-            with self._rollouts(float8 or self._float8):
+            with self._rollouts(float8):
                 yield
         finally:
             # The fused path may have moved them together.
@@ -217,7 +215,7 @@ class Policy:
         """Evaluate by what only rollouts may use: a compiled transformer, GELU in an epilogue, float8."""
         self._forward = self._rollout_forward
         try:
-            with self._fast_path.rollout(float8=float8) if self._fast_path else nullcontext():
+            with self._fast_path.rollout(float8=float8 or self._float8) if self._fast_path else nullcontext():
                 yield
         finally:
             self._forward = self.transformer

@@ -98,6 +98,17 @@ class Model(ABC):
         return vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
 
 
+def check_resolution(resolution: int | None, unit: int, largest: int | None) -> None:
+    """Compare a resolution, if one is set, with what it is a multiple of and the largest one there is, all in pixels.
+
+    Raises:
+        ValueError: one that does not fit.
+    """
+    if resolution and (resolution % unit or (largest and resolution > largest)):
+        limit = f" up to {largest}" if largest else ""
+        raise ValueError(f"resolution: got {resolution}, accepted are multiples of {unit}{limit}")
+
+
 def pack(x: Tensor) -> Tensor:
     """(B, C, H, W) as one token for every 2 x 2 patch: (B, H/2 W/2, 4 C), channels slowest."""
     return pixel_unshuffle(x, 2).flatten(2).mT

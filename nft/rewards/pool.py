@@ -42,6 +42,10 @@ class RewardSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for key, kind in (("reward", str), ("device", str | None), ("workers", int), ("options", dict)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ValueError(f"{key}: got {value!r}, accepted is {getattr(kind, '__name__', kind)}")
         if not math.isfinite(self.weight):
             raise ValueError(f"weight: got {self.weight}, accepted are finite numbers")
         if self.workers < 1:
