@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, add_noise, backends, nft_loss, solver_step
+from .backends import _memory
 from .reference import add_noise as noise_reference
 from .solvers import schedule, table
 
@@ -213,7 +214,8 @@ def copy_bandwidth(device: torch.device) -> float:
 def _time(
     calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float, *, cold: bool
 ) -> dict[str, list[float]]:
-    """Seconds of every call, interleaved for ``seconds`` in all, at least five times each."""
+    """Seconds of every call, interleaved for ``seconds`` in all, at least five times each. Before each of them the
+    caches are flushed, or else the same call is made once, so that they hold what it left and not what others did."""
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -223,6 +225,8 @@ def _time(
         for name, call in calls.items():
             if flush is not None:
                 flush.add_(1)
+            else:
+                call()
             if device.type == "cuda":
                 begin, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
@@ -250,6 +254,7 @@ def peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[fl
             torch.cuda.synchronize()
         kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return (torch.cuda.max_memory_allocated() - before) / 1e6, len(kernels)
+    _memory.release()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]

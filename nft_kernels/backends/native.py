@@ -14,6 +14,7 @@ from ..reference import compute_dtype
 from ..reference.nft_loss import PREDICTIONS, WEIGHTINGS, LossInputs, Options
 from ..reference.solver_step import Coefficients
 from ._layout import collapse
+from ._memory import empty_like
 
 # After torch, so that the module shares the OpenMP runtime torch has loaded.
 try:
@@ -102,7 +103,7 @@ def nft_loss(
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     batch, device = t.shape[0], x0.device
     loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
-    grad = torch.empty_like(v_theta, dtype=grad_dtype) if grad_dtype else None
+    grad = empty_like(v_theta, grad_dtype) if grad_dtype else None
     workspace = _workspace(device, batch)
     packed = segments is not None
     r_elements = None if r.ndim == 1 else r.expand(x0.shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, load
+from ..backends._memory import empty_like
 from ..reference import add_noise as reference
 from ..reference import compute_dtype
 from . import _validate
@@ -16,9 +17,7 @@ from . import _validate
 def _outputs(x0: Tensor, noise: Tensor | None, out_dtype: torch.dtype, keep_wide: bool) -> tuple[Tensor, Tensor]:
     """Room for x_t and for its copy in the dtype it is computed in; an empty tensor where that is not wanted."""
     dtype = compute_dtype(x0, noise)
-    return torch.empty_like(x0, dtype=out_dtype), (
-        torch.empty_like(x0, dtype=dtype) if keep_wide else x0.new_empty(0, dtype=dtype)
-    )
+    return empty_like(x0, out_dtype), empty_like(x0, dtype) if keep_wide else x0.new_empty(0, dtype=dtype)
 
 
 def _run(

@@ -61,11 +61,14 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(*args, details)
         ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(details)
+        ctx.set_materialize_grads(False)  # no zeros for the details
         return loss, details
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
         *saved, details = ctx.saved_tensors
         inputs = LossInputs(*saved)
         kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, load
+from ..backends._memory import empty_like
 from ..reference import add_noise as noise_reference
 from ..reference import solver_step as reference
 from ..solvers import SolverTable
@@ -34,7 +35,7 @@ def _outputs(x: Tensor, want_h: bool, want_x0: bool, want_square: bool) -> tuple
     """Room for x', h_0, x0 and mean z^2; an empty tensor stands for each that is not wanted."""
 
     def room(wanted: bool) -> Tensor:
-        return torch.empty_like(x) if wanted else x.new_empty(0)
+        return empty_like(x) if wanted else x.new_empty(0)
 
     return room(True), room(want_h), room(want_x0), x.new_empty(len(x) if want_square else 0, dtype=torch.float64)
 
