@@ -11,6 +11,7 @@ import csv
 import datetime
 import itertools
 import json
+import math
 import platform
 import statistics
 import sys
@@ -319,10 +320,19 @@ def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
 
 def compare(old: Path, new: Path, threshold: float) -> list[str]:
     """What grew: one line for each case and provider whose median is more than ``threshold`` times the old one, that is
-    missing, or whose numbers are wrong now."""
+    missing, or whose numbers are wrong now.
+
+    Raises:
+        ValueError: a file without results.
+    """
 
     def rows(path: Path) -> dict[str, dict[str, Any]]:
-        found = json.loads(path.read_text())["results"]
+        try:
+            found = json.loads(path.read_text())["results"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--compare: got {path}, accepted is a file of --json ({error!r})") from error
+        if not found:
+            raise ValueError(f"--compare: got {path}, which has no results")
         return {" ".join(str(row[k]) for k in (*Case.__dataclass_fields__, "provider")): row for row in found}
 
     def said(before: float, after: dict[str, Any] | None) -> str | None:
@@ -376,32 +386,49 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"got {text}, accepted are finite numbers above 0")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message
+    return parse
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nft_kernels.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS)
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="by default all that run here")
     parser.add_argument("--modes", nargs="+", default=["both"], choices=MODES, help="of the loss")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"],
                         choices=["float32", "bfloat16", "float16"])  # fmt: skip
     parser.add_argument("--shapes", nargs="+", default=["sd35_512"], choices=list(SHAPES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[9])
+    parser.add_argument("--batches", nargs="+", type=_positive(int), default=[9])
     parser.add_argument("--caches", nargs="+", default=["warm"], choices=["warm", "cold"])
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
+    parser.add_argument("--seconds", type=_positive(float), default=4.0, help="for each case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; as many as there are by default")
+    parser.add_argument("--threads", type=_positive(int), help="of the CPU; as many as there are by default")
     for name in ("json", "csv", "plot"):
         parser.add_argument(f"--{name}", type=Path, help=f"file to write the results to as {name}")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of --json")
-    parser.add_argument("--threshold", type=float, default=1.1, help="of --compare")
+    parser.add_argument("--threshold", type=_positive(float), default=1.1, help="of --compare")
     options = parser.parse_args(arguments)
     if options.compare:
         old, new = options.compare
-        slower = compare(old, new, options.threshold)
+        try:
+            slower = compare(old, new, options.threshold)
+        except ValueError as error:
+            parser.error(str(error))
         print("\n".join(slower) or "nothing became slower")
         return 1 if slower else 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
+    device, wanted = torch.device(options.device), options.providers or PROVIDERS
+    absent = {"native", "triton"}.intersection(options.providers or ()) - set(_fused(device, wanted))
+    if absent:
+        parser.error(f"--providers: got {', '.join(sorted(absent))}, which cannot run on {device}")
     copy = copy_bandwidth(device)
     rows: list[dict[str, Any]] = []
     for op in options.ops:
@@ -412,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ):
             print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
             try:
-                found = measure(case, device, options.seconds, copy, options.providers)
+                found = measure(case, device, options.seconds, copy, wanted)
             except ValueError as error:
                 parser.error(str(error))
             rows += [asdict(case) | asdict(result) for result in found]

@@ -207,6 +207,14 @@ def _narrow(x: Tensor, wide: bool) -> Tensor:
     return x if x.is_floating_point() and (wide or x.dtype != torch.float64) else x.float()
 
 
+def _within_reach(segments: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Offsets that lead from 0 to ``length`` whatever they were, and whether they rose so before. A GPU is not asked:
+    there a loss of NaN has to tell, and nothing outside the tensors may be touched."""
+    right = (segments[0] == 0) & (segments[-1] == length) & (segments.diff() > 0).all()
+    inner = segments[1:-1].clamp(0, length).cummax(0).values
+    return torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), length)]), right
+
+
 def _largest(x: Tensor, lengths: Tensor | None, batch: int) -> Tensor:
     x = x.view(batch, -1).amax(1)
     return x if lengths is None else torch.segment_reduce(x, "max", lengths=lengths, unsafe=True)
@@ -278,7 +286,8 @@ def nft_loss(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named, with what is accepted. Ranges of tensors are
-            checked on the CPU only, as a GPU would have to synchronise.
+            checked on the CPU only, as a GPU would have to synchronise; there the loss is NaN for offsets that do not
+            rise from 0 to x0.shape[0].
         RuntimeError: an explicit backend that cannot run.
     """
     _validate.latents("x0", x0)
@@ -300,10 +309,11 @@ def nft_loss(
             f"weighting: got {weighting!r} with weight_per={weight_per!r} and detach_weight={detach_weight}, accepted "
             "is 'adaptive', as there is no weight w otherwise"
         )
-    samples, wide = x0, compute_dtype(v_theta, v_old, x_t, x0, v_ref) == torch.float64
+    samples, right, wide = x0, None, compute_dtype(v_theta, v_old, x_t, x0, v_ref) == torch.float64
     if segments is not None:
         _validate.offsets("segments", segments, x0)
-        samples, segments = segments[1:], segments.contiguous()
+        samples = segments[1:]
+        segments, right = _within_reach(segments, len(x0)) if segments.is_cuda else (segments.contiguous(), None)
     # At an end the x0 prediction, or the velocity that the KL term needs, may not follow from what is predicted.
     positive = ((prediction, kl_space) == ("x0", "v") and v_ref is not None) or "/" in weighting
     _validate.per_sample("t", t, samples, 0, 1, above=positive, below=prediction == "eps")
@@ -328,6 +338,9 @@ def nft_loss(
         outer = outer / outer.sum().clamp_min(torch.finfo(torch.float64).tiny) if reduction == "mean" else outer
     elif reduction != "mean":
         outer = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
+    if right is not None:
+        outer = beta.new_full(samples.shape[:1], 1 / len(samples), dtype=torch.float64) if outer is None else outer
+        outer = outer.where(right, math.nan)
     options = Options(float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight)
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
     chosen = choose(backend, x0)

@@ -59,8 +59,26 @@ def test_every_case_is_compiled_for_its_own_shape():
 
 def test_providers_that_cannot_run_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        run(tmp_path, "--providers", "triton")
-    assert "providers: got triton, none of which runs nft_loss on cpu" in capsys.readouterr().err
+        run(tmp_path, "--providers", "eager", "triton")
+    assert "--providers: got triton, which cannot run on cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--batches", "--seconds", "--threads", "--threshold"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_numbers_are_above_0(option, value, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([option, value])
+    assert f"argument {option}: got {value}, accepted are finite numbers above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": []}', None])
+def test_a_comparison_with_nothing_is_refused(tmp_path, capsys, content):
+    old = tmp_path / "old.json"
+    if content is not None:
+        old.write_text(content)
+    with pytest.raises(SystemExit):
+        bench.main(["--compare", str(old), str(old)])
+    assert f"--compare: got {old}" in capsys.readouterr().err
 
 
 def test_a_comparison_misses_what_is_gone_or_wrong(tmp_path, capsys):

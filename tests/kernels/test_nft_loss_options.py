@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nft_kernels import check, nft_loss
+from nft_kernels.ops.nft_loss import _within_reach
 
 M = 5.0
 FACTORS = {
@@ -404,3 +405,34 @@ def test_offsets_beyond_the_tensors_are_refused_when_compiled_too(backend):
 def test_the_check_takes_a_loss_for_every_sample(backend):
     x, t, r = make((3, 4, 9))
     assert check.compare_nft_loss(*(a.float() for a in x[:4]), t.float(), r.float(), reduction="none", backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "safe"),
+    [
+        ([0, 1, 8, 19], [0, 1, 8, 19]),
+        ([0, 30, 8, 19], [0, 19, 19, 19]),
+        ([-4, 3, 2, 5], [0, 3, 3, 19]),
+        ([2, 2**62, -(2**62), 19], [0, 19, 19, 19]),
+        ([0, 19], [0, 19]),
+        ([0, 5], [0, 19]),
+    ],
+)
+def test_offsets_that_nobody_looked_at_stay_within_the_tensors(offsets: list[int], safe: list[int]) -> None:
+    found, right = _within_reach(torch.tensor(offsets), 19)
+    assert found.tolist() == safe
+    assert right.item() == (offsets == safe)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bad_offsets_make_the_loss_nan_on_a_gpu(reduction: str) -> None:
+    x, t, r = make((19, 5), samples=3)
+    v, *others = (a.cuda() for a in x[:4])
+    v.requires_grad_()
+    offsets = torch.tensor([0, 30, 8, 19], device="cuda")
+    loss = nft_loss(v, *others, t.cuda(), r.cuda(), segments=offsets, reduction=reduction).loss
+    loss.sum().backward()
+    assert loss.isnan().all()
+    assert v.grad is not None
+    assert v.grad.isnan().any()
