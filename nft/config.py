@@ -30,6 +30,14 @@ _FIXED = {
     "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
     "preflight", "compile_rollout", "float8_rollout", "fused_transformer", "shard",
 }  # fmt: skip
+# What does nothing without another setting.
+_PARTNERS = {
+    "explore_steps": "explore",
+    "explore_float8": "explore",
+    "filter_std": "filter_mean",
+    "window_order": "window",
+    "window_epochs": "window",
+}
 
 
 class ConfigError(ValueError, TypeError):
@@ -204,9 +212,10 @@ class Config(BaseModel):
             )
         if self.explore is not None and self.explore <= self.group_size:
             raise ValueError(f"explore: got {self.explore}, accepted are numbers above {self.group_size}, group_size")
-        for key, default in (("explore_steps", "none"), ("explore_float8", "false")):
-            if getattr(self, key) and not self.explore:
-                raise ValueError(f"{key}: got {getattr(self, key)} without explore, accepted is {default} then")
+        for key, partner in _PARTNERS.items():
+            default = Config.model_fields[key].default
+            if getattr(self, partner) is None and getattr(self, key) != default:
+                raise ValueError(f"{key}: got {getattr(self, key)} without {partner}, accepted is {default} then")
         for key, largest, what in (
             ("explore_steps", self.rollout_steps, "rollout_steps"),
             ("window", self.rollout_steps, "rollout_steps"),

@@ -91,6 +91,15 @@ def test_the_window_is_checked():
     load_config("shapes_flow_grpo_fast", ["rollout_options={sde: cps, eta: 0.8}"])
 
 
+@pytest.mark.parametrize(
+    ("item", "partner"),
+    [("window_order=random", "window"), ("window_epochs=3", "window"), ("filter_std=0.1", "filter_mean")],
+)
+def test_a_setting_that_would_do_nothing_is_refused(item, partner):
+    key, value = item.split("=")
+    assert f"{key}: got {value} without {partner}, accepted is" in refused("shapes", item)
+
+
 def test_defaults_shrink_with_a_small_epoch_but_given_values_are_refused():
     config = load_config("shapes", ["prompts_per_epoch=1", "group_size=2"])
     assert (config.micro_batch, config.updates_per_epoch) == (6, 2)
