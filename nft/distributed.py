@@ -19,6 +19,11 @@ def several() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks of all lists that a transformer consists of."""
+    return [block for child in transformer.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
 def shard(transformer: nn.Module, device: torch.device, ignored: Iterable[nn.Parameter]) -> None:
     """Leave each process its part of every parameter but the ``ignored`` ones, on ``device``.
 
@@ -34,8 +39,7 @@ def shard(transformer: nn.Module, device: torch.device, ignored: Iterable[nn.Par
         "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
         "ignored_params": {*ignored},
     }
-    lists = [child for child in transformer.children() if isinstance(child, nn.ModuleList)]
-    for module in (*(block for blocks in lists for block in blocks), transformer):
+    for module in (*repeated_blocks(transformer), transformer):
         fully_shard(module, reshard_after_forward=True, **options)
         # Not the mean: losses are normalised by the pairs of all processes. Gloo has no scaled sum.
         module.set_gradient_divide_factor(1.0)

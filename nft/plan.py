@@ -1,27 +1,36 @@
 """What a run will cost, from its configuration and the transformer's: nothing is loaded.
 
-The transformer is built on the meta device, where tensors have shapes and no data, and one batch goes through it: every
-matrix product is counted as it would run, and every tensor that the backward needs.
+The transformer is built on the meta device, where tensors have shapes and no data, and its batches go through it: every
+matrix product is counted as it would run, and every tensor for as long as it lives.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import weakref
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from unittest.mock import patch
 
 import torch
-from diffusers import SD3Transformer2DModel
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from nft_kernels.solvers import schedule, table
 
 from .config import Config, ConfigError
-from .models.base import JOINT_ATTENTION, check_resolution
+from .distributed import repeated_blocks
+from .models import find
+from .models.base import Model, check_resolution
+from .models.flux import Flux
+from .models.sd3 import StableDiffusion3
 from .objectives import OBJECTIVES
 from .policy import SHAPES_PIPELINE, old_policy_decay
 from .rollout import noisy, solver_options
@@ -38,11 +47,16 @@ _SD35_LARGE = _SD35_MEDIUM | {
     "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
     "dual_attention_layers": (),
 }  # fmt: skip
-_KNOWN = {
-    "stabilityai/stable-diffusion-3.5-medium": (_SD35_MEDIUM, 5_665_000_000),
-    "stabilityai/stable-diffusion-3.5-large": (_SD35_LARGE, 5_665_000_000),
+# FLUX.1 has CLIP-L and T5-XXL; what is not named here diffusers' class has by default.
+_KNOWN: dict[str, tuple[type[Model], dict[str, Any], int]] = {
+    "stabilityai/stable-diffusion-3.5-medium": (StableDiffusion3, _SD35_MEDIUM, 5_665_000_000),
+    "stabilityai/stable-diffusion-3.5-large": (StableDiffusion3, _SD35_LARGE, 5_665_000_000),
+    "black-forest-labs/FLUX.1-dev": (Flux, {"guidance_embeds": True}, 4_970_000_000),
+    "black-forest-labs/FLUX.1-schnell": (Flux, {}, 4_970_000_000),
 }
-_CLIP_TOKENS, _VAE_FACTOR = 77, 8
+
+
+_Mode = TypeVar("_Mode", bound=TorchDispatchMode)
 
 
 class Plan(NamedTuple):
@@ -58,30 +72,29 @@ class Plan(NamedTuple):
     rollout_flops: int
     training_flops: int
     memory: dict[str, int]
-    """Bytes by what they hold, of which ``activations`` is the larger of a rollout's and a backward's."""
+    """Bytes by what they hold; ``activations`` are the most that a rollout or a backward has at once."""
     seconds: float
     """Of the transformer alone, with ``tflops``."""
 
 
-def _settings(config: Config) -> tuple[dict[str, Any], int, int]:
-    """Settings of the transformer, tokens of the CLIP encoders, and bytes of the pipeline's other weights."""
+def _outline(config: Config) -> tuple[Model, int]:
+    """The model without its weights, and the bytes of the pipeline's other weights."""
     source = str(SHAPES_PIPELINE) if config.pipeline == "shapes" else config.pipeline
-    size = 4 if config.dtype == "float32" else 2
+    dtype = getattr(torch, config.dtype)
+    pipeline = {"vae_scale_factor": 8, "default_sample_size": 128, "tokenizer_max_length": 77}
     if source in _KNOWN and not Path(source).is_dir():
-        settings, others = _KNOWN[source]
-        return settings, _CLIP_TOKENS, others * size
+        kind, settings, others = _KNOWN[source]
+        return kind.outline(settings, dtype, **pipeline), others * dtype.itemsize
     try:
-        settings = SD3Transformer2DModel.load_config(source, subfolder="transformer")
+        kind = find(source)
+        settings = kind.transformer_class.load_config(source, subfolder="transformer")
     except OSError as error:
         raise ConfigError(f"pipeline: the transformer's settings of {source!r} cannot be read: {error}") from None
-    if settings["_class_name"] != SD3Transformer2DModel.__name__:
-        raise ConfigError(
-            f"pipeline: {source!r} has a {settings['_class_name']}, a plan knows {SD3Transformer2DModel.__name__} only"
-        )
-    weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
     tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
-    tokens = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.is_file() else _CLIP_TOKENS
-    return settings, tokens, sum(path.stat().st_size for path in weights)
+    if tokenizer.is_file():
+        pipeline["tokenizer_max_length"] = json.loads(tokenizer.read_text())["model_max_length"]
+    weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
+    return kind.outline(settings, dtype, **pipeline), sum(path.stat().st_size for path in weights)
 
 
 def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int, int, int, int]:
@@ -102,31 +115,65 @@ def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int,
     return c.pictures * exact + c.candidates * cheap, pairs, old, pairs if c.kl_weight > 0 else 0
 
 
+class _Peak(TorchDispatchMode):
+    """The most bytes that tensors made inside held at once, and what they hold now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._held: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._held:
+                self._held[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, key: int) -> None:
+        self.now -= self._held.pop(key)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    """Attention that keeps no matrix of all pairs of tokens, as torch would on the meta device."""
+    size = (*query.shape[:-1], key.shape[-2])
+    bias = None if attn_mask is None else query.new_empty(()).expand(size)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, query.requires_grad)[0]
+
+
 class _Measured(NamedTuple):
     flops: int
-    saved: int
+    """Of one sample."""
+    peak: int
+    """Bytes of the whole batch, without gradients of weights."""
 
 
-def _measure(model: SD3Transformer2DModel, inputs: tuple[Tensor, ...], train: bool) -> _Measured:
-    """One evaluation, with its backward if ``train``: FLOPs, and bytes that are kept for the backward."""
-    kept: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    alive = []
+def _measure(model: Model, config: Config, batch: int, train: bool) -> _Measured:
+    """One evaluation of a batch, with its backward if ``train``."""
+    device, shape = torch.device("meta"), model.latent_shape(config.resolution)
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            # A freed storage's address would be used again.
-            alive.append(tensor)
-        return tensor
+    def evaluate(size: int, mode: _Mode) -> _Mode:
+        # What a model makes itself, such as its positions, has to lie beside the weights.
+        with device, torch.set_grad_enabled(train):
+            x_t = torch.empty(size, *shape, dtype=model.transformer.dtype)
+            conditions, t = model.conditions(size, config.max_sequence_length), torch.empty(size)
+            with mode:
+                out = model.velocity(model.transformer, x_t, t, *conditions)
+                if train:
+                    out.backward(torch.empty_like(out))
+                del out
+        return mode
 
-    counter = FlopCounterMode(display=False)
-    with counter, torch.set_grad_enabled(train), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(*inputs, return_dict=False)[0]
-        if train:
-            out.backward(torch.empty_like(out))
-    return _Measured(counter.get_total_flops(), sum(kept.values()))
+    # One after the other: the counter's hooks hold tensors for longer than they live.
+    counter = evaluate(1, FlopCounterMode(display=False))
+    model.transformer.zero_grad()
+    with patch.object(F, "scaled_dot_product_attention", _attend):
+        memory = evaluate(batch, _Peak())
+    model.transformer.zero_grad()
+    return _Measured(counter.get_total_flops(), memory.peak - memory.now)
 
 
 def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1) -> Plan:
@@ -144,57 +191,38 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     """
     if gpus < 1 or not tflops > 0:
         raise ValueError(f"gpus and tflops: got {gpus} and {tflops}, accepted are positive numbers")
-    c, (settings, clip_tokens, others) = config.at(epoch), _settings(config)
-    dtype = getattr(torch, c.dtype)
-    with torch.device("meta"):
-        model = SD3Transformer2DModel.from_config(settings).to(device="meta", dtype=dtype)
-    shape = model.config
-    side = c.resolution // _VAE_FACTOR if c.resolution else shape.sample_size
-    tokens = clip_tokens + c.max_sequence_length
-
-    def inputs(batch: int) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.empty(size, device="meta", dtype=dtype)
-            for size in (
-                (batch, shape.in_channels, side, side),
-                (batch, tokens, shape.joint_attention_dim),
-                (batch, shape.pooled_projection_dim),
-                (batch,),
-            )
-        )
-
-    unit = _VAE_FACTOR * shape.patch_size
-    check_resolution(c.resolution, unit, unit * shape.pos_embed_max_size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    buffers = sum(buffer.numel() for buffer in model.buffers())
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer_blocks]
+    c, (model, others) = config.at(epoch), _outline(config)
+    transformer, dtype = model.transformer, getattr(torch, c.dtype)
+    check_resolution(c.resolution, model.unit, model.largest)
+    latents = math.prod(model.latent_shape(c.resolution))
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    buffers = sum(buffer.numel() for buffer in transformer.buffers())
+    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in repeated_blocks(transformer)]
     full, parts = c.adapter == "full", gpus if c.shard else 1
     size = 4 if full else dtype.itemsize
-    merged = _measure(model, inputs(1), train=False)
-    if c.adapter == "lora":
-        model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=JOINT_ATTENTION))
-        model.to("meta")
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapted, step = _measure(model, inputs(1), train=False), _measure(model, inputs(1), train=True)
-    flops = step.flops
+    if full:
+        transformer.float()
+    merged = _measure(model, c, c.rollout_batch, train=False)
     if c.gradient_checkpointing:
-        flops += adapted.flops
+        transformer.enable_gradient_checkpointing()
+    if c.adapter == "lora":
+        transformer.requires_grad_(False)
+        transformer.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=model.targets))
+    own = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in own:
+        parameter.data = parameter.data.to("meta", torch.float32)
+    trained = sum(parameter.numel() for parameter in own)
+    adapted = _measure(model, c, c.rollout_batch, train=False)
+    step = _measure(model, c, c.micro_batch, train=True)
 
     rollout, pairs, old, reference = evaluations(config, epoch)
-    adapted_weights = sum(m.base_layer.weight.numel() for m in model.modules() if isinstance(m, LoraLayer))
+    adapted_weights = sum(m.base_layer.weight.numel() for m in transformer.modules() if isinstance(m, LoraLayer))
     # Every process merges once an epoch, unless its weights are sharded.
     rollout_flops = rollout * merged.flops + gpus * 2 * c.lora_rank * adapted_weights
     if parts > 1:
         rollout_flops = rollout * adapted.flops
-    training_flops = pairs * flops + old * adapted.flops + reference * merged.flops
+    training_flops = pairs * step.flops + old * adapted.flops + reference * merged.flops
 
-    activations = step.saved
-    if c.gradient_checkpointing:
-        # One block is kept whole, of the others what goes in.
-        block = step.saved // shape.num_layers
-        width = shape.num_attention_heads * shape.attention_head_dim
-        activations = block + shape.num_layers * ((side // shape.patch_size) ** 2 + tokens) * width * dtype.itemsize
     solver = table(c.rollout_solver, schedule(c.rollout_steps), **solver_options(c, epoch))
     # Clean latents, and the states around the rows that draw noise.
     kept = 2 + len(solver.rows[noisy(solver)]) if OBJECTIVES[c.objective].trajectory else 1
@@ -207,8 +235,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         "trained weights and optimizer": 7 * 4 * trained // (parts if full else 1),
         "merged weights": adapted_weights * dtype.itemsize if parts == 1 else 0,
         # Candidates are gone before the others are drawn.
-        "latents of an epoch": 4 * max(c.pictures * kept, c.candidates) * shape.in_channels * side * side,
-        "activations": activations * c.micro_batch,
+        "latents of an epoch": 4 * max(c.pictures * kept, c.candidates) * latents,
+        "activations": max(step.peak, (adapted if parts > 1 else merged).peak),
     }
     if parts > 1:
         # A block, the one after it that is fetched meanwhile, and what is outside of them.

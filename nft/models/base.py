@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -25,6 +26,7 @@ class Model(ABC):
     v = eps - x0."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    transformer_class: ClassVar[type[nn.Module]]
     targets: ClassVar[list[str]] = JOINT_ATTENTION
     """Ends of the names of the layers that LoRA adapts."""
     fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
@@ -46,6 +48,20 @@ class Model(ABC):
             self.pipeline.vae.to(memory_format=torch.channels_last)
             # Beyond the size that it was trained on, a picture is decoded in overlapping tiles.
             self.pipeline.vae.enable_tiling()
+
+    @classmethod
+    def outline(cls, settings: Mapping[str, Any], dtype: torch.dtype, **pipeline: Any) -> Self:
+        """The model without weights, for evaluations of shapes alone: a transformer of these ``settings`` on the meta
+        device, and of its pipeline the attributes given."""
+        model = cls.__new__(cls)
+        with torch.device("meta"):
+            model.transformer = cls.transformer_class.from_config(settings).to(dtype)
+        model.pipeline = SimpleNamespace(**pipeline)
+        return model
+
+    @abstractmethod
+    def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
+        """Tensors of the shapes and dtypes that ``encode`` gives, on the meta device."""
 
     @abstractmethod
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from .base import Model, pack, unpack
@@ -16,8 +16,16 @@ class Flux(Model):
     """Conditions are T5's embeddings (B, L, D) and CLIP's pooled ones (B, P)."""
 
     pipeline_class = FluxPipeline
+    transformer_class = FluxTransformer2DModel
     guidance = 3.5
     """Scale of the distilled guidance, the pipeline's default."""
+
+    def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
+        config = self.transformer.config
+        return (
+            torch.empty(batch, max_length, config.joint_attention_dim, dtype=self.transformer.dtype, device="meta"),
+            torch.empty(batch, config.pooled_projection_dim, dtype=self.transformer.dtype, device="meta"),
+        )
 
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
         embeds, pooled, _ = self.pipeline.encode_prompt(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -17,6 +17,14 @@ class QwenImage(Model):
     """Conditions are the prompt's embeddings (B, L, D), filled up to one length, and which of them count (B, L)."""
 
     pipeline_class = QwenImagePipeline
+    transformer_class = QwenImageTransformer2DModel
+
+    def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
+        width = self.transformer.config.joint_attention_dim
+        return (
+            torch.empty(batch, max_length, width, dtype=self.transformer.dtype, device="meta"),
+            torch.empty(batch, max_length, dtype=torch.bool, device="meta"),
+        )
 
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
         embeds, mask = self.pipeline.encode_prompt(

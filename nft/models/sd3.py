@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from diffusers import StableDiffusion3Pipeline
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
 from nft_kernels.models.sd3 import accelerate
@@ -17,7 +18,17 @@ class StableDiffusion3(Model):
     """Conditions are the prompt's embeddings (B, L, D) and the pooled ones (B, P)."""
 
     pipeline_class = StableDiffusion3Pipeline
+    transformer_class = SD3Transformer2DModel
     fast_path = staticmethod(accelerate)
+
+    def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
+        config = self.transformer.config
+        # CLIP's tokens come before T5's.
+        tokens = self.pipeline.tokenizer_max_length + max_length
+        return (
+            torch.empty(batch, tokens, config.joint_attention_dim, dtype=self.transformer.dtype, device="meta"),
+            torch.empty(batch, config.pooled_projection_dim, dtype=self.transformer.dtype, device="meta"),
+        )
 
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
