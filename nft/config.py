@@ -200,6 +200,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.stages:
+            return self  # _curriculum checks what each stage makes of it
         pairs = self.pictures * self.timesteps_per_sample
         if "micro_batch" not in self.model_fields_set:
             self.__dict__["micro_batch"] = min(self.micro_batch, pairs)

@@ -179,6 +179,16 @@ def test_a_bad_override_is_named(override, message):
     assert message in refused("shapes", override)
 
 
+def test_what_no_stage_uses_need_not_fit():
+    scored = "stages=[{epochs: 1, prompts: shapes, rewards: {jpeg: 1}}]"
+    assert load_config("shapes", ["task=rewards", scored]).at(0).rewards == {"jpeg": 1}
+    noisy = "{epochs: 1, rollout_solver: flow-sde}"
+    assert load_config("shapes", ["objective=grpo", f"stages=[{noisy}]"]).at(0).rollout_solver == "flow-sde"
+    assert "stages.1.timesteps_per_sample: got 3, but grpo" in refused(
+        "shapes", "objective=grpo", f"stages=[{noisy}, {{epochs: 1}}]"
+    )
+
+
 def test_rewards_are_checked():
     assert "rewards.pickscore: got -1" in refused("sd35_pickscore", "rewards.pickscore=-1")
     assert "rewards.pickscore: got 'a'" in refused("sd35_pickscore", "rewards.pickscore=a")
