@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect
+from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
@@ -12,7 +14,16 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from nft_kernels.solvers import SOLVERS, schedule, table
 
@@ -114,7 +125,7 @@ class Config(BaseModel):
     """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
     float8_rollout: bool = False
     """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU that has them."""
-    max_sequence_length: int = Field(10, gt=0)
+    max_sequence_length: int = Field(10, gt=0, le=4096)
 
     objective: ObjectiveName = "nft"
     timesteps_per_sample: int = Field(3, gt=0)
@@ -165,6 +176,15 @@ class Config(BaseModel):
         """Pictures of an epoch that are drawn cheaply to choose among, over all processes."""
         return self.prompts_per_epoch * (self.explore or 0)
 
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, float):
+            _check_float32(str(info.field_name), value)
+        if isinstance(value, int) and info.field_name != "seed" and value >= 2**31:
+            raise ValueError(f"{info.field_name}: got {value}, accepted are numbers below 2**31")
+        return value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -177,8 +197,7 @@ class Config(BaseModel):
     def _known_alarms(cls, alarms: dict[str, float]) -> dict[str, float]:
         for name in alarms:
             if name not in THRESHOLDS:
-                near = get_close_matches(name, THRESHOLDS, n=1) or list(THRESHOLDS)
-                raise ValueError(f"alarms.{name}: unknown key, did you mean {' or '.join(near)}?")
+                raise ValueError(f"alarms.{_unknown(name, THRESHOLDS)}")
             if alarms[name] < 0:
                 raise ValueError(f"alarms.{name}: got {alarms[name]}, accepted are numbers of at least 0")
         return alarms
@@ -200,6 +219,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.stages:
+            return self  # _curriculum checks what each stage makes of it
         pairs = self.pictures * self.timesteps_per_sample
         if "micro_batch" not in self.model_fields_set:
             self.__dict__["micro_batch"] = min(self.micro_batch, pairs)
@@ -258,7 +279,7 @@ class Config(BaseModel):
         ):
             try:
                 rows = table(solver, schedule(steps), **options).rows
-            except (ValueError, TypeError, OverflowError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{key}: got {solver} with options {options}, which it does not take: {error}"
                 ) from None
@@ -318,7 +339,19 @@ class Config(BaseModel):
         """The resolved settings as YAML that ``load_config`` takes."""
         # What nobody set follows from each stage's own epoch.
         derived = {"epochs", *({"micro_batch", "updates_per_epoch"} - self.model_fields_set)} if self._stages else set()
-        return yaml.safe_dump(self.model_dump(exclude=derived), sort_keys=False)
+        return yaml.dump(self.model_dump(exclude=derived), Dumper=_Dumper, sort_keys=False)
+
+
+def _unknown(key: Any, known: Iterable[str], otherwise: str = "") -> str:
+    near = get_close_matches(str(key).lower(), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else otherwise or f"accepted are {', '.join(known)}"
+    return f"{key}: unknown key, {hint}"
+
+
+def _check_float32(key: str, value: float) -> None:
+    held = torch.finfo(torch.float32)
+    if value and not held.tiny <= abs(value) <= held.max:
+        raise ValueError(f"{key}: got {value}, accepted are numbers that float32 holds, {held.tiny:g} to {held.max:g}")
 
 
 def _reward_spec(name: str, value: Any) -> RewardSpec:
@@ -326,17 +359,16 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
     known = [field.name for field in fields(RewardSpec)]
     for key in settings:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(known)}"
-            raise ValueError(f"rewards.{name}.{key}: unknown key, {hint}")
+            raise ValueError(f"rewards.{name}.{_unknown(key, known)}")
     weight = settings.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
         raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
+    _check_float32(f"rewards.{name}", weight)
     try:
         spec = RewardSpec(**{"reward": name, **settings})
         if spec.device is not None:
             Config._known_device(spec.device)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"rewards.{name}.{error}") from None
     return spec
 
@@ -345,20 +377,35 @@ _REWARDS_RULE = "the task rewards needs at least one, the others bring their own
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as in YAML 1.2, and a key comes once."""
+    """YAML with the numbers of version 1.2, where 3e-4 and 010 are decimal and 1:30 is text, and a key comes once."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
-        keys = [self.construct_object(key, deep=True) for key in own]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{key}: comes {keys.count(key)} times, accepted is once")
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key, _ in reversed(node.value):
+            if (times := keys.count(key.value)) > 1:
+                problem = f"{key.value}: comes {times} times, accepted is once"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what is a number in either version of YAML."""
+
+
+_INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIME)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (_Loader, _Dumper):
+    for _tag, _pattern in (
+        (_INT, r"[-+]?[0-9]+$"),
+        (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
+        (_FLOAT, r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    ):
+        _kind.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+_Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
 
 
 def _parse(text: str, where: str) -> Any:
@@ -367,16 +414,22 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{where}: is not YAML: {problem}") from None
+    except Exception as error:
+        # What Python raises for text that is not of its tag, a number that is too long or too deep a list.
+        raise ConfigError(f"{where}: cannot be read: {error!r}") from None
 
 
 def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
     path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which is false, too, for a name that no file can have
         known = sorted(p.stem for p in _BUNDLED.glob("*.yaml"))
-        near = get_close_matches(name, known, n=1)
+        near = get_close_matches(path.stem.lower(), known, n=1)
+        missing = "but there is no such file; " if path.parent != _BUNDLED else ""
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"config: got {name!r}, {hint}accepted are {', '.join(known)} or the path of a YAML file")
+        raise ConfigError(
+            f"config: got {name!r}, {missing}{hint}accepted are {', '.join(known)} or the path of a YAML file"
+        )
     if path.resolve() in seen:
         raise ConfigError(f"base: {path.name} is its own base")
     try:
@@ -398,18 +451,23 @@ def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any
 def _override(values: dict[str, Any], item: str) -> None:
     """Set ``a.b=value`` in nested values; a part of the key is a name or the index of a list."""
     dotted, separator, text = item.partition("=")
-    if not separator or not dotted:
-        raise ConfigError(f"override: got {item!r}, accepted is key=value")
     *path, last = dotted.split(".")
+    if not separator or not all([*path, last]):
+        raise ConfigError(f"override: got {item!r}, accepted is key=value")
+    value = _parse(text, dotted)
     target: Any = values
     try:
         for part in path:
-            target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
-        target[int(last) if isinstance(target, list) else last] = _parse(text, dotted)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+            target = target[_index(part)] if isinstance(target, list) else target.setdefault(part, {})
+        target[_index(last) if isinstance(target, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(f"override: got {item!r}, but there is no {dotted} to set") from None
+
+
+def _index(part: str) -> int:
+    if not part.isdecimal():
+        raise ValueError(part)
+    return int(part)
 
 
 def _validated(values: dict[str, Any]) -> Config:
@@ -420,9 +478,7 @@ def _validated(values: dict[str, Any]) -> Config:
         for problem in error.errors():
             key = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
-                near = get_close_matches(key, Config.model_fields, n=1)
-                hint = f"did you mean {near[0]}?" if near else "`nft config show` lists the known ones"
-                lines.append(f"{key}: unknown key, {hint}")
+                lines.append(_unknown(key, Config.model_fields, "`nft config show` lists the known ones"))
             elif problem["type"] == "value_error":
                 lines.append(str(problem["ctx"]["error"]))
             else:

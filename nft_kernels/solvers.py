@@ -25,6 +25,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 Sigmas = tuple[float, ...]
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class Row(NamedTuple):
@@ -83,7 +86,7 @@ SOLVERS: dict[str, Callable[..., SolverTable]] = {}
 
 
 def register(name: str) -> Callable[[Callable[..., SolverTable]], Callable[..., SolverTable]]:
-    """Make a builder known to ``table`` under ``name``."""
+    """Make a builder known to ``table`` under ``name``; its parameters after the first are the options by name."""
 
     def add(build: Callable[..., SolverTable]) -> Callable[..., SolverTable]:
         SOLVERS[name] = build
@@ -101,7 +104,8 @@ def table(name: str, sigmas: Sequence[float], **options: Any) -> SolverTable:
         options: the solver's own, such as ``eta`` or ``order``.
 
     Raises:
-        ValueError: unknown name, sigmas that do not fall within [0, 1], or an option out of range.
+        ValueError: unknown name, sigmas that do not fall within [0, 1], an option of another type or out of range, or
+            coefficients that float32 cannot hold.
         TypeError: an option that the solver does not have.
     """
     if name not in SOLVERS:
@@ -109,7 +113,19 @@ def table(name: str, sigmas: Sequence[float], **options: Any) -> SolverTable:
     times = tuple(float(s) for s in sigmas)
     if not times or not all(0 <= t <= 1 for t in times) or not all(t > s for t, s in pairwise(times)):
         raise ValueError(f"sigmas: got {list(times)}, accepted are strictly falling times in [0, 1]")
-    return SOLVERS[name](times, **options)
+    _, *known = signature(SOLVERS[name]).parameters
+    for option in options:
+        if option not in known:
+            near = get_close_matches(option.lower(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(known) or 'none'}"
+            raise TypeError(f"{option}: unknown option of {name}, {hint}")
+    solver = SOLVERS[name](times, **options)
+    for row in solver.rows:
+        held = all(abs(y) <= _LARGEST for y in (row.a, *row.b, row.c))
+        # Noise that float32 rounds to 0 has no density.
+        if not held or 0 < row.c < _SMALLEST:
+            raise ValueError(f"sigmas, options: got {row} of {name}, accepted are coefficients that float32 holds")
+    return solver
 
 
 def shifted(t: float, shift: float) -> float:
@@ -157,14 +173,14 @@ def _row(t: float, a: float, b: Sequence[float]) -> Row:
 
 def _orders(order: int, steps: int) -> list[int]:
     """Order of each step: it ramps up while the history fills and down to 1 at the end."""
-    if order not in (1, 2, 3):
+    if isinstance(order, bool) or not isinstance(order, int) or order not in (1, 2, 3):
         raise ValueError(f"order: got {order!r}, accepted are 1, 2, 3")
     return [min(order, i + 1, steps - i) for i in range(steps)]
 
 
-def _check_eta(eta: float, high: float = math.inf) -> None:
-    if not (math.isfinite(eta) and 0 <= eta <= high):
-        raise ValueError(f"eta: got {eta}, accepted is a finite number in [0, {high:g}]")
+def _check_eta(eta: float, high: float = _LARGEST) -> None:
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= high:
+        raise ValueError(f"eta: got {eta!r}, accepted is a number in [0, {high:g}]")
 
 
 @register("euler")
@@ -237,17 +253,25 @@ def dance_sde(sigmas: Sigmas, eta: float = 0.3) -> SolverTable:
 
 
 @register("mixed")
-def mixed(sigmas: Sigmas, window: tuple[int, int] = (0, 2), sde: str = "flow-sde", **options: Any) -> SolverTable:
+def mixed(
+    sigmas: Sigmas, window: Sequence[int] = (0, 2), sde: str = "flow-sde", eta: float | None = None
+) -> SolverTable:
     """MixGRPO (Li et al., arXiv 2507.21802): steps window[0] <= i < window[1] by ``sde``, all others by Euler.
 
-    ``options`` go to ``sde``, which is one of flow-sde, dance-sde, cps and ddim.
+    ``sde`` is one of flow-sde, dance-sde, cps and ddim, and ``eta`` that solver's own by default.
     """
     if sde not in ("flow-sde", "dance-sde", "cps", "ddim"):
         raise ValueError(f"sde: got {sde!r}, accepted are flow-sde, dance-sde, cps, ddim")
+    if not (
+        isinstance(window, Sequence)
+        and [type(i) for i in window] == [int, int]
+        and 0 <= window[0] <= window[1] < len(sigmas)
+    ):
+        raise ValueError(
+            f"window: got {window!r}, accepted are two integers with 0 <= start <= stop <= {len(sigmas) - 1}"
+        )
     start, stop = window
-    if not 0 <= start <= stop < len(sigmas):
-        raise ValueError(f"window: got {window}, accepted are 0 <= start <= stop <= {len(sigmas) - 1}")
-    noisy, plain = SOLVERS[sde](sigmas, **options).rows, euler(sigmas).rows
+    noisy, plain = SOLVERS[sde](sigmas, **({} if eta is None else {"eta": eta})).rows, euler(sigmas).rows
     return SolverTable("mixed", 1, "velocity", plain[:start] + noisy[start:stop] + plain[stop:])
 
 

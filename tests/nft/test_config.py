@@ -145,6 +145,7 @@ def test_positive_numbers(key, value):
         ("shared_noise=1", "shared_noise: got 1"),
         ("window_order=left", "window_order: got 'left'"),
         ("rollout_options.order=9", "rollout_solver: got dpm++2M"),
+        ("rollout_options.Order=2", "Order: unknown option of dpm++2M, accepted are none"),
         ("resolution=100", "resolution: got 100"),
         ("device=gpu", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),
         ("device=cuda:x", "device: got 'cuda:x'"),
@@ -155,6 +156,29 @@ def test_positive_numbers(key, value):
         ("held_out_prompts=ocr", "held_out_prompts: got ocr with task=shapes"),
         ("combine=gdpo", "combine: got gdpo with task=shapes"),
         ("lr=1e-4", "lr: unknown key, `nft config show` lists the known ones"),
+        ("EPOCHS=3", "EPOCHS: unknown key, did you mean epochs?"),
+        ("alarms.Velocity=3.0", "alarms.Velocity: unknown key, did you mean velocity?"),
+        ("alarms.x=3.0", "alarms.x: unknown key, accepted are old_deviation, saturated,"),
+        ("alarms={x: 1.0, x: 2.0}", "alarms: is not YAML: x: comes 2 times, accepted is once"),
+        ("beta=1e39", "beta: got 1e+39, accepted are numbers that float32 holds"),
+        (f"beta={10**39}", "beta: got 1e+39, accepted are numbers that float32 holds"),
+        ("beta=1e-320", "beta: got 1e-320, accepted are"),
+        ("kl_weight=1e39", "kl_weight: got 1e+39, accepted are"),
+        ("filter_mean=-1e39", "filter_mean: got -1e+39, accepted are"),
+        (f"lora_rank={10**22}", "lora_rank: got 10000000000000000000000, accepted are numbers below 2**31"),
+        ("rollout_batch=2147483648", "rollout_batch: got 2147483648, accepted are"),
+        ("max_sequence_length=4097", "max_sequence_length: got 4097"),
+        ("learning_rate=1e-4f", "learning_rate: got '1e-4f'"),
+        ("learning_rate=1e3.5", "learning_rate: got '1e3.5'"),
+        ("learning_rate=2024-13-45", "learning_rate: got '2024-13-45'"),
+        ("learning_rate=!!int x", "learning_rate: cannot be read: ValueError"),
+        ("learning_rate=!!bool x", "learning_rate: cannot be read: KeyError"),
+        ("learning_rate=!!timestamp x", "learning_rate: cannot be read: AttributeError"),
+        (f"learning_rate={'1' * 5000}", "learning_rate: cannot be read: ValueError"),
+        (f"learning_rate={'[' * 3000}", "learning_rate: cannot be read: RecursionError"),
+        ("epochs=1:30", "epochs: got '1:30'"),
+        ("epochs=0b11", "epochs: got '0b11'"),
+        ("epochs=1_0", "epochs: got '1_0'"),
         (f"rollout_options.eta={10**400}", "rollout_solver: got dpm++2M with options"),
         ("dtype=float16", "dtype: got 'float16'"),
         ("task=shape", "task: got 'shape'"),
@@ -165,6 +189,8 @@ def test_positive_numbers(key, value):
         ("task=rewards", "rewards: got none, but the task is rewards"),
         ("learning_rat=1", "learning_rat: unknown key, did you mean learning_rate?"),
         ("=1", "override: got '=1', accepted is key=value"),
+        (".epochs=1", "override: got '.epochs=1', accepted is key=value"),
+        ("alarms..velocity=1.0", "override: got 'alarms..velocity=1.0', accepted is key=value"),
         ("epochs", "override: got 'epochs', accepted is key=value"),
         ("epochs.x=1", "epochs: got {'x': 1}"),
         ("epochs=[1", "epochs: is not YAML"),
@@ -177,6 +203,40 @@ def test_positive_numbers(key, value):
 )
 def test_a_bad_override_is_named(override, message):
     assert message in refused("shapes", override)
+
+
+@pytest.mark.parametrize(
+    ("solver", "option", "message"),
+    [
+        ("ddim", "etta=0.5", "etta: unknown option of ddim, did you mean eta?"),
+        ("flow-sde", "eta=true", "eta: got True, accepted is a number"),
+        ("flow-sde", "eta=1e300", "eta: got 1e+300, accepted is a number"),
+        ("flow-sde", "eta=1e30", "accepted are coefficients that float32 holds"),
+        ("unipc", "order=true", "order: got True, accepted are 1, 2, 3"),
+        ("mixed", "window={0: 1, 2: 3}", "window: got {0: 1, 2: 3}, accepted are two integers"),
+        ("mixed", "window=2", "window: got 2, accepted are two integers"),
+    ],
+)
+def test_options_of_a_solver_are_named(solver, option, message):
+    refusal = refused("shapes", f"rollout_solver={solver}", f"rollout_options.{option}")
+    assert f"rollout_solver: got {solver} with options" in refusal and message in refusal
+
+
+@pytest.mark.parametrize("index", ["-1", "+0", " 0 ", "0_0", "2", "x"])
+def test_a_stage_is_named_by_its_index_alone(index):
+    stages = ["stages=[{epochs: 1}, {epochs: 2}]", "stages.0.epochs=7"]
+    assert load_config("shapes", stages).epochs == 9
+    assert f"there is no stages.{index}.epochs to set" in refused("shapes", *stages, f"stages.{index}.epochs=9")
+
+
+def test_what_no_stage_uses_need_not_fit():
+    scored = "stages=[{epochs: 1, prompts: shapes, rewards: {jpeg: 1}}]"
+    assert load_config("shapes", ["task=rewards", scored]).at(0).rewards == {"jpeg": 1}
+    noisy = "{epochs: 1, rollout_solver: flow-sde}"
+    assert load_config("shapes", ["objective=grpo", f"stages=[{noisy}]"]).at(0).rollout_solver == "flow-sde"
+    assert "stages.1.timesteps_per_sample: got 3, but grpo" in refused(
+        "shapes", "objective=grpo", f"stages=[{noisy}, {{epochs: 1}}]"
+    )
 
 
 def test_rewards_are_checked():
@@ -193,7 +253,9 @@ def test_rewards_are_checked():
         ("{options: [1]}", ".options: got [1], accepted is dict"),
         ("{device: 3}", ".device: got 3, accepted is str | None"),
         ("{device: gpu}", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),
-        (str(10**400), "rewards.pickscore"),
+        (str(10**400), "rewards.pickscore: got 10000"),
+        ("5e-324", "rewards.pickscore: got 5e-324, accepted are numbers that float32 holds"),
+        ("{weight: 1e308}", "rewards.pickscore: got 1e+308, accepted are numbers that float32 holds"),
     ):
         assert message in refused("sd35_pickscore", f"rewards.pickscore={setting}")
 
@@ -225,7 +287,11 @@ def test_a_file_may_merge_what_it_has_named(tmp_path):
         ("- epochs: 3\n", "holds list"),
         ("epochs\n", "holds str"),
         ("epochs: 3\nepochs: 4\n", "epochs: comes 2 times"),
-        ("rewards: {a: 1.0, a: 2.0}\n", "a: comes 2 times"),
+        ("rewards: {a: 1.0, a: 2.0}\n", "bad.yaml: is not YAML: a: comes 2 times"),
+        ("alarms:\n  velocity: 1.0\n  velocity: 2.0\n", 'velocity: comes 2 times, accepted is once in "<'),
+        ("alarms:\n  <<: {velocity: 1.0}\n  <<: {gradient: 2.0}\n", "<<: comes 2 times"),
+        ("1: a\n'1': b\n", "1: comes 2 times"),
+        ("seed: !!bool x\n", "bad.yaml: cannot be read: KeyError"),
         ("epochs: [3\n", "is not YAML"),
         ("3: 4\n", "3: unknown key"),
         ("base: 3\n", "base: got 3"),
@@ -240,14 +306,38 @@ def test_a_bad_file_is_named(text, message, tmp_path):
 
 def test_missing_and_unreadable_files_are_named(tmp_path):
     assert "config: got 'sd35_genval', did you mean sd35_geneval" in refused("sd35_genval")
-    assert "nowhere.yaml" in refused(tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml', but there is no such file; accepted" in refused(tmp_path / "nowhere.yaml")
+    assert "config: got 'shapes.yaml', but there is no such file; did you mean shapes?" in refused("shapes.yaml")
+    assert "config: got 'SHAPES', did you mean shapes?" in refused("SHAPES")
+    for name in ("x" * 300, "x" * 300 + ".yaml", "\0.yaml"):
+        assert refused(name).startswith("config: got ")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in refused(tmp_path / "bytes.yaml")
     (tmp_path / "folder.yaml").mkdir()
     assert "folder.yaml" in refused(tmp_path / "folder.yaml")
 
 
-def test_numbers_in_exponent_notation_are_numbers_in_files_too(tmp_path):
-    (tmp_path / "run.yaml").write_text("learning_rate: 3e-4\n")
-    assert load_config(str(tmp_path / "run.yaml")).learning_rate == 3e-4
-    assert yaml.safe_load("3e-4") == "3e-4"
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "learning_rate: 3e-4\nepochs: 010\nbeta: .5E+1\nprompts: 1e5.txt\ntask: rewards\nrewards: {jpeg: 5.}\n"
+    )
+    config = load_config(str(path))
+    assert (config.learning_rate, config.epochs, config.beta, config.prompts) == (3e-4, 10, 5.0, "1e5.txt")
+    assert config.rewards == {"jpeg": 5.0}
+    assert yaml.safe_load("3e-4") == "3e-4" and yaml.safe_load("010") == 8
+
+
+@pytest.mark.parametrize("text", ["1e5", "010", "1:30", "0x10", "1_0", "2024-01-02", "3e4-model", "5."])
+def test_text_like_a_number_survives_being_saved(text, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(load_config("shapes", [f"pipeline='{text}'"]).dump())
+    assert load_config(str(path)).pipeline == yaml.safe_load(path.read_text())["pipeline"] == text
+
+
+def test_a_mapping_that_is_merged_before_it_is_read_has_each_key_once(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "task: rewards\nprompts: ocr\nrewards:\n"
+        "  ocr: {options: &a {<<: {workers: 1}, workers: 2}}\n  jpeg: {<<: *a, weight: 3}\n"
+    )
+    assert load_config(str(tmp_path / "run.yaml")).reward_specs()["jpeg"].workers == 2
