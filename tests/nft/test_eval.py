@@ -223,7 +223,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE"),
         (["--set", "jpeg.quality=[1"], "--set jpeg.quality: is not YAML"),
         (["--set", "jpeg.quality=1e-3"], "quality: got 0.001"),
-        (["--set", "jpeg.quality=2024-01-01"], "rewards.jpeg.options.quality: got datetime.date(2024, 1, 1)"),
+        (["--set", "jpeg.quality=!!timestamp 2024-01-01"], "jpeg.options.quality: got datetime.date(2024, 1, 1)"),
         (["--set", "jpeg.reward=3"], "reward: got 3, accepted is a name"),
         (["--set", "jpeg.reward=http://"], "rewards.jpeg.reward: got 'http://', accepted is http://host:port/name"),
         (["--override", "device=cuda:99"], "device: got 'cuda:99', but this machine"),
