@@ -25,8 +25,8 @@ from .data import geneval, prompts
 from .data.prompts import Entry
 from .distributed import Processes
 from .rewards import registry
-from .rewards.base import RewardError, check_needs, score
-from .rewards.ocr import target_of, text_score
+from .rewards.base import Reward, RewardError, check_needs, score
+from .rewards.ocr import OCR
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """Pictures (B, H, W, 3) uint8 of prompts and their seeds."""
@@ -113,13 +113,16 @@ SUITES = {
 }
 
 
+def _check_needs(judge: Reward | type[Reward], entries: list[Entry], what: str) -> None:
+    try:
+        check_needs(judge, [entry["prompt"] for entry in entries], entries)
+    except ValueError as error:
+        raise ValueError(f"prompts: {what}: {error}") from None
+
+
 def _read_ocr(path: Path) -> list[Entry]:
     entries = prompts.read(path)
-    for entry in entries:
-        try:
-            text_score("", target_of(entry["prompt"], entry))
-        except ValueError as error:
-            raise ValueError(f"prompts: {path}: {entry['prompt']!r}: {error}") from None
+    _check_needs(OCR, entries, str(path))
     return entries
 
 
@@ -145,6 +148,23 @@ def _save_picture(picture: Tensor, path: Path) -> None:
     fresh.replace(path)
 
 
+def read_settings(folder: Path, key: str) -> dict[str, Any]:
+    """The settings that a folder's evaluation was begun with.
+
+    Raises:
+        OSError: a folder without any.
+        ValueError: a file that is not what ``Evaluation`` writes; ``key`` is what the message calls the folder.
+    """
+    path = folder / "settings.json"
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings["subject"], str):
+            raise TypeError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{key}: {path} is damaged, accepted is the folder of an evaluation") from None
+    return settings
+
+
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key} is {there.get(key, 'not set')!r} there and {here.get(key, 'not set')!r} here"
@@ -156,6 +176,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _spec(reward: str, options: Options | None) -> dict[str, Any]:
     """What scores in a reward's place, and its options."""
     return {"reward": reward, **(options or {}).get(reward, {})}
+
+
+def _target(judged_by: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return judged_by["reward"], {key: value for key, value in judged_by.items() if key != "reward"}
 
 
 class Evaluation:
@@ -172,7 +196,7 @@ class Evaluation:
         limit: int | None = None,
         per_prompt: int = 1,
     ):
-        """Open a new folder, or one that was begun with the same settings.
+        """Open a folder that was begun with the same settings, or one that is written to when drawing begins.
 
         Args:
             suite: a name in ``SUITES``.
@@ -213,7 +237,7 @@ class Evaluation:
                 if limit is None or seen[entry["tag"]] <= limit:
                     self.entries.setdefault(name, []).append(entry)
         digest = hashlib.sha256(json.dumps(self.entries, sort_keys=True).encode()).hexdigest()
-        settings = {
+        self.settings = {
             "suite": suite,
             "subject": subject,
             "solver": self.suite.solver,
@@ -222,13 +246,23 @@ class Evaluation:
             "prompts_sha256": digest,
             **(sampling or {}),
         }
-        path = folder / "settings.json"
+        if (folder / "settings.json").exists():
+            self._compare()
+
+    def _begin(self) -> None:
+        """Write the settings, which nothing was refused for, and from now on all others are."""
+        path = self.folder / "settings.json"
         if not path.exists():
-            _write(path, json.dumps(settings, indent=1))
-        begun = json.loads(path.read_text())
-        if begun != settings:
-            apart = _differences(begun, settings)
-            raise ValueError(f"output: {folder} holds an evaluation with other settings: {apart}; give another folder")
+            _write(path, json.dumps(self.settings, indent=1))
+        self._compare()
+
+    def _compare(self) -> None:
+        begun = read_settings(self.folder, "output")
+        if begun != self.settings:
+            apart = _differences(begun, self.settings)
+            raise ValueError(
+                f"output: {self.folder} holds an evaluation with other settings: {apart}; give another folder"
+            )
 
     def _jobs(self, name: str) -> list[tuple[Entry, int, Path]]:
         """Every picture's entry, seed and file; a seed belongs to its place in the set."""
@@ -251,7 +285,12 @@ class Evaluation:
         processes: Processes | None = None,
     ) -> None:
         """Draw this process' share of the pictures that are not there yet, ``batch`` at a time, and tell how many of it
-        are done. Returns when all processes are."""
+        are done. Returns when all processes are.
+
+        Raises:
+            ValueError: a folder that another evaluation has begun in the meantime.
+        """
+        self._begin()
         processes = processes or Processes("cpu")
         missing = self.missing()
         # None begins before all have seen what is missing.
@@ -286,19 +325,16 @@ class Evaluation:
             self._check_spec(name, reward, judged_by)
             if len(self.read_scores(name, reward)) == len(self._jobs(name)):
                 continue
-            target, own = judged_by["reward"], {k: v for k, v in judged_by.items() if k != "reward"}
+            target, own = _target(judged_by)
             try:
-                registry.check(target, **own)
                 # What has a device is loaded after the policy is gone.
-                on_device = not target.startswith(registry.REMOTE) and registry.find(target).uses_device
-                judge = registry.find(target) if on_device else registry.load(target, **own)
+                judge = registry.examine(target, own, where=f"rewards.{reward}")
+                if target.startswith(registry.REMOTE):
+                    judge = registry.load(target, own, where=f"rewards.{reward}")
             except (RewardError, FileNotFoundError):
                 # Its columns are left out, unless it can be had later.
                 continue
-            try:
-                check_needs(judge, self.entries[name])
-            except ValueError as error:
-                raise ValueError(f"prompts: {name}: {error}") from None
+            _check_needs(judge, self.entries[name], name)
 
     def score(
         self,
@@ -318,8 +354,9 @@ class Evaluation:
             on_reward: told of each reward before it is loaded.
 
         Raises:
-            ValueError: see ``check``.
+            ValueError: see ``check`` and ``draw``.
         """
+        self._begin()
         for name, reward in self._wanted():
             on_reward(reward)
             try:
@@ -353,8 +390,8 @@ class Evaluation:
         jobs, lines, path = self._jobs(name), self.read_scores(name, reward), self._scores_path(name, reward)
         if len(lines) == len(jobs):
             return
-        own = {key: value for key, value in judged_by.items() if key != "reward"}
-        judge = registry.load(judged_by["reward"], **{"device": device, **own})
+        target, own = _target(judged_by)
+        judge = registry.load(target, own, device=device, where=f"rewards.{reward}")
         _write(path, "".join(json.dumps(line) + "\n" for line in lines))
         _write(path.with_suffix(".json"), json.dumps(judged_by))
         for start in range(len(lines), len(jobs), batch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,9 +66,9 @@ def evaluate(
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
     console = Console()
     from .cli import _fail, quieten_libraries
-    from .config import load_config
+    from .config import load_config, usable_device
     from .distributed import Processes
-    from .evaluate import SUITES, Evaluation
+    from .evaluate import SUITES, Evaluation, read_settings
     from .rewards.cli import reward_options
 
     folder = output or Path("evals") / suite
@@ -78,6 +77,7 @@ def evaluate(
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
         run = load_config(config or SUITES[suite].config, overrides)
+        usable_device(run.device)
         subject = _subject(run.pipeline, checkpoint)
         processes = Processes(run.device)
         console.quiet = not processes.main
@@ -86,7 +86,7 @@ def evaluate(
         evaluation = Evaluation(suite, folder, subject=subject, sampling=sampling, **same)
         other = None
         if baseline is not None:
-            begun = json.loads((baseline / "settings.json").read_text())
+            begun = read_settings(baseline, "baseline")
             theirs = {key: begun[key] for key in sampling if key in begun}
             other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, **same)
         chosen = SUITES[suite]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from .config import Config
 from .data import prompts
 from .rewards import registry
+from .rewards.base import check_needs, fetch_weights
 from .rewards.geneval import Verdict
 from .rewards.pool import RewardSpec, Scorer
 from .worlds.shapes.prompts import sample, split
@@ -84,10 +86,12 @@ class Shapes(Task):
         return _table(verdicts).clamp_min(0)
 
 
-def _prompts(train: str, held_out: str | None) -> list[list[dict[str, Any]]]:
+def _prompts(train: str, held_out: str | None) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Training prompts by task group, and those that are held out."""
     if held_out is None and train not in prompts.SETS:
         raise ValueError(f"held_out_prompts: got none, accepted beside {train!r} is a prompt set or a file")
-    return prompts.train(train, prompts.held_out(held_out or train))
+    kept_away = prompts.held_out(held_out or train)
+    return prompts.train(train, kept_away), kept_away
 
 
 class Rewards(Task):
@@ -118,7 +122,7 @@ class Rewards(Task):
         """
         super().__init__(device)
         self._held_out = held_out or train
-        self._train = _prompts(train, held_out)
+        self._train, _ = _prompts(train, held_out)
         self.weights = {name: spec.weight for name, spec in rewards.items()}
         self.method = method
         self.scorer = Scorer(rewards, device=str(device), max_pending=max_pending)
@@ -153,7 +157,19 @@ class Rewards(Task):
 
 
 TASKS: dict[str, type[Task]] = {"shapes": Shapes}
-_GENEVAL: dict[str, Any] = {"rewards": {"geneval": RewardSpec("geneval")}, "train": "geneval"}
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What ``Rewards`` is made with."""
+    if config.task == "geneval":
+        # Trains on the partial credit, and reports the strict score.
+        return {"rewards": {"geneval": RewardSpec("geneval")}, "train": "geneval"}
+    return {
+        "rewards": config.reward_specs(),
+        "train": config.prompts,
+        "held_out": config.held_out_prompts,
+        "method": config.combine,
+    }
 
 
 def build(config: Config, device: torch.device) -> Task:
@@ -162,33 +178,28 @@ def build(config: Config, device: torch.device) -> Task:
     Raises:
         OSError, ValueError, RewardError: prompts or a reward that cannot be had, named.
     """
-    if config.task == "geneval":
-        # Trains on the partial credit, and reports the strict score.
-        return Rewards(device, **_GENEVAL)
-    if config.task != "rewards":
+    if config.task in TASKS:
         return TASKS[config.task](device)
-    assert config.prompts is not None
-    return Rewards(
-        device,
-        config.reward_specs(),
-        train=config.prompts,
-        held_out=config.held_out_prompts,
-        method=config.combine,
-    )
+    return Rewards(device, **_settings(config))
 
 
 def check(config: Config) -> None:
-    """Read the prompts and look for the packages of a task that is built later, so that a curriculum cannot fail at its
-    second stage for what could be known at its start.
+    """Look for all that a task needs which is built later, so that a curriculum cannot fail at its second stage for
+    what could be known at its start: but for rewards on a device or a server, which are not loaded.
 
     Raises:
-        OSError, ValueError, RewardError: as ``build``.
+        OSError, ValueError, RewardError: as ``build``, and for prompts without what a reward needs.
     """
-    if config.task == "geneval":
-        registry.check("geneval")
-    if config.task != "rewards":
+    if config.task in TASKS:
         return
-    assert config.prompts is not None
-    _prompts(config.prompts, config.held_out_prompts)
-    for spec in config.reward_specs().values():
-        registry.check(spec.reward, **spec.options)
+    settings = _settings(config)
+    groups, kept_away = _prompts(settings["train"], settings.get("held_out"))
+    for name, spec in settings["rewards"].items():
+        judge = registry.examine(spec.reward, spec.options, device=spec.device, where=f"rewards.{name}")
+        if isinstance(judge, type):
+            fetch_weights(judge, spec.options)
+        for key, entries in (("prompts", [*chain(*groups)]), ("held_out_prompts", kept_away)):
+            try:
+                check_needs(judge, [entry["prompt"] for entry in entries], entries)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from None

@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from .text import read_text
+
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
@@ -103,7 +105,8 @@ def generate(per_group: int, seed: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def _check(entry: Any) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or entry.get("tag") not in GROUPS:
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip() or entry.get("tag") not in GROUPS:
         raise ValueError(f"accepted is an object with a prompt and one of the tags {', '.join(GROUPS)}")
     if not entry.get("include"):
         raise ValueError("accepted is an object with at least one object to include")
@@ -123,10 +126,10 @@ def read(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         OSError: no such file.
-        ValueError: a line that is not a GenEval entry, by number.
+        ValueError: a file that is not UTF-8, or a line that is not a GenEval entry, by number.
     """
     entries = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(Path(path), "prompts").splitlines(), start=1):
         if not line.strip():
             continue
         try:

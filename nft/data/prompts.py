@@ -9,6 +9,7 @@ from typing import Any
 from nft.worlds.shapes import prompts as shapes
 
 from . import geneval, ocr
+from .text import read_text
 
 Entry = dict[str, Any]
 SETS = ("shapes", "geneval", "ocr")
@@ -18,21 +19,25 @@ _HELD_OUT = {"geneval": 100, "ocr": 1000}
 _BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117}
 
 
-def read(path: Path) -> list[Entry]:
+def read(path: Path, key: str = "prompts") -> list[Entry]:
     """Entries of a text file with a prompt per line, or of a JSON-lines file with an object with ``prompt`` per line.
+
+    Args:
+        path: the file.
+        key: what messages call it.
 
     Raises:
         OSError: no such file.
-        ValueError: another ending, no prompts, or a line that is not an object with a prompt, by number.
+        ValueError: another ending or encoding, no prompts, or a line that is not an object with a prompt, by number.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts: got {str(path)!r}, accepted are {', '.join(SETS)} or a .txt or .jsonl file")
+        raise ValueError(f"{key}: got {str(path)!r}, accepted are {', '.join(SETS)} or a .txt or .jsonl file")
     if not path.is_file():
-        raise FileNotFoundError(f"prompts: got {str(path)!r}, but there is no such file; bring one prompt per line")
-    lines = [(n, line) for n, line in enumerate(path.read_text().splitlines(), start=1) if line.strip()]
+        raise FileNotFoundError(f"{key}: got {str(path)!r}, but there is no such file; bring one prompt per line")
+    lines = [(n, line) for n, line in enumerate(read_text(path, key).splitlines(), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"prompts: {path} is empty, accepted is at least one prompt")
+        raise ValueError(f"{key}: {path} is empty, accepted is at least one prompt")
     if path.suffix == ".txt":
         return [{"tag": path.stem, "prompt": line.strip()} for _, line in lines]
     entries = []
@@ -40,9 +45,11 @@ def read(path: Path) -> list[Entry]:
         try:
             entry = {"tag": path.stem, **json.loads(line)}
         except (ValueError, TypeError) as error:
-            raise ValueError(f"prompts: {path}, line {number}: {error}") from None
-        if not isinstance(entry.get("prompt"), str):
-            raise ValueError(f"prompts: {path}, line {number} has no prompt")
+            raise ValueError(f"{key}: {path}, line {number}: {error}") from None
+        for part in ("prompt", "tag"):
+            text = entry.get(part)
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{key}: {path}, line {number}: got {part} {text!r}, accepted is a text")
         entries.append(entry)
     return entries
 
@@ -66,7 +73,7 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
     if source == "geneval":
         groups = geneval.generate(_HELD_OUT["geneval"], _HELD_OUT_SEED)
         return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
-    return [entry for group in _by_tag(read(Path(source))) for entry in group[:per_group]]
+    return [entry for group in _by_tag(read(Path(source), "held_out_prompts")) for entry in group[:per_group]]
 
 
 def benchmark(source: str) -> list[Entry]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -52,6 +54,10 @@ class Reward(Protocol):
     def __init__(self) -> None:
         """Without options."""
 
+    @staticmethod
+    def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
+        """Raise ``ValueError`` for a prompt that cannot be scored with this metadata, beyond what ``needs`` says."""
+
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored | Tensor:
         """Scores (B,) of uint8 pictures (B, H, W, 3), alone or with details; higher is better."""
         ...
@@ -86,7 +92,7 @@ def validate(reward: Reward | type[Reward], pictures: Tensor, prompts: list[str]
 
     Raises:
         TypeError: pictures that are not a uint8 tensor.
-        ValueError: wrong shapes, lengths that differ, or metadata without a key that the reward needs.
+        ValueError: wrong shapes, lengths that differ, or a prompt or metadata without what the reward needs.
     """
     if not isinstance(pictures, Tensor) or pictures.dtype != torch.uint8:
         raise TypeError(f"pictures: got {getattr(pictures, 'dtype', type(pictures))}, accepted is a uint8 tensor")
@@ -95,19 +101,23 @@ def validate(reward: Reward | type[Reward], pictures: Tensor, prompts: list[str]
     for label, values in (("prompts", prompts), ("metadata", metadata)):
         if len(values) != len(pictures):
             raise ValueError(f"{label}: got {len(values)}, accepted is one per picture, {len(pictures)}")
-    check_needs(reward, metadata)
+    check_needs(reward, prompts, metadata)
 
 
-def check_needs(reward: Reward | type[Reward], metadata: Metadata) -> None:
-    """Check entries against a reward's needs.
+def check_needs(reward: Reward | type[Reward], prompts: list[str], metadata: Metadata) -> None:
+    """Check prompts and their entries against a reward's needs.
 
     Raises:
-        ValueError: an entry without a key that the reward needs.
+        ValueError: an entry without a key that the reward needs, or a prompt that it cannot score.
     """
-    for i, entry in enumerate(metadata):
+    for i, (prompt, entry) in enumerate(zip(prompts, metadata, strict=True)):
         lacking = [key for key in reward.needs if key not in entry]
         if lacking:
             raise ValueError(f"metadata: entry {i} lacks {', '.join(lacking)}, which {name_of(reward)} needs")
+        try:
+            reward.check_prompt(prompt, entry)
+        except ValueError as error:
+            raise ValueError(f"metadata: entry {i}, {prompt!r}: {error}") from None
 
 
 def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
@@ -173,3 +183,20 @@ def from_hub(load: Callable[[str], T], source: str) -> T:
             f"reward weights: {source!r} is neither on disk nor reachable: run `hf download {source}` or give a folder "
             f"({str(error).strip().partition(chr(10))[0]})"
         ) from error
+
+
+def fetch_weights(kind: type[Reward], options: Mapping[str, Any]) -> None:
+    """See to it that the default weights and files which these options leave in place are here, or can be had.
+
+    Raises:
+        FileNotFoundError: one that is neither on disk nor reachable, with where it comes from.
+    """
+    used = [one.default for key, one in signature(kind).parameters.items() if key not in options]
+    for file, where in kind.files.items():
+        if file in used and not Path(file).is_file():
+            raise FileNotFoundError(f"reward weights: no file {file!r}: download it from {where}")
+    for repo in missing_weights(kind):
+        if repo in used:
+            from huggingface_hub import hf_hub_download
+
+            from_hub(partial(hf_hub_download, filename=kind.weights[repo]), repo)

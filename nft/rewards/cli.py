@@ -48,7 +48,7 @@ def rewards() -> None:
 
 def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """``NAME.KEY=VALUE`` settings by reward."""
-    import yaml
+    from ..config import _parse
 
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
@@ -56,10 +56,7 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
         name, dot, key = target.rpartition(".")
         if not separator or not dot or name not in options:
             raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(names)}")
-        try:
-            options[name][key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--set: got {setting!r}, accepted is a VALUE in YAML") from None
+        options[name][key] = _parse(value, f"--set {target}")
     return options
 
 
@@ -80,6 +77,8 @@ def reward_server(
     """
     console = Console()
     from ..cli import _fail
+    from ..config import Config, usable_device
+    from ..data.text import read_text
     from .base import RewardError
     from .client import TOKEN
     from .registry import load
@@ -93,15 +92,16 @@ def reward_server(
     except ImportError as error:
         raise _fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
     try:
-        token = token_file.read_text().strip() if token_file else os.environ.get(TOKEN, "")
+        token = read_text(token_file, "token-file").strip() if token_file else os.environ.get(TOKEN, "")
         if token_file and not token:
             raise ValueError(f"token-file: {token_file} is empty, accepted is a file with the token")
+        usable_device(Config._known_device(device))
         options = reward_options(settings or [], names)
         # A module's ``a:B`` is served as B.
         short = [name.rpartition(":")[2] for name in names]
         if len(set(short)) < len(short):
             raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
-        served = {s: load(name, **{"device": device, **options[name]}) for s, name in zip(short, names, strict=True)}
+        served = {s: load(name, options[name], device=device) for s, name in zip(short, names, strict=True)}
     except (ValueError, OSError, RewardError) as error:
         raise _fail(error) from None
     if not token:

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from torch import Tensor
 
@@ -15,6 +16,24 @@ from .base import Metadata, Reward, RewardError, Scored
 TOKEN = "NFT_REWARD_TOKEN"
 _LONGEST_PAUSE = 5.0
 _CONNECT = 5.0
+
+
+def check_connection(url: str, timeout: Any = 300.0, patience: Any = 60.0) -> None:
+    """Check what a ``RemoteReward`` is made with, without asking the server.
+
+    Raises:
+        ValueError: an address without host or name, or seconds that are not positive and finite.
+    """
+    try:
+        parts = urlsplit(url)
+        whole = bool(parts.hostname and parts.path.strip("/") and parts.port != 0)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError(f"reward: got {url!r}, accepted is http://host:port/name")
+    for key, seconds in (("timeout", timeout), ("patience", patience)):
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+            raise ValueError(f"options.{key}: got {seconds!r}, accepted is a positive number of seconds")
 
 
 class RemoteReward(Reward):

@@ -18,8 +18,8 @@ class JPEGCompressibility(Reward):
     range = (-math.inf, 0.0)
 
     def __init__(self, quality: int = 95):
-        if not 1 <= quality <= 100:
-            raise ValueError(f"quality: got {quality}, accepted is 1 to 100")
+        if type(quality) is not int or not 1 <= quality <= 100:
+            raise ValueError(f"quality: got {quality!r}, accepted are whole numbers from 1 to 100")
         self.quality = quality
 
     def _size(self, picture: Tensor) -> float:

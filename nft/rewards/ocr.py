@@ -47,7 +47,7 @@ def target_of(prompt: str, entry: dict[str, object]) -> str:
     """
     quoted = _QUOTED.search(prompt)
     if "text" not in entry and quoted is None:
-        raise ValueError(f'prompts: got {prompt!r}, accepted for OCR is a prompt with "quoted text"')
+        raise ValueError(f'prompt: got {prompt!r}, accepted for OCR is one with "quoted text"')
     return str(entry["text"]) if "text" in entry else quoted[1]  # type: ignore[index]
 
 
@@ -83,6 +83,10 @@ class OCR(Reward):
 
     def __init__(self) -> None:
         self.read = self.engine()
+
+    @staticmethod
+    def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
+        text_score("", target_of(prompt, entry))
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         targets = [target_of(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]

@@ -55,7 +55,7 @@ class RewardSpec:
 @cache
 def _in_this_process(name: str, options: str) -> Reward:
     torch.set_num_threads(1)
-    return registry.load(name, **json.loads(options))
+    return registry.load(name, json.loads(options))
 
 
 def _prepare(name: str, options: str) -> None:
@@ -107,7 +107,7 @@ class _Here:
     """A reward in this process, for those that wait for a device or a server."""
 
     def __init__(self, spec: RewardSpec, device: str):
-        self.reward = registry.load(spec.reward, device=spec.device or device, **spec.options)
+        self.reward = registry.load(spec.reward, spec.options, device=spec.device or device)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         return score(self.reward, pictures, prompts, metadata)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import signature
+from inspect import Parameter, signature
+from types import MappingProxyType
 from typing import Any
 
 from .base import Reward, RewardError, install_hint, missing_packages
 
 ENTRY_POINTS = "nft.rewards"
 REMOTE = ("http://", "https://")
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 BUNDLED = {
     "shapes": "nft.worlds.shapes.reward:ShapesReward",
@@ -42,8 +46,8 @@ def find(name: str) -> type[Reward]:
         ValueError: no such name, module or attribute, a module that fails, or something that is no reward.
     """
     target = known().get(name, name)
-    module, separator, attribute = target.partition(":")
-    if not separator:
+    module, _, attribute = target.partition(":")
+    if not (module and attribute):
         near = get_close_matches(name, known(), n=1)
         guess = f", did you mean {near[0]}?" if near else ""
         accepted = f"{', '.join(known())}, module:attribute or a server's http://host:port/name"
@@ -65,7 +69,9 @@ def find(name: str) -> type[Reward]:
     return kind
 
 
-def _kind(name: str) -> type[Reward]:
+def _kind(name: Any) -> type[Reward]:
+    if not isinstance(name, str):
+        raise ValueError(f"reward: got {name!r}, accepted is a name, module:attribute or an address")
     if name.startswith(REMOTE):
         from .client import RemoteReward
 
@@ -73,45 +79,106 @@ def _kind(name: str) -> type[Reward]:
     return find(name)
 
 
-def _arguments(name: str, kind: type[Reward], device: str, options: dict[str, Any]) -> dict[str, Any]:
+def _ours(name: str, kind: type[Reward], device: str) -> dict[str, Any]:
+    """The arguments that are no options."""
     if name.startswith(REMOTE):
-        return {"url": name, **options}
-    return {"device": device, **options} if kind.uses_device else options
+        return {"url": name}
+    return {"device": device} if kind.uses_device else {}
 
 
-def check(name: str, **options: Any) -> None:
-    """Whether a reward could be made with these options, without making it.
+def _check_options(where: str, kind: type[Reward], ours: dict[str, Any], options: Mapping[str, Any]) -> None:
+    taken = signature(kind)
+    own = [key for key in taken.parameters if key not in ours]
+    open_ended = any(one.kind is Parameter.VAR_KEYWORD for one in taken.parameters.values())
+    for key, value in options.items():
+        if key in ours:
+            raise ValueError(f"{where}.options.{key}: got {value!r}, accepted is none: it is given beside the options")
+        if not isinstance(key, str) or (key not in own and not open_ended):
+            near = get_close_matches(str(key), own, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(own) or 'none'}"
+            raise ValueError(f"{where}.options.{key}: unknown key, {hint}")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}.options.{key}: got {value!r}, accepted are JSON's types") from None
+    try:
+        taken.bind(**ours, **options)
+    except TypeError as error:
+        raise ValueError(f"{where}.options: {error}; accepted are {', '.join(own)}") from None
+
+
+def check(name: str, options: Mapping[str, Any] = _NONE, *, device: str | None = None, where: str = "") -> type[Reward]:
+    """Whether a reward could be made like this, without making it.
+
+    Args:
+        name, options: see ``load``.
+        device: one that was given for this reward alone.
+        where: what messages call its settings; ``rewards.NAME`` by default.
+
+    Returns:
+        its class.
 
     Raises:
-        ValueError: an unknown reward, or options that it does not have or lacks.
+        ValueError: an unknown reward, a device that it does not use or this machine lacks, or options that it does not
+            have or lacks.
         RewardError: packages that are not installed, with the command that installs them.
     """
-    kind = _kind(name)
+    kind, where = _kind(name), where or f"rewards.{name}"
     missing = missing_packages(kind)
     if missing:
         raise RewardError(f"reward {name}: {', '.join(missing)} not installed: {install_hint(kind)}")
-    accepted = signature(kind)
+    _check_options(where, kind, _ours(name, kind, "cpu"), options)
+    if device is not None and not kind.uses_device:
+        raise ValueError(f"{where}.device: got {device!r}, accepted is none, as {name} uses no device")
     try:
-        accepted.bind(**_arguments(name, kind, "cpu", options))
-    except TypeError as error:
-        raise ValueError(f"reward {name}: {error}; accepted are {', '.join(accepted.parameters) or 'none'}") from None
+        if device is not None:
+            from ..config import usable_device
+
+            usable_device(device)
+        if name.startswith(REMOTE):
+            from .client import check_connection
+
+            check_connection(name, **options)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
+    return kind
 
 
-def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
+def examine(
+    name: str, options: Mapping[str, Any] = _NONE, *, device: str | None = None, where: str = ""
+) -> Reward | type[Reward]:
+    """Check as ``check``, and make a reward that uses neither device nor server.
+
+    Returns:
+        the reward, or its class; either says what it needs.
+
+    Raises:
+        ValueError, FileNotFoundError, RewardError: see ``check`` and ``load``.
+    """
+    kind = check(name, options, device=device, where=where)
+    return kind if kind.uses_device or name.startswith(REMOTE) else load(name, options, where=where)
+
+
+def load(name: str, options: Mapping[str, Any] = _NONE, *, device: str = "cpu", where: str = "") -> Reward:
     """Make a reward.
 
     Args:
         name: a registered name, ``module:attribute``, or ``http://host:port/name`` on a reward server.
+        options: the reward's own, with JSON's types.
         device: given to rewards that use one.
-        options: the reward's own.
+        where: see ``check``.
 
     Raises:
         ValueError: an unknown reward, or options that it does not take.
-        RewardError: packages that are not installed, with the command that installs them.
+        FileNotFoundError: weights that are neither on disk nor reachable.
+        RewardError: packages that are not installed, with the command that installs them, or a reward that fails.
     """
-    check(name, **options)
-    kind = _kind(name)
+    kind, where = check(name, options, where=where), where or f"rewards.{name}"
     try:
-        return kind(**_arguments(name, kind, device, options))
-    except TypeError as error:
-        raise ValueError(f"reward {name}: {error}, with the options {options or 'left out'}") from error
+        return kind(**_ours(name, kind, device), **options)
+    except (OSError, RewardError):
+        raise
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    except Exception as error:
+        raise RewardError(f"{where}: {type(error).__name__}: {error}") from error

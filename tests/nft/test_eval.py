@@ -28,6 +28,7 @@ from nft.worlds.shapes.tiny import build_pipeline
 from nft.worlds.shapes.verify import verify
 
 run = CliRunner().invoke
+PAPER = ("--suite", "paper", "--override", "device=cpu")
 
 
 # --- statistics ---
@@ -220,20 +221,27 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
         (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
         (["--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE"),
-        (["--set", "jpeg.quality=[1"], "--set: got 'jpeg.quality=[1', accepted is a VALUE in YAML"),
+        (["--set", "jpeg.quality=[1"], "--set jpeg.quality: is not YAML"),
+        (["--set", "jpeg.quality=1e-3"], "quality: got 0.001"),
+        (["--set", "jpeg.quality=!!timestamp 2024-01-01"], "jpeg.options.quality: got datetime.date(2024, 1, 1)"),
+        (["--set", "jpeg.reward=3"], "reward: got 3, accepted is a name"),
+        (["--set", "jpeg.reward=http://"], "rewards.jpeg.reward: got 'http://', accepted is http://host:port/name"),
+        (["--override", "device=cuda:99"], "device: got 'cuda:99', but this machine"),
+        (["--prompts", "shapes=unquoted.txt"], "prompts: shapes: metadata: entry 0 lacks include"),
+        (["--prompts", "shapes=latin.txt"], "prompts: latin.txt is not UTF-8"),
+        (["--baseline", "dict"], "baseline: dict/settings.json is damaged, accepted is the folder of an evaluation"),
+        (["--baseline", "list"], "baseline: list/settings.json is damaged"),
+        (["--baseline", "text"], "baseline: text/settings.json is damaged"),
         (["--set", "jpeg.reward=jpg"], "reward: got 'jpg', did you mean jpeg?"),
-        (["--set", "jpeg.quality=0"], "quality: got 0, accepted is 1 to 100"),
-        (["--set", "jpeg.quality=high"], "reward jpeg: "),
+        (["--set", "jpeg.quality=0"], "quality: got 0, accepted are whole numbers from 1 to 100"),
+        (["--set", "jpeg.quality=high"], "rewards.jpeg: quality: got 'high'"),
+        (["--set", "jpeg.qualitty=3"], "rewards.jpeg.options.qualitty: unknown key, did you mean quality?"),
         (
-            ["--set", "jpeg.qualitty=3"],
-            "reward jpeg: got an unexpected keyword argument 'qualitty'",
-        ),
-        (
-            ["--suite", "paper", "--prompts", "drawbench=unquoted.txt", "--set", "clipscore.reward=shapes"],
+            [*PAPER, "--prompts", "drawbench=unquoted.txt", "--set", "clipscore.reward=shapes"],
             "prompts: drawbench: metadata: entry 0 lacks include, which ShapesReward needs",
         ),
-        (["--suite", "paper", "--prompts", "ocr=unquoted.txt"], "'a sign': prompts: got 'a sign', accepted for OCR"),
-        (["--suite", "paper", "--prompts", "geneval=nothing.jsonl"], "line 1: accepted is an object with at least one"),
+        ([*PAPER, "--prompts", "ocr=unquoted.txt"], "'a sign': prompt: got 'a sign', accepted for OCR"),
+        ([*PAPER, "--prompts", "geneval=nothing.jsonl"], "line 1: accepted is an object with at least one"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_drawn(arguments, message, tmp_path, monkeypatch):
@@ -241,8 +249,31 @@ def test_bad_input_is_named_before_anything_is_drawn(arguments, message, tmp_pat
     monkeypatch.setattr("nft.evaluate_cli._draw", None)
     (tmp_path / "unquoted.txt").write_text('a sign "Open"\na sign\n')
     (tmp_path / "nothing.jsonl").write_text('{"tag": "colors", "prompt": "a red bus"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    for name, text in (("dict", "{}"), ("list", "[]"), ("text", "settings")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text(text)
     result = run(app, ["eval", "--output", str(tmp_path / "e"), *arguments], env={"COLUMNS": "200"})
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+    # What was refused leaves nothing behind that would refuse the next one.
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_resolution_that_the_policy_refuses_leaves_no_settings(pipeline, tmp_path):
+    result = evaluate(tmp_path / "e", pipeline, "--override", "resolution=24")
+    assert result.exit_code == 2 and "resolution: got 24" in result.output
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_folder_is_begun_by_one_evaluation_only(tmp_path):
+    first, second = (Evaluation("shapes", tmp_path / "e", subject=name, limit=1) for name in "ab")
+
+    def draw(prompts, seeds):
+        return torch.zeros(len(prompts), 8, 8, 3, dtype=torch.uint8)
+
+    first.draw(draw, batch=8)
+    with pytest.raises(ValueError, match="subject is 'a' there and 'b' here"):
+        second.draw(draw, batch=8)
 
 
 # --- the paper's table ---

@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import types
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
@@ -109,7 +110,7 @@ def own_module(tmp_path, monkeypatch):
 def test_own_reward_by_module_and_attribute(own_module):
     assert len(OWN.splitlines()) < 40
     pictures = noise()
-    scored = score(registry.load(own_module, gain=0.5), pictures, PROMPTS, [{}] * 3)
+    scored = score(registry.load(own_module, {"gain": 0.5}), pictures, PROMPTS, [{}] * 3)
     assert scored.score.tolist() == pytest.approx((pictures[..., 0].double().mean((1, 2)) / 510).tolist())
 
 
@@ -154,19 +155,82 @@ def test_a_broken_reward_is_named_with_its_own_error(code, message, tmp_path, mo
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"qualitty": 3}, "reward jpeg: got an unexpected keyword argument 'qualitty'; accepted are quality"),
-        ({"quality": "high"}, "reward jpeg: .*with the options {'quality': 'high'}"),
-        ({"quality": 0}, "quality: got 0"),
+        ({"qualitty": 3}, "rewards.jpeg.options.qualitty: unknown key, did you mean quality"),
+        ({"name": "x"}, "rewards.jpeg.options.name: unknown key, accepted are quality"),
+        ({1: 2}, "rewards.jpeg.options.1: unknown key"),
+        ({"device": "cuda"}, "rewards.jpeg.options.device: unknown key"),
+        (
+            {"quality": date(2024, 1, 1)},
+            r"options.quality: got datetime.date\(.*accepted are JSON's types",
+        ),
+        ({"quality": "high"}, "rewards.jpeg: quality: got 'high', accepted are whole numbers from 1 to 100"),
+        ({"quality": 50.5}, "rewards.jpeg: quality: got 50.5"),
+        ({"quality": True}, "rewards.jpeg: quality: got True"),
+        ({"quality": 0}, "rewards.jpeg: quality: got 0"),
     ],
 )
 def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        registry.load("jpeg", **options)
+        registry.load("jpeg", options)
 
 
 def test_a_reward_that_takes_no_options_says_so():
-    with pytest.raises(ValueError, match=r"reward shapes: .* argument 'scale'; accepted are none"):
-        registry.check("shapes", scale=1)
+    with pytest.raises(ValueError, match=r"rewards.shapes.options.scale: unknown key, accepted are none"):
+        registry.check("shapes", {"scale": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clipscore", {"device": "cuda"}, "options.device: got 'cuda', accepted is none: it is given beside"),
+        ("http://host:1/jpeg", {"url": "x"}, "options.url: got 'x', accepted is none: it is given beside"),
+        ("http://host:1/jpeg", {"timeout": -3}, "r.options.timeout: got -3, accepted is a positive number of seconds"),
+        ("http://host:1/jpeg", {"timeout": "x"}, "r.options.timeout: got 'x'"),
+        ("http://host:1/jpeg", {"patience": "x"}, "r.options.patience: got 'x'"),
+        ("http://host:1/jpeg", {"patience": math.nan}, "r.options.patience: got nan"),
+        ("http://", {}, "r.reward: got 'http://', accepted is http://host:port/name"),
+        ("http://host", {}, "r.reward: got 'http://host'"),
+        ("http://host:1/", {}, "r.reward: got 'http://host:1/'"),
+        ("http://host:99999/jpeg", {}, "r.reward: got 'http://host:99999/jpeg'"),
+        ("http://[host/jpeg", {}, "r.reward: got"),
+        (3, {}, "reward: got 3, accepted is a name"),
+    ],
+)
+def test_what_cannot_be_asked_is_found_out_without_asking(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        registry.check(name, options, where="r")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "message"),
+    [
+        ("jpeg", "cuda", "r.device: got 'cuda', accepted is none, as jpeg uses no device"),
+        ("http://host:1/jpeg", "cpu", "r.device: got 'cpu', accepted is none"),
+        ("clipscore", "cuda:99", "r.device: got 'cuda:99', but this machine"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_named(name, device, message):
+    with pytest.raises(ValueError, match=message):
+        registry.check(name, device=device, where="r")
+    registry.check("clipscore", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        ("RuntimeError('boom')", RewardError, "rewards.own_broken:Own: RuntimeError: boom"),
+        ("ValueError('boom')", ValueError, "rewards.own_broken:Own: boom"),
+        ("KeyError('boom')", RewardError, "rewards.own_broken:Own: KeyError: 'boom'"),
+    ],
+)
+def test_a_constructor_that_fails_is_named(raised, error, message, tmp_path, monkeypatch):
+    code = "from nft.rewards.base import Reward\nclass Own(Reward):\n    def __init__(self, **more):\n        raise "
+    (tmp_path / "own_broken.py").write_text(code + raised)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "own_broken", raising=False)
+    with pytest.raises(error, match=message):
+        registry.load("own_broken:Own", {"any": 1})
+    monkeypatch.delitem(sys.modules, "own_broken", raising=False)
 
 
 def test_scores_that_are_no_tensor_are_named():
@@ -188,6 +252,8 @@ def test_a_folder_that_cannot_be_loaded_says_why(tmp_path):
     ("name", "message"),
     [
         ("orc", "got 'orc', did you mean ocr?"),
+        (":A", "got ':A'; accepted are"),
+        ("jpeg:", "got 'jpeg:', did you mean jpeg?"),
         ("no_such_module:A", "there is no module 'no_such_module'"),
         ("nft.rewards.jpeg:A", "nft.rewards.jpeg has no 'A'"),
     ],

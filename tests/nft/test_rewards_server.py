@@ -541,7 +541,12 @@ def test_what_cannot_be_loaded_is_named_at_once():
         (["jpeg", "--set", "ocr.quality=1"], "accepted is NAME.KEY=VALUE with a NAME of jpeg"),
         (["jpeg", "--set", "jpeg.quality=0"], "quality: got 0"),
         (["jpeg", "jpeg"], "accepted are different ones"),
-        (["jpeg", "--set", "jpeg.qualitty=3"], "reward jpeg: got an unexpected keyword argument 'qualitty'"),
+        (["jpeg", "--set", "jpeg.qualitty=3"], "rewards.jpeg.options.qualitty: unknown key"),
+        (["jpeg", "--set", "jpeg.quality=1e-3"], "quality: got 0.001"),
+        (["jpeg", "--device", "tpu"], "device: got 'tpu', accepted are cpu, cuda and cuda:N"),
+        (["jpeg", "--device", ""], "device: got '', accepted are"),
+        (["clipscore", "--device", "cuda:99"], "device: got 'cuda:99', but this machine"),
+        (["jpeg", "--token-file", "latin"], "token-file: latin is not UTF-8"),
         (["jpeg", "--token-file", "/nowhere"], "/nowhere"),
         (["jpeg", "--token-file", "empty"], "token-file: empty is empty"),
         (["jpeg", "--port", "0"], "Invalid value for '--port'"),
@@ -550,6 +555,7 @@ def test_what_cannot_be_loaded_is_named_at_once():
 def test_bad_input_to_the_command_is_named(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "latin").write_bytes(b"\xff")
     monkeypatch.setattr("uvicorn.run", lambda *arguments, **options: None)
     result = CliRunner().invoke(app, ["reward-server", *arguments], env={"COLUMNS": "300"})
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")

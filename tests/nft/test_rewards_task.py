@@ -38,6 +38,7 @@ def test_the_benchmarks_file_is_read(tmp_path):
     [
         ("{", "line 2: "),
         ('"text"', "line 2: accepted is an object with a prompt"),
+        (json.dumps(ENTRY | {"prompt": " "}), "line 2: accepted is an object with a prompt"),
         (json.dumps(ENTRY | {"tag": "size"}), "line 2: accepted is an object with a prompt and one of the tags"),
         (json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}), "line 2: got .*'kat'"),
         (json.dumps(ENTRY | {"include": [{"class": "cat", "count": 0}]}), "line 2: got .*positive count"),
@@ -63,7 +64,10 @@ def test_prompt_files(tmp_path):
         {"tag": "t", "prompt": "b"},
     ]
     for name, text, message in (
-        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2 has no prompt"),
+        ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: got prompt None"),
+        ("bad.jsonl", '{"prompt": " "}', "line 1: got prompt ' '"),
+        ("bad.jsonl", '{"prompt": "a", "tag": [1]}', r"line 1: got tag \[1\], accepted is a text"),
+        ("bad.jsonl", '{"prompt": "a", "tag": null}', "line 1: got tag None"),
         ("bad.jsonl", "[1]", "line 1"),
         ("empty.txt", "\n", "empty"),
         ("bad.csv", "a", "accepted are shapes, geneval, ocr or a .txt or .jsonl file"),
@@ -71,6 +75,18 @@ def test_prompt_files(tmp_path):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             prompts.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [prompts.read, geneval.read, prompts.held_out])
+def test_a_file_that_is_not_utf_8_is_named(read, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"a cat\n\xff\n")
+    with pytest.raises(ValueError, match=r"prompts: .*bad.txt is not UTF-8: invalid start byte at byte 6"):
+        read(str(tmp_path / "bad.txt") if read is prompts.held_out else tmp_path / "bad.txt")
+
+
+def test_held_out_prompts_are_named_as_such():
+    with pytest.raises(ValueError, match=r"held_out_prompts: got 'x.csv'"):
+        prompts.held_out("x.csv")
 
 
 @pytest.mark.parametrize("source", prompts.SETS)
