@@ -29,7 +29,7 @@ def _block(size: int) -> Tensor:
         # Another thread may have been faster.
         if len(block) == size and _free.pop(address, None) is not None:
             return block
-    return torch.empty(size, dtype=torch.uint8)
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 def _lend(block: Tensor) -> Tensor:
@@ -48,10 +48,14 @@ def _lend(block: Tensor) -> Tensor:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``torch.empty_like``, in the memory of an earlier large result on the CPU where nobody holds that any more."""
+    """``torch.empty_like``, in the memory of an earlier large result on the CPU where nobody holds that any more. Such
+    a result's storage cannot be resized."""
     dtype = dtype or x.dtype
     size = x.numel() * dtype.itemsize
-    # torch.compile traces with tensors of other types.
-    if type(x) is not Tensor or not x.is_cpu or size < _SMALLEST or not x.is_contiguous():
+    # torch.compile traces with tensors of other types, and torch.func with what has no memory.
+    plain = type(x) is Tensor and x.is_cpu and not torch._C._are_functorch_transforms_active()
+    if not plain or size < _SMALLEST or not x.is_contiguous():
         return torch.empty_like(x, dtype=dtype)
-    return _lend(_block(size)).view(dtype).view(x.shape)
+    storage = _lend(_block(size)).untyped_storage()
+    # Not a view, which autograd would not let a caller change in every way.
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, x.shape, x.stride())  # type: ignore[call-overload]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _FEW = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,13 +25,21 @@ def _same_device(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
         raise ValueError(f"{name}: got device {x.device}, accepted is the device of {model}, {x0.device}")
 
 
+def _plain(name: str, x: Tensor) -> None:
+    """``x`` must have memory of its own: kernels take its address."""
+    if type(x) is Tensor or torch.compiler.is_compiling():
+        return
+    if is_traceable_wrapper_subclass(x) or isinstance(x, FakeTensor):
+        raise TypeError(
+            f"{name}: got a {type(x).__name__}, accepted is a plain tensor, such as to_local() of a distributed one"
+        )
+
+
 def tensor_like(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
     """``x`` must be a floating tensor of the shape and device of x0, the argument called ``model``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if type(x) is not Tensor and distributed is not None and isinstance(x, distributed.DTensor):
-        raise TypeError(f"{name}: got a DTensor, accepted is a plain tensor such as its to_local()")
+    _plain(name, x)
     floating(name, x.dtype)
     if x.shape != x0.shape:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of {model}, {tuple(x0.shape)}")
@@ -63,6 +72,7 @@ def per_sample(
     ``below`` leave out the bound itself."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape ({x0.shape[0]},)")
+    _plain(name, x)
     floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
@@ -74,6 +84,7 @@ def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> 
     """``x`` must be floating or boolean, broadcast to x0's shape, and, on the CPU, lie within [low, high]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor that broadcasts to x0's shape")
+    _plain(name, x)
     if x.dtype != torch.bool:
         floating(name, x.dtype)
     shape = (1,) * (x0.ndim - x.ndim) + tuple(x.shape)
@@ -81,7 +92,7 @@ def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> 
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is one that broadcasts to {tuple(x0.shape)}")
     _same_device(name, x, x0)
     if x.dtype != torch.bool:
-        _within(name, x, low, high)
+        _within(name, x, low, high, below=math.isinf(high))
 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> None:
@@ -122,6 +133,7 @@ def number(name: str, value: float, *, positive: bool) -> None:
 def seeds(seed: int | Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Philox key and sample word of every sample: an int seeds the whole batch, a tensor every sample on its own."""
     if isinstance(seed, Tensor):
+        _plain("seed", seed)
         if seed.dtype != torch.int64 or seed.shape != x0.shape[:1] or seed.device != x0.device:
             raise ValueError(
                 f"seed: got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "

@@ -91,8 +91,10 @@ def add_noise(
     seeds, sample = (None, None) if seed is None else _validate.seeds(seed, x0)
     if noise is not None:
         _validate.tensor_like("noise", noise, x0)
-        noise = noise.detach()
+        noise = noise.detach().resolve_neg()
     backend = choose(backend, x0)
     run = _op if torch.compiler.is_compiling() else _run
-    x_t, wide = run(x0.detach(), t.detach(), seeds, sample, noise, out_dtype, keep_wide, backend)
+    x_t, wide = run(
+        x0.detach().resolve_neg(), t.detach().resolve_neg(), seeds, sample, noise, out_dtype, keep_wide, backend
+    )
     return (x_t, wide) if keep_wide else x_t

@@ -58,7 +58,9 @@ class _Fused(torch.autograd.Function):
         dtype = inputs.v_theta.dtype
         ahead = want_grad and kernels.GRADIENT_AHEAD and dtype != torch.float16
         loss, details, ctx.grad = kernels.nft_loss(inputs, options, grad_dtype=dtype if ahead else None)
-        ctx.save_for_backward(*args, details)
+        # Those of inference mode have no version that could be compared.
+        ctx.kept = [x if x is not None and x.is_inference() else None for x in args]
+        ctx.save_for_backward(*(x if kept is None else None for x, kept in zip(args, ctx.kept, strict=True)), details)
         ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(details)
         ctx.set_materialize_grads(False)  # no zeros for the details
@@ -70,7 +72,7 @@ class _Fused(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         *saved, details = ctx.saved_tensors
-        inputs = LossInputs(*saved)
+        inputs = LossInputs(*(x if kept is None else kept for x, kept in zip(saved, ctx.kept, strict=True)))
         kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None
         if grad is None:
             inputs = inputs._replace(outer=_scaled(inputs.outer, grad_loss, details[0]))
@@ -127,7 +129,8 @@ def _fake(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer, *op
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     segments = inputs[LossInputs._fields.index("segments")]
-    ctx.save_for_backward(output[2], *([] if segments is None else [segments]))
+    # Detached: a second derivative, which is not there, must not come out as 0.
+    ctx.save_for_backward(output[2].detach(), *([] if segments is None else [segments]))
     ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
 
 
@@ -145,7 +148,8 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 def _run(inputs: LossInputs, options: Options, backend: str, per_sample: bool) -> tuple[Tensor, Tensor]:
     """The loss, a scalar or what every sample adds to it, and the details (8, B)."""
     others = [x if x is None or not x.requires_grad else x.detach() for x in inputs[1:]]
-    inputs = LossInputs._make([inputs.v_theta, *others])
+    # Kernels read memory, where a lazy negation has not been done.
+    inputs = LossInputs._make(x if x is None else x.resolve_neg() for x in (inputs.v_theta, *others))
     if backend == "reference":
         losses, *rows = reference.nft_loss(inputs, options)
         return losses if per_sample else losses.sum(), torch.stack(rows)
@@ -302,6 +306,8 @@ def nft_loss(
     _validate.choice("reduction", reduction, REDUCTIONS)
     _validate.number("adv_clip_max", adv_clip_max, positive=True)
     _validate.number("kl_weight", kl_weight, positive=False)
+    if not isinstance(detach_weight, bool):
+        raise TypeError(f"detach_weight: got {detach_weight!r}, accepted are True and False")
     if kl_weight > 0 and v_ref is None:
         raise ValueError(f"v_ref: got None with kl_weight={kl_weight}, accepted is a tensor of shape {tuple(x0.shape)}")
     if weighting != "adaptive" and (weight_per != "sample" or not detach_weight):

@@ -167,11 +167,11 @@ def solver_step(
     backend = choose(backend, x)
     run = _op if torch.compiler.is_compiling() else _run
     out, written, prediction, square = run(
-        x.detach(),
-        v.detach(),
-        None if v_uncond is None else v_uncond.detach(),
-        None if noise is None else noise.detach(),
-        [h.detach() for h in history],
+        x.detach().resolve_neg(),
+        v.detach().resolve_neg(),
+        None if v_uncond is None else v_uncond.detach().resolve_neg(),
+        None if noise is None else noise.detach().resolve_neg(),
+        [h.detach().resolve_neg() for h in history],
         seeds,
         sample,
         row.a,

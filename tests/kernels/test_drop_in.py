@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from nft_kernels import NFTLoss, group_advantages, nft_loss, nft_loss_from_rewards, optimality_probability
+from nft_kernels import NFTLoss, add_noise, group_advantages, nft_loss, nft_loss_from_rewards, optimality_probability
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,7 +148,7 @@ def _distributed(rank, port, sharded):
 
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
         spread = DTensor.from_local(x_t, mesh, [Replicate()])
-        with pytest.raises(TypeError, match=r"v_theta: got a DTensor, accepted is a plain tensor such as its to_local"):
+        with pytest.raises(TypeError, match=r"v_theta: got a DTensor, accepted is a plain tensor, such as"):
             nft_loss(spread, v_old, x_t, x0, t, r)
     torch.distributed.destroy_process_group()
 
@@ -177,3 +178,58 @@ def test_example_runs(tmp_path):
 def test_importing_the_kernels_needs_neither_triton_nor_diffusers():
     code = "import sys, nft_kernels; sys.exit(bool({'triton', 'diffusers', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_lazy_negation_is_seen(backend):
+    def lazy(*shape):
+        return torch.randn(*shape, dtype=torch.cfloat).conj().imag
+
+    v_theta, v_old, x_t, x0 = (lazy(3, 40) for _ in range(4))
+    t, r = torch.full((3,), 0.4), torch.full((3,), 0.7)
+    assert x0.is_neg()
+    plain = [x.clone() for x in (v_theta, v_old, x_t, x0)]
+    assert nft_loss(v_theta, v_old, x_t, x0, t, r, backend=backend).loss == nft_loss(*plain, t, r, backend=backend).loss
+    noised = add_noise(x0, t, noise=x_t, backend=backend)
+    torch.testing.assert_close(noised, 0.6 * plain[3] + 0.4 * plain[2])
+
+
+def test_inference_tensors_are_taken():
+    with torch.inference_mode():
+        v_old, x_t, x0 = torch.randn(3, 3, 40)
+    v, t, r = torch.randn(3, 40, requires_grad=True), torch.full((3,), 0.4), torch.full((3,), 0.7)
+    (first,) = torch.autograd.grad(nft_loss(v, v_old, x_t, x0, t, r, backend="native").loss, v)
+    (second,) = torch.autograd.grad(nft_loss(v, v_old, x_t, x0, t, r, backend="reference").loss, v)
+    torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_derivative_is_refused_and_not_0(reduction):
+    v, *others = torch.randn(4, 3, 40)
+    v.requires_grad_()
+    out = nft_loss(v, *others, torch.full((3,), 0.4), torch.full((3,), 0.7), reduction=reduction, backend="native")
+    (gradient,) = torch.autograd.grad(out.loss.sum(), v, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.square().sum(), v)
+
+
+def test_tensors_without_memory_are_refused():
+    x, t = torch.randn(2, 3), torch.full((2,), 0.5)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(x)
+    for arguments in ({"x0": fake, "noise": x}, {"x0": x, "noise": fake}):
+        with pytest.raises(TypeError, match="got a FakeTensor, accepted is a plain tensor"):
+            add_noise(t=t, **arguments)
+
+
+@pytest.mark.parametrize("value", [None, "no", 1])
+def test_detach_weight_is_a_bool(value):
+    x, t = torch.randn(2, 3), torch.full((2,), 0.5)
+    with pytest.raises(TypeError, match=f"detach_weight: got {value!r}"):
+        nft_loss(x, x, x, x, t, t, detach_weight=value)
+
+
+def test_a_mask_is_finite():
+    x, t = torch.randn(2, 3), torch.full((2,), 0.5)
+    with pytest.raises(ValueError, match="mask: got values outside"):
+        nft_loss(x, x, x, x, t, t, mask=torch.tensor([1.0, torch.inf, 0.0]))

@@ -121,3 +121,22 @@ def test_threads_do_not_share_memory() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_large_result_can_be_used_as_a_small_one() -> None:
+    x, t = torch.randn(2, LARGE), torch.tensor([0.25, 0.75])
+    weight = torch.ones((), requires_grad=True)
+    with torch.no_grad():
+        x_t = add_noise(x, t, noise=x)
+    assert not x_t._is_view()
+    x_t.detach_().mul_(weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_default_device_and_torch_func_do_not_matter() -> None:
+    x, t = torch.randn(2, LARGE), torch.tensor([0.25, 0.75])
+    with torch.device("meta"):
+        x_t = add_noise(x, t, noise=x)
+    torch.testing.assert_close(x_t, x)
+    gradient = torch.func.grad(lambda a: (add_noise(a, t, noise=x) * a).sum())(x)
+    torch.testing.assert_close(gradient, x)
