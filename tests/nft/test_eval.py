@@ -233,7 +233,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
             "prompts: drawbench: metadata: entry 0 lacks include, which ShapesReward needs",
         ),
         (["--suite", "paper", "--prompts", "ocr=unquoted.txt"], "'a sign': prompts: got 'a sign', accepted for OCR"),
-        (["--suite", "paper", "--prompts", "geneval=nothing.jsonl"], "line 1: accepted is an object with at least one"),
+        (["--suite", "paper", "--prompts", "geneval=nothing.jsonl"], "line 1: include: got none, accepted is at least"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_drawn(arguments, message, tmp_path, monkeypatch):
