@@ -107,7 +107,7 @@ def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
 
     Raises:
         ValueError: an unknown reward, or options that it does not take.
-        RewardError: packages that are not installed, with the command that installs them.
+        RewardError: packages that are not installed, with the command that installs them, or a reward that fails.
     """
     check(name, **options)
     kind = _kind(name)
@@ -115,3 +115,8 @@ def load(name: str, *, device: str = "cpu", **options: Any) -> Reward:
         return kind(**_arguments(name, kind, device, options))
     except TypeError as error:
         raise ValueError(f"reward {name}: {error}, with the options {options or 'left out'}") from error
+    except (ValueError, OSError, RewardError):
+        raise
+    # Whatever else a reward of others does.
+    except Exception as error:
+        raise RewardError(f"reward {name}: {type(error).__name__}: {error}") from error
