@@ -91,7 +91,7 @@ def test_float32_of_a_large_offset_keeps_its_groups():
         ),
         ({"std": "foo"}, "std: got 'foo', accepted are 'global' and 'group'"),
         *(
-            ({"rewards": {"ocr": torch.ones(9), "pickscore": torch.ones(size)}}, f"rewards: got shape .{size},. for pick")
+            ({"rewards": {"ocr": torch.ones(9), "pickscore": torch.ones(size)}}, rf"rewards: got shape \({size},\) for")
             for size in (1, 4)
         ),
         (

@@ -10,6 +10,7 @@ pytest.importorskip("diffusers")
 
 from nft.config import load_config
 from nft.data import geneval, prompts
+from nft.data.geneval import POSITIONS
 from nft.evaluate import SUITES
 from nft.rewards.detector import GenEvalReward
 from nft.rewards.geneval import Verdict
@@ -53,7 +54,7 @@ def test_the_benchmarks_file_is_read(tmp_path):
         (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: position: got .* of an earlier object"),
         *(
             (json.dumps(ENTRY | {"include": [CAT, CAT | {"position": position}]}), "line 2: position: got .* earlier")
-            for position in (*(["left of", index] for index in (-1, -2, 1, 0.0, False)), ["near", 0], ["above"], "ab", None)
+            for position in (*([POSITIONS[0], i] for i in (-1, -2, 1, 0.0, False)), ["near", 0], ["above"], "ab", None)
         ),
         (json.dumps(ENTRY | {"include": [CAT | {"position": ["left of", -1]}]}), "line 2: position: got .* earlier"),
         (json.dumps(ENTRY | {"include": [CAT | {"color": "teal"}]}), "line 2: color: got 'teal'"),
