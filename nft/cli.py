@@ -213,7 +213,7 @@ def compare(
     objectives: Annotated[str | None, typer.Option(help="names with commas between them; all by default")] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="the first method against changes to it")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="about ten minutes on two cores")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="runs of each method")] = 5,
+    seeds: Annotated[int | None, typer.Option(min=1, help="runs of each method; 5, or 2 of --quick")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.001, help="of training per run")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="of every run")] = None,
     target: Annotated[float | None, typer.Option(help="score whose cost is compared; halfway by default")] = None,

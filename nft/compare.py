@@ -272,7 +272,7 @@ def compare(
     objectives: Sequence[str] | None = None,
     ablations: bool = False,
     quick: bool = False,
-    seeds: int = 5,
+    seeds: int | None = None,
     minutes: float | None = None,
     epochs: int | None = None,
     target: float | None = None,
@@ -290,7 +290,7 @@ def compare(
         objectives: which methods of the suite, or which ablations; all by default. The first is always among them.
         ablations: compare the ablations of the first method in place of the methods.
         quick: a few methods, two seeds, 75 seconds of each run and few prompts, where nothing else is asked for.
-        seeds: runs of each method, of the seeds 0, 1, ...
+        seeds: runs of each method, of the seeds 0, 1, ...; five by default.
         minutes: of training per run, without evaluations and checkpoints; by default a run is as long as its epochs.
         epochs: of every run, instead.
         target: held-out score for the time-to-target ratio; by default halfway from the base's score to the one that
@@ -306,7 +306,8 @@ def compare(
         the path of the page.
 
     Raises:
-        ValueError: an unknown suite or method, settings that cannot be used, or a folder of other settings.
+        ValueError: an unknown suite or method, settings that cannot be used or would be overridden, or a folder of
+            other settings.
         AlarmError, CheckpointError: a run that cannot go on.
     """
     if suite not in SUITES:
@@ -315,15 +316,30 @@ def compare(
         raise ValueError("minutes, epochs: got both, accepted is one of them")
     if stop_at_target and target is None:
         raise ValueError("stop_at_target: got no target, accepted is one with a target")
+    if seeds is None:
+        seeds = 2 if quick else 5
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, accepted are positive numbers")
+    if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes: got {minutes}, accepted are finite numbers above 0")
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"target: got {target}, accepted are finite numbers")
     chosen = SUITES[suite]()
     known = chosen.ablations if ablations else chosen.methods
     first = next(iter(known))
     if quick:
-        objectives, seeds = objectives or (known if ablations else chosen.quick), min(seeds, 2)
+        objectives = objectives or (known if ablations else chosen.quick)
         minutes = 1.25 if minutes is None and epochs is None else minutes
         overrides = ("eval_every=2", "eval_prompts_per_group=10", *overrides)
+    given = {
+        "seed": "seeds",
+        "epochs": None if minutes is None and epochs is None else "minutes or epochs",
+        "learning_rate": "tune" if tune else None,
+    }
+    for item in overrides:
+        key = item.partition("=")[0]
+        if given.get(key):
+            raise ValueError(f"overrides: got {item}, accepted is none of {key}, which {given[key]} gives")
     for name in objectives or ():
         if name not in known:
             raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")

@@ -7,6 +7,7 @@ drawing; the first one scores.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -175,7 +176,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 def _spec(reward: str, options: Options | None) -> dict[str, Any]:
     """What scores in a reward's place, and its options."""
-    return {"reward": reward, **(options or {}).get(reward, {})}
+    spec = {"reward": reward, **(options or {}).get(reward, {})}
+    if not isinstance(spec["reward"], str):
+        raise ValueError(f"{reward}.reward: got {spec['reward']!r}, accepted is a reward's name or address")
+    return spec
 
 
 def _target(judged_by: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -310,19 +314,22 @@ class Evaluation:
         """Prompt set and reward of the columns that are not left out."""
         return sorted({(c.prompts, c.reward) for c in self.suite.columns if c.title not in self.left_out})
 
-    def check(self, options: Options | None = None) -> None:
+    def check(self, options: Options | None = None, baseline: Evaluation | None = None) -> None:
         """Find out what keeps the pictures from being scored, before any is drawn.
 
         Args:
             options: see ``score``.
+            baseline: see ``results``.
 
         Raises:
             ValueError: an unknown reward or option, a value that it refuses, prompts without what a reward needs, or
-                pictures that were scored with other options before.
+                pictures, of the baseline as well, that were scored with other options before.
         """
         for name, reward in self._wanted():
             judged_by = _spec(reward, options)
-            self._check_spec(name, reward, judged_by)
+            self._check_spec(name, reward, judged_by, "output")
+            if baseline is not None:
+                baseline._check_spec(name, reward, judged_by, "baseline")
             if len(self.read_scores(name, reward)) == len(self._jobs(name)):
                 continue
             target, own = _target(judged_by)
@@ -357,36 +364,52 @@ class Evaluation:
             ValueError: see ``check`` and ``draw``.
         """
         self._begin()
-        for name, reward in self._wanted():
-            on_reward(reward)
-            try:
-                self._score(name, reward, _spec(reward, options), device, batch)
-            except (RewardError, FileNotFoundError) as error:
-                titles = [c.title for c in self.suite.columns if (c.prompts, c.reward) == (name, reward)]
-                self.left_out |= dict.fromkeys(titles, str(error))
+        with (self.folder / "scores.lock").open("w") as lock:
+            # What another command in this folder is scoring is waited for, and not scored twice.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for name, reward in self._wanted():
+                on_reward(reward)
+                try:
+                    self._score(name, reward, _spec(reward, options), device, batch)
+                except (RewardError, FileNotFoundError) as error:
+                    titles = [c.title for c in self.suite.columns if (c.prompts, c.reward) == (name, reward)]
+                    self.left_out |= dict.fromkeys(titles, str(error))
 
     def _scores_path(self, name: str, reward: str) -> Path:
         return self.folder / "scores" / f"{name}_{reward}.jsonl"
 
     def read_scores(self, name: str, reward: str) -> list[dict[str, Any]]:
-        """Lines of one reward on one prompt set; a last line that was cut off does not count."""
+        """Lines of one reward on one prompt set, one for each picture in their order. One that was cut off or is not of
+        its picture does not count, nor do those after it."""
         path = self._scores_path(name, reward)
-        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
-        return [json.loads(line) for line in whole.splitlines()]
+        found: list[dict[str, Any]] = []
+        texts = path.read_text().splitlines() if path.exists() else []
+        for text, (_, _, picture) in zip(texts, self._jobs(name), strict=False):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                break
+            if line["picture"] != picture.name:
+                break
+            found.append(line)
+        return found
 
-    def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any]) -> None:
+    def _judged_by(self, name: str, reward: str) -> dict[str, Any]:
+        """What made the scores that are there."""
+        return dict(json.loads(self._scores_path(name, reward).with_suffix(".json").read_text()))
+
+    def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any], label: str) -> None:
         """Whether the scores that are there, if any, are by this reward with these options."""
-        path = self._scores_path(name, reward)
         if self.read_scores(name, reward):
-            before = json.loads(path.with_suffix(".json").read_text())
+            before = self._judged_by(name, reward)
             if before != judged_by:
                 raise ValueError(
-                    f"output: {path} holds scores of {reward} with other options: {_differences(before, judged_by)}; "
-                    "delete it or give another folder"
+                    f"{label}: {self._scores_path(name, reward)} holds scores of {reward} with other options: "
+                    f"{_differences(before, judged_by)}; delete it or give another folder"
                 )
 
     def _score(self, name: str, reward: str, judged_by: dict[str, Any], device: str, batch: int) -> None:
-        self._check_spec(name, reward, judged_by)
+        self._check_spec(name, reward, judged_by, "output")
         jobs, lines, path = self._jobs(name), self.read_scores(name, reward), self._scores_path(name, reward)
         if len(lines) == len(jobs):
             return
@@ -402,7 +425,7 @@ class Evaluation:
                 for i, (entry, seed, picture) in enumerate(part):
                     values = {"score": scored.score[i].item()} | {k: v[i].item() for k, v in scored.details.items()}
                     line = {"picture": picture.name, "seed": seed, "tag": entry["tag"], "prompt": entry["prompt"]}
-                    file.write(json.dumps(line | values) + "\n")
+                    file.write(json.dumps(values | line) + "\n")
 
     def column(self, column: Column) -> dict[str, np.ndarray] | None:
         """One value per prompt, the mean of its pictures, by task group; None where it was left out."""
@@ -411,6 +434,10 @@ class Evaluation:
         lines = self.read_scores(column.prompts, column.reward)
         if len(lines) != len(self._jobs(column.prompts)):
             return None
+        if not all(column.value in line for line in lines):
+            judge = self._judged_by(column.prompts, column.reward)["reward"]
+            self.left_out[column.title] = f"reward {judge} gives no detail {column.value}"
+            return None
         values = column.scale * np.array([line[column.value] for line in lines])
         per_prompt = values.reshape(-1, self.per_prompt).mean(1)
         tags = [entry["tag"] for entry in self.entries[column.prompts]]
@@ -418,7 +445,11 @@ class Evaluation:
 
     def results(self, baseline: Evaluation | None = None) -> dict[str, dict[str, Any]]:
         """Every column's mean, interval and, beside a baseline on the same prompts, difference and p; also written to
-        ``results.json``."""
+        ``results.json``.
+
+        Raises:
+            ValueError: a baseline on other prompts or of other rewards.
+        """
         found: dict[str, dict[str, Any]] = {}
         for column in self.suite.columns:
             groups = self.column(column)
@@ -428,6 +459,8 @@ class Evaluation:
             found[column.title] = summary(groups)
             other = None if baseline is None else baseline.column(column)
             if other is not None:
+                where = column.prompts, column.reward
+                baseline._check_spec(*where, self._judged_by(*where), "baseline")
                 found[column.title] |= comparison(groups, other)
         _write(self.folder / "results.json", json.dumps(found, indent=1))
         return found
@@ -450,7 +483,8 @@ def summary(groups: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def comparison(groups: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Difference to a baseline's mean and the two-sided p of a paired permutation test over prompts.
+    """Difference to a baseline's mean and the two-sided p of a paired permutation test over prompts; no p where
+    there is one prompt only.
 
     Raises:
         ValueError: values of other prompts.
@@ -466,6 +500,8 @@ def comparison(groups: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarr
     def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
         return (a - b).sum(axis=axis)
 
+    if len(mine) < 2:
+        return {"difference": float(statistic(mine, theirs))}
     test = permutation_test(
         (mine, theirs), statistic, permutation_type="samples", n_resamples=_RESAMPLES, vectorized=True, batch=100, rng=0
     )

@@ -92,7 +92,7 @@ def evaluate(
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
         quieten_libraries()
-        evaluation.check(options)
+        evaluation.check(options, other)
         if evaluation.missing():
             _draw(console, evaluation, run, checkpoint, processes)
         if not processes.main:

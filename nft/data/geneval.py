@@ -104,21 +104,33 @@ def generate(per_group: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
+def _is_position(value: Any, index: int) -> bool:
+    if not (isinstance(value, list) and len(value) == 2 and value[0] in POSITIONS):
+        return False
+    # True is an int, too.
+    return type(value[1]) is int and 0 <= value[1] < index
+
+
 def _check(entry: Any) -> None:
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip() or entry.get("tag") not in GROUPS:
         raise ValueError(f"accepted is an object with a prompt and one of the tags {', '.join(GROUPS)}")
     if not entry.get("include"):
-        raise ValueError("accepted is an object with at least one object to include")
-    for item in (*entry["include"], *entry.get("exclude", ())):
-        if item.get("class") not in CLASSES or not isinstance(item.get("count"), int) or item["count"] < 1:
-            raise ValueError(f"got {item}, accepted is a COCO class under GenEval's name with a positive count")
+        raise ValueError("include: got none, accepted is at least one object")
+    for key in ("include", "exclude"):
+        items = entry.get(key, [])
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{key}: got {items!r}, accepted is a list of objects")
+        for item in items:
+            if item.get("class") not in CLASSES or type(item.get("count")) is not int or item["count"] < 1:
+                known = "a COCO class under GenEval's name with a positive count"
+                raise ValueError(f"{key}: got {item}, accepted is {known}")
     for index, item in enumerate(entry["include"]):
-        where, target = item.get("position", (POSITIONS[0], -1))
-        if where not in POSITIONS or target >= index:
-            raise ValueError(f"got position {[where, target]}, accepted is one of {POSITIONS} of an earlier object")
+        if "position" in item and not _is_position(item["position"], index):
+            places = f"one of {', '.join(POSITIONS)} with the index of an earlier object"
+            raise ValueError(f"position: got {item['position']}, accepted is {places}")
         if item.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"got color {item['color']!r}, accepted are {', '.join(COLORS)}")
+            raise ValueError(f"color: got {item['color']!r}, accepted are {', '.join(COLORS)}")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -129,13 +141,13 @@ def read(path: Path) -> list[dict[str, Any]]:
         ValueError: a file that is not UTF-8, or a line that is not a GenEval entry, by number.
     """
     entries = []
-    for number, line in enumerate(read_text(Path(path), "prompts").splitlines(), start=1):
+    for number, line in enumerate(read_text(Path(path), "prompts").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             _check(entry)
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         entries.append(entry)
     if not entries:

@@ -17,6 +17,7 @@ _PER_GROUP = 5000
 _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
 _HELD_OUT = {"geneval": 100, "ocr": 1000}
 _BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117}
+_MIRRORED = {"right of": "left of", "below": "above"}
 
 
 def read(path: Path, key: str = "prompts") -> list[Entry]:
@@ -35,7 +36,7 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
         raise ValueError(f"{key}: got {str(path)!r}, accepted are {', '.join(SETS)} or a .txt or .jsonl file")
     if not path.is_file():
         raise FileNotFoundError(f"{key}: got {str(path)!r}, but there is no such file; bring one prompt per line")
-    lines = [(n, line) for n, line in enumerate(read_text(path, key).splitlines(), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(read_text(path, key).split("\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{key}: {path} is empty, accepted is at least one prompt")
     if path.suffix == ".txt":
@@ -64,8 +65,10 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
         per_group: most prompts with one tag.
 
     Raises:
-        OSError, ValueError: a file that cannot be read (see ``read``).
+        OSError, ValueError: a file that cannot be read (see ``read``), or a ``per_group`` that is not positive.
     """
+    if per_group is not None and per_group < 1:
+        raise ValueError(f"per_group: got {per_group}, accepted are positive numbers")
     if source == "shapes":
         return shapes.sample(held_out=True, per_group=per_group or 40)
     if source == "ocr":
@@ -85,7 +88,12 @@ def benchmark(source: str) -> list[Entry]:
 
 def _asked(entry: Entry) -> str:
     """What a prompt of GenEval asks for, in whatever order it names the objects; any other prompt."""
-    objects = sorted(json.dumps(item, sort_keys=True) for item in entry.get("include", ()))
+    include = entry.get("include", ())
+    match include:
+        # Who is right of another has it on the left.
+        case [{"class": _} as other, {"position": [str(where), 0], **placed}] if where in _MIRRORED:
+            include = [placed, other | {"position": [_MIRRORED[where], 0]}]
+    objects = sorted(json.dumps(item, sort_keys=True) for item in include)
     return " ".join(objects) or entry["prompt"]
 
 

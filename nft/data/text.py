@@ -13,6 +13,6 @@ def read_text(path: Path, key: str) -> str:
         ValueError: a file that is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}: {path} is not UTF-8: {error.reason} at byte {error.start}") from None

@@ -133,7 +133,8 @@ def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metada
 
     Raises:
         TypeError, ValueError: a batch that does not fit (see ``validate``).
-        RewardError: scores that are no tensor, of a wrong shape, not finite, or outside of the reward's range.
+        RewardError: scores that are no tensor, of a wrong shape, not finite, or outside of the reward's range, or
+            details that differ from call to call.
     """
     validate(reward, pictures, prompts, metadata)
     parts: list[Scored] = []
@@ -141,6 +142,8 @@ def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metada
         part = slice(start, start + reward.batch)
         result = reward(pictures[part], prompts[part], metadata[part])
         scored = result if isinstance(result, Scored) else Scored(result, {})
+        if "score" in scored.details:
+            raise RewardError(f"{name_of(reward)}: a detail is called score, accepted is another name")
         columns = {"score": scored.score, **scored.details}
         for label, values in columns.items():
             if not isinstance(values, Tensor):
@@ -154,15 +157,23 @@ def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metada
         if not ((scored.score >= low) & (scored.score <= high)).all():
             raise RewardError(f"{name_of(reward)}: got {scored.score.tolist()}, its range is {reward.range}")
         parts.append(Scored(*_to_cpu(scored)))
-    return join(parts)
+    return join(name_of(reward), parts)
 
 
 def _to_cpu(scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
     return scored.score.detach().float().cpu(), {k: v.detach().float().cpu() for k, v in scored.details.items()}
 
 
-def join(parts: list[Scored]) -> Scored:
-    """One result of several batches in their order."""
+def join(name: str, parts: list[Scored]) -> Scored:
+    """One result of several batches in their order.
+
+    Raises:
+        RewardError: details that not all of them have.
+    """
+    for part in parts:
+        if part.details.keys() != parts[0].details.keys():
+            found = " and ".join(str(sorted(each.details)) for each in (parts[0], part))
+            raise RewardError(f"{name}: got details {found}, accepted are the same in every call")
     details = {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details}
     return Scored(torch.cat([part.score for part in parts]), details)
 

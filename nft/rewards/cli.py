@@ -92,7 +92,7 @@ def reward_server(
     except ImportError as error:
         raise _fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
     try:
-        token = read_text(token_file, "token-file").strip() if token_file else os.environ.get(TOKEN, "")
+        token = read_text(token_file, "token-file").strip() if token_file else os.environ.get(TOKEN, "").strip()
         if token_file and not token:
             raise ValueError(f"token-file: {token_file} is empty, accepted is a file with the token")
         usable_device(Config._known_device(device))
@@ -102,11 +102,11 @@ def reward_server(
         if len(set(short)) < len(short):
             raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
         served = {s: load(name, options[name], device=device) for s, name in zip(short, names, strict=True)}
+        shown = token or secrets.token_urlsafe()
+        app = build_app(served, shown, max_bytes=max_mib * 2**20, max_waiting=max_waiting, max_pictures=max_pictures)
     except (ValueError, OSError, RewardError) as error:
         raise _fail(error) from None
     if not token:
-        token = secrets.token_urlsafe()
-        console.print(f"export {TOKEN}={token}", highlight=False)
-    app = build_app(served, token, max_bytes=max_mib * 2**20, max_waiting=max_waiting, max_pictures=max_pictures)
+        console.print(f"export {TOKEN}={shown}", highlight=False)
     console.print(f"serving {', '.join(f'http://{host}:{port}/{name}' for name in served)}", highlight=False)
     uvicorn.run(app, host=host, port=port, log_level="warning")

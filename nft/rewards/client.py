@@ -55,22 +55,31 @@ class RemoteReward(Reward):
             patience: seconds of failed tries, since the first of them, after which the server is given up.
 
         Raises:
-            RewardError: a server that cannot be reached, refuses, or does not serve NAME.
+            RewardError: a server that cannot be reached, refuses, does not serve NAME or is another's, or a token that
+                no header can carry.
         """
         import httpx
 
         self.server, _, self.name = url.rstrip("/").rpartition("/")
         self.timeout, self.patience = timeout, patience
-        token = os.environ.get(TOKEN)
+        token = os.environ.get(TOKEN, "").strip()
+        if not (token.isascii() and token.isprintable()):
+            raise RewardError(f"reward server {self.server}: {TOKEN} is not text in printable ASCII characters")
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.client = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(timeout, _CONNECT)), headers=headers)
         served = self._request("GET", "/rewards")
         if self.name not in served:
             raise RewardError(f"reward server {self.server}: serves {', '.join(served)}, not {self.name!r}")
-        low, high = map(float, served[self.name]["range"])
-        self.range = (low, high)
-        self.needs = tuple(served[self.name]["needs"])
-        self.batch = served[self.name]["batch"]
+        try:
+            low, high = map(float, served[self.name]["range"])
+            self.range = (low, high)
+            self.needs = tuple(served[self.name]["needs"])
+            self.batch = int(served[self.name]["batch"])
+        except (KeyError, TypeError, ValueError):
+            raise self._foreign(served) from None
+
+    def _foreign(self, answer: Any) -> RewardError:
+        return RewardError(f"reward server {self.server}: got {str(answer)[:100]!r}, accepted is `nft reward-server`'s")
 
     def _request(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
         import httpx
@@ -82,9 +91,17 @@ class RemoteReward(Reward):
                 response = self.client.request(method, self.server + path, content=body)
             except (httpx.NetworkError, httpx.TimeoutException, httpx.RemoteProtocolError) as error:
                 problem = f"{type(error).__name__}: {error}"
+            except httpx.HTTPError as error:
+                raise RewardError(f"reward server {self.server}: {type(error).__name__}: {error}") from None
             else:
                 if response.status_code == 200:
-                    return response.json()
+                    try:
+                        answer = response.json()
+                    except ValueError:
+                        raise self._foreign(response.text) from None
+                    if not isinstance(answer, dict):
+                        raise self._foreign(answer)
+                    return answer
                 problem = f"{response.status_code}: {response.text[:300]}"
                 # It is reachable and says no: only a full or failing server may say otherwise later.
                 if response.status_code not in (502, 503, 504):
@@ -100,4 +117,8 @@ class RemoteReward(Reward):
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        return wire.from_json(self._request("POST", f"/score/{self.name}", wire.pack(pictures, prompts, metadata)))
+        answer = self._request("POST", f"/score/{self.name}", wire.pack(pictures, prompts, metadata))
+        try:
+            return wire.from_json(answer)
+        except ValueError:
+            raise self._foreign(answer) from None

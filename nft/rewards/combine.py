@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -22,13 +23,23 @@ class Combined(NamedTuple):
     metrics: dict[str, float]
 
 
-def _validate(rewards: Rewards, weights: Weights) -> None:
+def _validate(rewards: Rewards, weights: Weights, group_ids: Tensor, std: str) -> None:
     if not rewards:
         raise ValueError("rewards: got none, accepted is at least one")
     if set(weights) != set(rewards):
         raise ValueError(f"weights: got {sorted(weights)}, accepted is one for each of {sorted(rewards)}")
-    if not any(weights.values()):
-        raise ValueError("weights: got only zeros, accepted is at least one that is not")
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weights: got {weight} for {name}, accepted are finite numbers above 0")
+    for name, values in rewards.items():
+        if not values.is_floating_point():
+            raise TypeError(f"rewards: got {values.dtype} for {name}, accepted are floating-point tensors")
+        # Shapes that differ would broadcast.
+        if values.shape != group_ids.shape:
+            shapes = f"got shape {tuple(values.shape)} for {name}, accepted is {tuple(group_ids.shape)}"
+            raise ValueError(f"rewards: {shapes}, that of group_ids")
+    if std not in ("global", "group"):
+        raise ValueError(f"std: got {std!r}, accepted are 'global' and 'group'")
 
 
 def _weighted(terms: Rewards, weights: Weights) -> Tensor:
@@ -61,7 +72,7 @@ def combine(
 
     Args:
         rewards: scores (B,) floating point by reward.
-        weights: one number for every reward.
+        weights: a finite number above 0 for every reward.
         group_ids: (B,) integers; equal ids are pictures of one prompt.
         method: ``sum`` takes advantages of the weighted sum; ``normalized_sum`` first brings every reward to mean 0
             and deviation 1 over all pictures; ``gdpo`` sums advantages that were taken for each reward with its
@@ -76,9 +87,10 @@ def combine(
         each reward ``reward_NAME``, its mean, and ``reward_NAME_std``, its biased deviation.
 
     Raises:
-        ValueError, TypeError: an unknown method, weights that do not match, or what ``group_advantages`` refuses.
+        ValueError, TypeError: an unknown method, weights or rewards that do not match or cannot be used, or what
+            ``group_advantages`` refuses.
     """
-    _validate(rewards, weights)
+    _validate(rewards, weights, group_ids, std)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, accepted are {', '.join(METHODS)}")
     advantages, r = METHODS[method](rewards, weights, group_ids, std, adv_clip_max, mode)
@@ -108,8 +120,6 @@ def _gdpo(
 def _per_reward(
     rewards: Rewards, weights: Weights, group_ids: Tensor, std: str, clip: float, mode: str
 ) -> tuple[Tensor, Tensor]:
-    if min(weights.values()) < 0:
-        raise ValueError(f"weights: got {dict(weights)}, accepted for per_reward are numbers of 0 and above")
     each = {name: group_advantages(values, group_ids, std=std) for name, values in rewards.items()}
     r = {name: optimality_probability(values, adv_clip_max=clip, mode=mode) for name, values in each.items()}
     total = sum(weights.values())

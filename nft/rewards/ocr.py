@@ -43,8 +43,10 @@ def target_of(prompt: str, entry: dict[str, object]) -> str:
     """The text to draw: ``text`` in the metadata, or else what the prompt puts in double quotes first.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or a ``text`` that is none.
     """
+    if not isinstance(entry.get("text", ""), str):
+        raise ValueError(f"text: got {entry['text']!r}, accepted is a text")
     quoted = _QUOTED.search(prompt)
     if "text" not in entry and quoted is None:
         raise ValueError(f'prompt: got {prompt!r}, accepted for OCR is one with "quoted text"')

@@ -74,8 +74,12 @@ class _Processes:
         self.spec, self.options = spec, json.dumps(spec.options)
         self.lock = threading.Lock()
         self.pool = self._start()
-        for future in [self.pool.submit(_prepare, spec.reward, self.options) for _ in range(spec.workers)]:
-            future.result()
+        try:
+            for future in [self.pool.submit(_prepare, spec.reward, self.options) for _ in range(spec.workers)]:
+                future.result()
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self) -> ProcessPoolExecutor:
         # Forking a process that has threads and CUDA is not safe; Ctrl-C is the caller's to handle.
@@ -142,7 +146,8 @@ class Scorer:
             max_pending: batches whose scoring is under way; more wait.
 
         Raises:
-            ValueError, FileNotFoundError, RewardError: a reward that cannot be loaded, named.
+            ValueError: no rewards, or a ``max_pending`` that is not positive.
+            RewardError: a reward that cannot be loaded, named; those before it are stopped again.
         """
         if not rewards or max_pending < 1:
             label, got = ("max_pending", max_pending) if rewards else ("rewards", "none")
@@ -150,7 +155,19 @@ class Scorer:
         self._workers: dict[str, Any] = {}
         self._judges: dict[str, Any] = {}
         self._threads: dict[str, ThreadPoolExecutor] = {}
-        for name, spec in rewards.items():
+        try:
+            for name, spec in rewards.items():
+                self._load(name, spec, device)
+        except BaseException:
+            self.close()
+            raise
+        self._batches: list[_Batch] = []
+        self._errors: dict[str, Exception] = {}
+        self._changed = threading.Condition()
+        self._max_pending = max_pending
+
+    def _load(self, name: str, spec: RewardSpec, device: str) -> None:
+        try:
             remote = spec.reward.startswith(registry.REMOTE)
             kind = None if remote else registry.find(spec.reward)
             here = remote or kind is None or kind.threaded
@@ -160,10 +177,8 @@ class Scorer:
             # Two calls at a time of a model on one device would only share it.
             count = 1 if kind is not None and kind.uses_device else spec.workers
             self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")
-        self._batches: list[_Batch] = []
-        self._errors: dict[str, Exception] = {}
-        self._changed = threading.Condition()
-        self._max_pending = max_pending
+        except Exception as error:
+            raise RewardError(f"reward {name}: {error}") from error
 
     def submit(self, pictures: Tensor, entries: Metadata) -> None:
         """Hand over uint8 pictures (B, H, W, 3) and their entries, each with a ``prompt``.
@@ -177,7 +192,8 @@ class Scorer:
         prompts = [entry["prompt"] for entry in entries]
         for judge in self._judges.values():
             validate(judge, pictures, prompts, entries)
-        batch = _Batch(pictures.cpu(), prompts, list(entries))
+        # The caller may draw its next pictures into the same memory.
+        batch = _Batch(pictures.to("cpu", copy=True), prompts, list(entries))
         with self._changed:
             self._changed.wait_for(lambda: sum(b.running > 0 for b in self._batches) < self._max_pending)
             self._batches.append(batch)
@@ -230,8 +246,9 @@ class Scorer:
                 done = sum(name in b.scores for b in self._batches)
                 kept = f"{done} of {len(self._batches)} batches are scored and all pictures kept; gather again to go on"
                 raise RewardError(f"reward {name}: {error} ({kept})") from error
-            batches, self._batches = self._batches, []
-        return {name: join([batch.scores[name] for batch in batches]) for name in self._workers}
+            found = {name: join(name, [batch.scores[name] for batch in self._batches]) for name in self._workers}
+            self._batches = []
+        return found
 
     def discard(self) -> None:
         """Forget all that was submitted."""

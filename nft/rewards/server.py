@@ -18,7 +18,7 @@ from fastapi import FastAPI, HTTPException, Request
 from torch import Tensor
 
 from . import wire
-from .base import Metadata, Reward, Scored, score, validate
+from .base import Metadata, Reward, RewardError, Scored, score, validate
 
 MAX_BYTES, MAX_WAITING, MAX_PICTURES = 64 * 2**20, 16, 1024
 _READ_TIMEOUT = 60.0
@@ -88,9 +88,10 @@ class Batcher:
     async def _answer(self, jobs: list[_Job]) -> None:
         try:
             scored = await asyncio.to_thread(score, self.reward, *_together(jobs))
-        except Exception as error:
+        # Its exit is not the server's.
+        except (Exception, SystemExit) as error:
             if len(jobs) == 1:
-                jobs[0].answer.set_exception(error)
+                jobs[0].answer.set_exception(error if isinstance(error, Exception) else RewardError(repr(error)))
                 return
             # One sender's bad batch is not the others' fault.
             for job in jobs:
@@ -137,10 +138,12 @@ def build_app(
         max_pictures: most pictures of one request.
 
     Raises:
-        ValueError: an empty token, no rewards, or a limit that is not positive.
+        ValueError: a token that is empty or no header can carry, no rewards, or a limit that is not positive.
     """
     if not token or not rewards:
         raise ValueError(f"{'rewards' if token else 'token'}: got none, accepted is at least one")
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("token: got other characters, accepted are printable ASCII characters")
     for label, limit in (("max_bytes", max_bytes), ("max_waiting", max_waiting), ("max_pictures", max_pictures)):
         if limit < 1:
             raise ValueError(f"{label}: got {limit}, accepted are positive numbers")

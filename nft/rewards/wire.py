@@ -51,8 +51,17 @@ def to_json(scored: Scored) -> dict[str, Any]:
     return {"score": scored.score.tolist(), "details": details}
 
 
-def from_json(values: dict[str, Any]) -> Scored:
-    """What ``to_json`` made."""
-    return Scored(
-        torch.tensor(values["score"]), {name: torch.tensor(detail) for name, detail in values["details"].items()}
-    )
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
+def from_json(values: Any) -> Scored:
+    """What ``to_json`` made.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match values:
+        case {"score": found, "details": dict(details)} if all(map(_numbers, [found, *details.values()])):
+            return Scored(torch.tensor(found), {name: torch.tensor(detail) for name, detail in details.items()})
+    raise ValueError(f"answer: got {str(values)[:100]}, accepted are lists of numbers, score and details")

@@ -205,6 +205,22 @@ def test_command_resumes_keeps_what_is_finished_and_writes_a_page(tiny, tmp_path
     assert result.exit_code == 2 and "holds a run with other settings" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    ("options", "count"), [({}, 5), ({"quick": True}, 2), ({"quick": True, "seeds": 3}, 3), ({"seeds": 1}, 1)]
+)
+def test_quick_takes_the_seeds_that_are_asked_for(tmp_path, monkeypatch, options, count):
+    class Enough(Exception):
+        pass
+
+    def stop(runs, jobs, on_run):
+        assert [run.config.seed for run in runs] == list(range(count))
+        raise Enough
+
+    monkeypatch.setattr("nft.compare._run_all", stop)
+    with pytest.raises(Enough):
+        compare("shapes", tmp_path, objectives=["nft"], **options)
+
+
 def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
     compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=1e-6, overrides=tiny)
@@ -293,6 +309,17 @@ def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
         (["--minutes", "1", "--epochs", "2"], "minutes, epochs: got both"),
         (["--stop-at-target"], "stop_at_target: got no target"),
         (["beta=-1"], "beta: got -1"),
+        (["--minutes", "inf"], "minutes: got inf, accepted are finite numbers above 0"),
+        *((["--target", bad], f"target: got {bad}, accepted are finite numbers") for bad in ("inf", "nan")),
+        (["seed=7"], "overrides: got seed=7, accepted is none of seed, which seeds gives"),
+        (["--tune", "learning_rate=1e-3"], "overrides: got learning_rate=1e-3, accepted is none of learning_rate"),
+        *(
+            (
+                [*length, "epochs=2"],
+                "overrides: got epochs=2, accepted is none of epochs, which minutes or epochs gives",
+            )
+            for length in (["--epochs", "3"], ["--minutes", "1"], ["--quick"])
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_named_before_any_work(tmp_path, arguments, message):

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from nft.distributed import Processes
 from nft.evaluate import SUITES, Evaluation, comparison, summary
 from nft.evaluate_cli import _print
 from nft.policy import Policy
+from nft.rewards.base import score
 from nft.worlds.shapes.tiny import build_pipeline
 from nft.worlds.shapes.verify import verify
 
@@ -52,6 +55,7 @@ def test_the_paired_test_counts_sign_flips():
     after = {"a": before["a"] + [0.1, 0.2, 0.3, 0.1, 0.2]}
     assert comparison(after, before) == pytest.approx({"difference": 0.18, "p": 2 / 32})
     assert comparison(before, before)["p"] == 1
+    assert comparison({"a": np.array([0.5])}, {"a": np.array([0.25])}) == {"difference": 0.25}
     with pytest.raises(ValueError, match="baseline: got other prompts"):
         comparison(after, {"a": np.zeros(4)})
 
@@ -211,6 +215,10 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     assert 0 < found["p"] <= 1 and "p, paired" in result.output
     clash = evaluate(folder, pipeline, "--checkpoint", str(tuned))
     assert clash.exit_code == 2 and "holds an evaluation with other settings" in clash.output
+    other = evaluate(tmp_path / "other", pipeline, "--baseline", str(folder), "--set", "jpeg.quality=20")
+    output = " ".join(other.output.split())
+    assert other.exit_code == 2 and "baseline: " in output and "quality is 'not set' there and 20 here" in output
+    assert not (tmp_path / "other" / "pictures").exists()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +232,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--set", "jpeg.quality=[1"], "--set jpeg.quality: is not YAML"),
         (["--set", "jpeg.quality=1e-3"], "quality: got 0.001"),
         (["--set", "jpeg.quality=!!timestamp 2024-01-01"], "jpeg.options.quality: got datetime.date(2024, 1, 1)"),
-        (["--set", "jpeg.reward=3"], "reward: got 3, accepted is a name"),
+        (["--set", "jpeg.reward=3"], "jpeg.reward: got 3, accepted is a reward's name or address"),
         (["--set", "jpeg.reward=http://"], "rewards.jpeg.reward: got 'http://', accepted is http://host:port/name"),
         (["--override", "device=cuda:99"], "device: got 'cuda:99', but this machine"),
         (["--prompts", "shapes=unquoted.txt"], "prompts: shapes: metadata: entry 0 lacks include"),
@@ -233,6 +241,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--baseline", "list"], "baseline: list/settings.json is damaged"),
         (["--baseline", "text"], "baseline: text/settings.json is damaged"),
         (["--set", "jpeg.reward=jpg"], "reward: got 'jpg', did you mean jpeg?"),
+        (["--set", "shapes.reward="], "shapes.reward: got None, accepted is a reward's name or address"),
         (["--set", "jpeg.quality=0"], "quality: got 0, accepted are whole numbers from 1 to 100"),
         (["--set", "jpeg.quality=high"], "rewards.jpeg: quality: got 'high'"),
         (["--set", "jpeg.qualitty=3"], "rewards.jpeg.options.qualitty: unknown key, did you mean quality?"),
@@ -241,7 +250,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
             "prompts: drawbench: metadata: entry 0 lacks include, which ShapesReward needs",
         ),
         ([*PAPER, "--prompts", "ocr=unquoted.txt"], "'a sign': prompt: got 'a sign', accepted for OCR"),
-        ([*PAPER, "--prompts", "geneval=nothing.jsonl"], "line 1: accepted is an object with at least one"),
+        ([*PAPER, "--prompts", "geneval=nothing.jsonl"], "line 1: include: got none, accepted is at least"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_drawn(arguments, message, tmp_path, monkeypatch):
@@ -340,6 +349,59 @@ def test_pictures_of_one_prompt_are_averaged(tmp_path, monkeypatch):
     evaluation.score({"ocr": {"reward": "stand_ins:First"}, "geneval": {"reward": "stand_ins:First"}})
     ocr = next(column for column in SUITES["paper"].columns if column.title == "OCR")
     np.testing.assert_allclose(evaluation.column(ocr)["ocr"], red[:6].view(2, 3).float().mean(1) / 255, rtol=1e-6)
+
+
+def red_is_the_seed(prompts, seeds):
+    pictures = torch.zeros(len(seeds), 4, 4, 3, dtype=torch.uint8)
+    pictures[:, 0, 0, 0] = torch.tensor(seeds)
+    return pictures
+
+
+def test_no_picture_is_scored_twice(tmp_path, monkeypatch):
+    """Neither by two commands at once nor where they were not kept apart; what they left is scored anew."""
+
+    def open_folder():
+        return Evaluation("shapes", tmp_path, subject="s", limit=1)
+
+    def slow(judge, pictures, prompts, metadata):
+        time.sleep(0.02)
+        return score(judge, pictures, prompts, metadata)
+
+    monkeypatch.setattr("nft.evaluate.score", slow)
+    open_folder().draw(red_is_the_seed, batch=6)
+    with ThreadPoolExecutor(2) as threads:
+        for future in [threads.submit(open_folder().score, batch=1) for _ in range(2)]:
+            future.result()
+    path = tmp_path / "scores" / "shapes_jpeg.jsonl"
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    names = [f"{i:05d}_0.png" for i in range(6)]
+    assert [json.loads(line)["picture"] for line in lines] == names
+    results = open_folder().results()
+    for left in (2 * lines, [*lines[:2], *lines[:2], *lines[2:4]], [lines[0], "{broken\n", *lines[1:]]):
+        path.write_text("".join(left))
+        open_folder().score()
+        assert open_folder().results() == results
+    assert path.read_text() == whole
+
+
+def test_a_column_whose_detail_the_reward_lacks_is_left_out_and_the_others_are_not(tmp_path):
+    evaluation = Evaluation("shapes", tmp_path, subject="s", limit=1)
+    evaluation.draw(red_is_the_seed, batch=6)
+    evaluation.score({"shapes": {"reward": "jpeg"}})
+    results = evaluation.results()
+    assert results["GenEval"] == {"left_out": "reward jpeg gives no detail correct"}
+    assert results["Strict"] == {"left_out": "reward jpeg gives no detail strict"}
+    assert "mean" in results["JPEG kB"]
+
+
+def test_scores_of_other_rewards_are_not_compared(tmp_path):
+    evaluations = [Evaluation("shapes", tmp_path / name, subject="s", limit=1) for name in "ab"]
+    for evaluation, options in zip(evaluations, ({}, {"jpeg": {"quality": 20}}), strict=True):
+        evaluation.draw(red_is_the_seed, batch=6)
+        evaluation.score(options)
+    with pytest.raises(ValueError, match=r"baseline: .*quality is 'not set' there and 20 here"):
+        evaluations[1].results(evaluations[0])
 
 
 def test_without_drawbench_its_columns_are_left_out(tmp_path):

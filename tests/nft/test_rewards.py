@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from nft.cli import app
 from nft.data.ocr import generate
 from nft.rewards import registry
-from nft.rewards.base import Reward, RewardError, Scored, score
+from nft.rewards.base import Reward, RewardError, Scored, join, score
 from nft.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
 from nft.rewards.image_reward import ImageReward
 from nft.rewards.jpeg import JPEGCompressibility
@@ -96,6 +96,15 @@ class Redness(Reward):
     def __call__(self, pictures, prompts, metadata):
         return self.gain * pictures[..., 0].float().mean((1, 2)) / 255
 '''
+
+
+BAD = """
+from nft.rewards.base import Reward
+
+class Bad(Reward):
+    def __init__(self):
+        raise RuntimeError("no good")
+"""
 
 
 @pytest.fixture
@@ -242,6 +251,40 @@ def test_scores_that_are_no_tensor_are_named():
         score(Plain(), noise(), PROMPTS, [{}] * 3)
 
 
+@pytest.mark.parametrize(
+    ("details", "message"),
+    [
+        ([{"a"}, {"a", "b"}], r"Moody: got details \['a'\] and \['a', 'b'\], accepted are the same in every call"),
+        ([{"a"}, {"b"}], "Moody: got details"),
+        ([{"score"}, {"score"}], "Moody: a detail is called score, accepted is another name"),
+    ],
+)
+def test_details_that_would_be_lost_are_named(details, message):
+    class Moody(Reward):
+        batch = 2
+
+        def __call__(self, pictures, prompts, metadata):
+            return Scored(torch.zeros(len(pictures)), {name: torch.ones(len(pictures)) for name in details.pop(0)})
+
+    with pytest.raises(RewardError, match=message):
+        score(Moody(), noise(), PROMPTS, [{}] * 3)
+
+
+def test_batches_of_different_details_are_not_joined():
+    parts = [Scored(torch.zeros(1), {name: torch.zeros(1)}) for name in "ab"]
+    with pytest.raises(RewardError, match=r"r: got details \['a'\] and \['b'\]"):
+        join("r", parts)
+
+
+def test_a_reward_that_fails_as_it_is_loaded_is_named(tmp_path, monkeypatch):
+    (tmp_path / "bad_reward.py").write_text(BAD)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    with pytest.raises(RewardError, match="rewards.bad_reward:Bad: RuntimeError: no good"):
+        registry.load("bad_reward:Bad")
+    served = CliRunner().invoke(app, ["reward-server", "bad_reward:Bad"], env={"COLUMNS": "240"})
+    assert served.exit_code == 2 and "rewards.bad_reward:Bad: RuntimeError: no good" in served.output
+
+
 def test_a_folder_that_cannot_be_loaded_says_why(tmp_path):
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match=f"'{tmp_path}' cannot be loaded: .*config.json"):
@@ -344,6 +387,9 @@ def test_the_target_is_quoted_or_given():
     assert target_of("a sign", {"text": "Shut"}) == "Shut"
     with pytest.raises(ValueError, match="quoted text"):
         target_of("a sign", {})
+    for text in (None, ["A"], 24):
+        with pytest.raises(ValueError, match=r"text: got .*accepted is a text"):
+            target_of('a sign "Open"', {"text": text})
 
 
 def rendered(text, size=(320, 128)):

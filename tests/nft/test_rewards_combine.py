@@ -85,14 +85,26 @@ def test_float32_of_a_large_offset_keeps_its_groups():
     [
         ({"method": "mean"}, "method: got 'mean', accepted are sum, normalized_sum, gdpo, per_reward"),
         ({"weights": {"ocr": 1.0}}, "weights: got .*accepted is one for each"),
-        ({"weights": {"ocr": 0.0, "pickscore": 0.0}}, "weights: got only zeros"),
-        ({"weights": {"ocr": -1.0, "pickscore": 1.0}, "method": "per_reward"}, "numbers of 0 and above"),
+        *(
+            ({"weights": {"ocr": bad, "pickscore": 1.0}}, f"weights: got {bad} for ocr, accepted are finite .* above 0")
+            for bad in (0.0, -1.0, np.nan, np.inf)
+        ),
+        ({"std": "foo"}, "std: got 'foo', accepted are 'global' and 'group'"),
+        *(
+            ({"rewards": {"ocr": torch.ones(9), "pickscore": torch.ones(size)}}, rf"rewards: got shape \({size},\) for")
+            for size in (1, 4)
+        ),
+        (
+            {"rewards": {"ocr": torch.ones(9), "pickscore": torch.arange(9)}},
+            "rewards: got torch.int64 for pickscore, accepted are floating-point tensors",
+        ),
         ({"rewards": {}}, "rewards: got none"),
         ({"rewards": {"ocr": torch.full((9,), torch.nan), "pickscore": torch.ones(9)}}, "NaN"),
     ],
 )
-def test_bad_input_is_named(rewards, change, message):
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_input_is_named_by_every_method(rewards, method, change, message):
     tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
-    arguments = {"rewards": tensors, "weights": WEIGHTS, "group_ids": torch.tensor(IDS)} | change
-    with pytest.raises(ValueError, match=message):
+    arguments = {"rewards": tensors, "weights": WEIGHTS, "group_ids": torch.tensor(IDS), "method": method} | change
+    with pytest.raises((ValueError, TypeError), match=message):
         combine(**arguments)

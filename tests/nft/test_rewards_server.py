@@ -1,5 +1,6 @@
 """Rewards beside sampling and over HTTP: real processes on loopback, killed half-way."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -72,6 +73,13 @@ class Deadly(Number):
             (self.folder / f"died{died}").touch()
             os._exit(1)
         return super().__call__(pictures, prompts, metadata)
+
+
+class Bad(Number):
+    """Cannot be made."""
+
+    def __init__(self):
+        raise RuntimeError("no good")
 
 
 class Picky(Number):
@@ -314,7 +322,37 @@ def test_a_reward_that_runs_into_a_timeout_of_its_own_failed():
     assert answer.status_code == 500 and "Late: TimeoutError: the judge is asleep" in answer.text
 
 
+def test_a_reward_that_exits_does_not_end_the_server():
+    class Leaving(Reward):
+        def __call__(self, pictures, prompts, metadata):
+            sys.exit("enough")
+
+    with TestClient(build_app({"Leaving": Leaving()}, TOKEN)) as client:
+        for _ in range(2):
+            answer = client.post("/score/Leaving", content=batch([1]), headers={"Authorization": f"Bearer {TOKEN}"})
+            assert answer.status_code == 500 and "SystemExit('enough')" in answer.text
+
+
+def test_a_token_is_stripped_and_must_fit_a_header(server, monkeypatch):
+    monkeypatch.setenv("NFT_REWARD_TOKEN", f" {TOKEN}\n")
+    assert RemoteReward(f"{server.url}/Number").batch == 4
+    monkeypatch.setattr("uvicorn.run", lambda served, **options: served)
+    built = []
+    monkeypatch.setattr("nft.rewards.server.build_app", lambda rewards, token, **limits: built.append(token))
+    assert CliRunner().invoke(app, ["reward-server", "jpeg"]).exit_code == 0 and built == [TOKEN]
+    monkeypatch.undo()
+    for token in ("gepäck", "a\nb"):
+        monkeypatch.setenv("NFT_REWARD_TOKEN", token)
+        with pytest.raises(RewardError, match=f"{server.url}: NFT_REWARD_TOKEN is not text in printable ASCII"):
+            RemoteReward(f"{server.url}/Number")
+        served = CliRunner().invoke(app, ["reward-server", "jpeg"])
+        assert served.exit_code == 2 and "token: got other characters" in served.output
+
+
 # --- how long a server is waited for ---
+
+
+LISTING = {"r": {"range": ["0", "9"], "needs": [], "batch": 4}}
 
 
 @pytest.fixture
@@ -329,13 +367,13 @@ def stand_in(monkeypatch):
 
     def answer(request):
         if request.method == "GET":
-            return httpx.Response(200, json={"r": {"range": ["0", "9"], "needs": [], "batch": 4}})
+            return state.get("listing", httpx.Response(200, json=LISTING))
         state["asked"] += 1
         seconds, reply = state["replies"].pop(0) if state["replies"] else (0.01, scores)
         clock.sleep(seconds)
         if isinstance(reply, Exception):
             raise reply
-        return reply
+        return httpx.Response(200, **reply) if isinstance(reply, dict) else reply
 
     client = httpx.Client
     monkeypatch.setattr(httpx, "Client", lambda **options: client(transport=httpx.MockTransport(answer), **options))
@@ -360,6 +398,35 @@ def test_a_server_that_dies_late_is_asked_again(stand_in):
     assert 100 + 50 < stand_in["now"] - begin <= 100 + 60
     # A machine that is not there is found out sooner than one that takes long to score.
     assert stand_in["remote"].client.timeout.connect <= 10 and stand_in["remote"].client.timeout.read == 300
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"text": "<html>"},
+        {"content": b"broken", "headers": {"content-encoding": "gzip"}},
+        *({"json": value} for value in ([], {}, {"score": [None, 1], "details": {}}, {"score": [1.0]},
+                                        {"score": [1.0], "details": []}, {"score": [1.0], "details": {"a": ["b"]}})),
+    ],
+)  # fmt: skip
+def test_answers_of_another_server_are_named(stand_in, answer):
+    message = r"reward server http://server:1: (got .*accepted is `nft reward-server`'s|DecodingError)"
+    stand_in["replies"] = [(0, answer)]
+    with pytest.raises(RewardError, match=message):
+        stand_in["ask"]()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"text": "<html>"},
+        *({"json": value} for value in (["r"], {"r": 1}, {"r": {}}, {"r": LISTING["r"] | {"range": ["low", "high"]}})),
+    ],
+)
+def test_a_listing_of_another_server_is_named(stand_in, answer):
+    stand_in["listing"] = httpx.Response(200, **answer)
+    with pytest.raises(RewardError, match=r"reward server http://server:1: got .*accepted is `nft reward-server`'s"):
+        RemoteReward("http://server:1/r")
 
 
 def test_a_full_server_is_waited_for_longer_than_a_failing_one(stand_in):
@@ -525,12 +592,25 @@ def test_a_batch_is_held_against_what_the_server_says_it_needs(server):
         assert scores_of(scorer) == [4]
 
 
+def test_a_callers_memory_is_its_own_again(process):
+    buffer, expected = torch.empty(1, 8, 8, 3, dtype=torch.uint8), [3, 4, 5]
+    for n in expected:
+        pictures, entries = numbered([n], seconds=0.2)
+        process.submit(buffer.copy_(pictures), entries)
+    buffer.zero_()
+    assert scores_of(process) == expected
+
+
 def test_what_cannot_be_loaded_is_named_at_once():
-    with pytest.raises(ValueError, match="did you mean ocr"):
+    with pytest.raises(RewardError, match=r"reward r: .*did you mean ocr"):
         Scorer({"r": RewardSpec("orc")})
-    with pytest.raises(ValueError, match="quality: got 0"):
+    with pytest.raises(RewardError, match="reward r: rewards.jpeg: quality: got 0"):
         Scorer({"r": RewardSpec("jpeg", options={"quality": 0})})
-    with pytest.raises(RewardError, match=r"no answer in 0\.1 s"):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(RewardError, match="reward bad: reward probes:Bad: RuntimeError: no good"):
+        Scorer({"good": RewardSpec("jpeg"), "bad": RewardSpec("probes:Bad")})
+    assert set(multiprocessing.active_children()) <= before
+    with pytest.raises(RewardError, match=r"reward r: .*no answer in 0\.1 s"):
         Scorer({"r": RewardSpec(f"http://127.0.0.1:{free_port()}/ocr", options={"patience": 0.1})})
 
 

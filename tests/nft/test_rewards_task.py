@@ -10,15 +10,17 @@ pytest.importorskip("diffusers")
 
 from nft.config import load_config
 from nft.data import geneval, prompts
+from nft.data.geneval import POSITIONS
 from nft.evaluate import SUITES
 from nft.rewards.detector import GenEvalReward
 from nft.rewards.geneval import Verdict
 from nft.rewards.pool import RewardSpec
 from nft.tasks import Rewards, Shapes, build
 
+CAT = {"class": "cat", "count": 1}
 ENTRY = {
     "tag": "position",
-    "include": [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}],
+    "include": [CAT, {"class": "dog", "count": 1, "position": ["left of", 0]}],
     "prompt": "a photo of a dog left of a cat",
 }
 
@@ -28,6 +30,9 @@ def test_the_benchmarks_file_is_read(tmp_path):
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text(f"{json.dumps(ENTRY)}\n\n{json.dumps(other)}\n")
     assert geneval.read(path) == [ENTRY, other]
+    odd = ENTRY | {"prompt": "a dog\u2028left of a cat"}
+    path.write_text(f"\ufeff{json.dumps(odd, ensure_ascii=False)}\n", encoding="utf-8")
+    assert geneval.read(path) == [odd]
     generated = [entry for group in geneval.generate(30, seed=0).values() for entry in group]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in generated))
     assert geneval.read(path) == generated
@@ -40,12 +45,22 @@ def test_the_benchmarks_file_is_read(tmp_path):
         ('"text"', "line 2: accepted is an object with a prompt"),
         (json.dumps(ENTRY | {"prompt": " "}), "line 2: accepted is an object with a prompt"),
         (json.dumps(ENTRY | {"tag": "size"}), "line 2: accepted is an object with a prompt and one of the tags"),
-        (json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}), "line 2: got .*'kat'"),
-        (json.dumps(ENTRY | {"include": [{"class": "cat", "count": 0}]}), "line 2: got .*positive count"),
-        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: got position .* of an earlier object"),
-        (json.dumps(ENTRY | {"include": [{"class": "cat", "count": 1, "color": "teal"}]}), "line 2: got color 'teal'"),
-        (json.dumps(ENTRY | {"include": [7]}), "line 2: "),
-        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "line 2: .*at least one object to include"),
+        (json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}), "line 2: include: got .*'kat'"),
+        *(
+            (json.dumps(ENTRY | {"include": [{"class": "cat", "count": count}]}), "include: got .*positive count")
+            for count in (0, True, 1.0, None)
+        ),
+        (json.dumps(ENTRY | {"exclude": [{"class": "cat", "count": 0}]}), "line 2: exclude: got .*positive count"),
+        (json.dumps(ENTRY | {"exclude": None}), "line 2: exclude: got None, accepted is a list of objects"),
+        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: position: got .* of an earlier object"),
+        *(
+            (json.dumps(ENTRY | {"include": [CAT, CAT | {"position": position}]}), "line 2: position: got .* earlier")
+            for position in (*([POSITIONS[0], i] for i in (-1, -2, 1, 0.0, False)), ["near", 0], ["above"], "ab", None)
+        ),
+        (json.dumps(ENTRY | {"include": [CAT | {"position": ["left of", -1]}]}), "line 2: position: got .* earlier"),
+        (json.dumps(ENTRY | {"include": [CAT | {"color": "teal"}]}), "line 2: color: got 'teal'"),
+        (json.dumps(ENTRY | {"include": [7]}), "line 2: include: got .*accepted is a list of objects"),
+        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "line 2: include: got none"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
@@ -63,6 +78,11 @@ def test_prompt_files(tmp_path):
         {"tag": "mine", "prompt": "a", "n": 1},
         {"tag": "t", "prompt": "b"},
     ]
+    # Neither a byte-order mark nor Unicode's other ends of a line belong to the format.
+    (tmp_path / "mine.txt").write_text("\ufeffa\u2028cat\na\x85dog\r\n", newline="", encoding="utf-8")
+    assert [entry["prompt"] for entry in prompts.read(tmp_path / "mine.txt")] == ["a\u2028cat", "a\x85dog"]
+    (tmp_path / "mine.jsonl").write_text('\ufeff{"prompt": "a\u2028cat"}\n', encoding="utf-8")
+    assert [entry["prompt"] for entry in prompts.read(tmp_path / "mine.jsonl")] == ["a\u2028cat"]
     for name, text, message in (
         ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}', "line 2: got prompt None"),
         ("bad.jsonl", '{"prompt": " "}', "line 1: got prompt ' '"),
@@ -95,6 +115,9 @@ def test_held_out_prompts_are_not_trained_on(source):
     kept = prompts.train(source, held)
     assert not {e["prompt"] for e in held} & {e["prompt"] for group in kept for e in group}
     assert held == prompts.held_out(source) and min(map(len, kept)) > 5
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"per_group: got {count}"):
+            prompts.held_out(source, count)
     few = prompts.held_out(source, 2)
     assert [e["tag"] for e in few] == [tag for tag in dict.fromkeys(e["tag"] for e in held) for _ in range(2)]
 
@@ -105,8 +128,12 @@ def test_what_is_evaluated_on_is_not_trained_on():
     assert not tested & {e["prompt"] for group in prompts.train("ocr", []) for e in group}
 
     def asked(entry):
-        """'a cat and a dog' asks for what 'a dog and a cat' does."""
-        return entry["tag"], frozenset(entry["prompt"].removeprefix("a photo of ").split(" and "))
+        """'a cat and a dog' asks for what 'a dog and a cat' does, 'a cat below a dog' for 'a dog above a cat'."""
+        prompt = entry["prompt"].removeprefix("a photo of ")
+        for where, mirrored in (("right of", "left of"), ("below", "above")):
+            one, found, other = prompt.partition(f" {where} ")
+            prompt = f"{other} {mirrored} {one}" if found else prompt
+        return entry["tag"], frozenset(prompt.split(" and "))
 
     tested = {asked(e) for e in SUITES["paper"].prompts["geneval"]()} | {asked(e) for e in prompts.held_out("geneval")}
     groups = {group[0]["tag"]: group for group in prompts.train("geneval", prompts.held_out("geneval"))}
