@@ -279,7 +279,7 @@ def test_batches_of_different_details_are_not_joined():
 def test_a_reward_that_fails_as_it_is_loaded_is_named(tmp_path, monkeypatch):
     (tmp_path / "bad_reward.py").write_text(BAD)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
-    with pytest.raises(RewardError, match="rewards.bad_reward:Bad: RuntimeError: no good"):
+    with pytest.raises(RewardError, match=r"rewards\.bad_reward:Bad: RuntimeError: no good"):
         registry.load("bad_reward:Bad")
     served = CliRunner().invoke(app, ["reward-server", "bad_reward:Bad"], env={"COLUMNS": "240"})
     assert served.exit_code == 2 and "rewards.bad_reward:Bad: RuntimeError: no good" in served.output

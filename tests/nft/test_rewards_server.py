@@ -604,10 +604,10 @@ def test_a_callers_memory_is_its_own_again(process):
 def test_what_cannot_be_loaded_is_named_at_once():
     with pytest.raises(RewardError, match=r"reward r: .*did you mean ocr"):
         Scorer({"r": RewardSpec("orc")})
-    with pytest.raises(RewardError, match="reward r: rewards.jpeg: quality: got 0"):
+    with pytest.raises(RewardError, match=r"reward r: rewards\.jpeg: quality: got 0"):
         Scorer({"r": RewardSpec("jpeg", options={"quality": 0})})
     before = set(multiprocessing.active_children())
-    with pytest.raises(RewardError, match="reward bad: reward probes:Bad: RuntimeError: no good"):
+    with pytest.raises(RewardError, match=r"reward bad: rewards\.probes:Bad: RuntimeError: no good"):
         Scorer({"good": RewardSpec("jpeg"), "bad": RewardSpec("probes:Bad")})
     assert set(multiprocessing.active_children()) <= before
     with pytest.raises(RewardError, match=r"reward r: .*no answer in 0\.1 s"):
