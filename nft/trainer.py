@@ -50,17 +50,22 @@ class Trainer:
         start where the run ended before its first.
 
         Raises:
-            FileExistsError: a folder that holds a run already, without ``resume``.
+            FileExistsError: a file, or a folder that holds a run already, without ``resume``.
             FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
             CheckpointError: a damaged checkpoint.
             ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
-                ``resume`` another pipeline or adapter than the run's.
+                ``resume`` another pipeline or adapter than the run's or fewer epochs than are finished.
         """
         if resume and not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"resume: {folder} holds no checkpoint and no run")
         if not resume and (folder / "metrics.jsonl").exists():
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
-        if resume and checkpoint.existing(folder / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise FileExistsError(f"output: {folder} is a file; give a folder")
+        if resume and (done := checkpoint.existing(folder / "checkpoints")):
+            finished = checkpoint.manifest(done[-1])["epoch"]
+            if config.epochs < finished:
+                raise ValueError(f"epochs: got {config.epochs}, but {finished} are finished already")
             before = load_config(str(folder / "config.yaml"))
             for key in ("pipeline", "adapter", "lora_rank", "lora_alpha"):
                 came, was = getattr(config, key), getattr(before, key)

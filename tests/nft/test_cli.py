@@ -100,12 +100,16 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--solver", "eulr"], "eulr"),
         (["a", "--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
         (["a", "--file", "/nowhere"], "/nowhere"),
+        (["a", "--file", "latin.txt"], "file: latin.txt is not UTF-8"),
+        (["a", "--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
         (["a", "--guidance", "inf"], "guidance: got inf, accepted are finite numbers"),
         (["a", "--per-prompt", "2", "--seed", str(2**63 - 1)], f"seed: got {2**63 - 1}, accepted are 0 to {2**63 - 2}"),
         (["a", "--set", "devise=cuda"], "devise: unknown key, did you mean device?"),
     ],
 )
-def test_sample_names_bad_input(arguments, message):
+def test_sample_names_bad_input(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     result = run(app, ["sample", *arguments])
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 
@@ -147,6 +151,10 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
     assert "holds a run already" in " ".join(train(pipeline, tmp_path / "one").output.split())
     result = run(app, ["train", "epochs=3", "lora_rank=8", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 2 and "lora_rank: got 8, but" in result.output
+    before = (tmp_path / "one" / "config.yaml").read_text()
+    result = run(app, ["train", "epochs=1", "--resume", "--output", str(tmp_path / "one")])
+    assert result.exit_code == 2 and "epochs: got 1, but 2 are finished already" in result.output
+    assert (tmp_path / "one" / "config.yaml").read_text() == before
     # A resumed run keeps its settings but for what is given anew.
     result = run(app, ["train", "epochs=3", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 0 and "epoch 3: held-out strict score" in result.output

@@ -283,3 +283,5 @@ def test_missing_pipeline_and_existing_run_are_named(pipeline, tmp_path):
         Trainer(settings(pipeline), tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         Trainer(settings(pipeline), tmp_path / "none", resume=True)
+    with pytest.raises(FileExistsError, match=r"output: .*metrics.jsonl is a file; give a folder"):
+        Trainer(settings(pipeline), tmp_path / "metrics.jsonl")
