@@ -314,8 +314,8 @@ def dpmpp2m(sigmas: Sigmas) -> SolverTable:
 def dpmpp3m(sigmas: Sigmas) -> SolverTable:
     """DPM-Solver++ 3M (Lu et al., arXiv 2211.01095), as its authors' code and diffusers have it.
 
-    They take the divided difference for the second derivative, half of it: three predictions, but order 2. The last step
-    but one is of second order for any number of steps, where diffusers has that for fewer than 15 only.
+    They take the divided difference for the second derivative, half of it: three predictions, but order 2. The last
+    step but one is of second order for any number of steps, where diffusers has that for fewer than 15 only.
     """
     return _dpmpp("dpm++3M", sigmas, 3, reached=2)
 
