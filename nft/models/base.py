@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -50,7 +50,7 @@ class Model(ABC):
             self.pipeline.vae.enable_tiling()
 
     @classmethod
-    def outline(cls, settings: Mapping[str, Any], dtype: torch.dtype, **pipeline: Any) -> Self:
+    def outline(cls, settings: Mapping[str, Any], dtype: torch.dtype, **pipeline: Any) -> Model:
         """The model without weights, for evaluations of shapes alone: a transformer of these ``settings`` on the meta
         device, and of its pipeline the attributes given."""
         model = cls.__new__(cls)
