@@ -148,7 +148,7 @@ class _Measured(NamedTuple):
     flops: int
     """Of one sample."""
     peak: int
-    """Bytes of the whole batch, without gradients of weights."""
+    """Bytes of the whole batch, gradients of weights among them, as they are there at the peak."""
 
 
 def _measure(model: Model, config: Config, batch: int, train: bool) -> _Measured:
@@ -212,7 +212,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     for parameter in own:
         parameter.data = parameter.data.to("meta", torch.float32)
     trained = sum(parameter.numel() for parameter in own)
-    adapted = _measure(model, c, c.rollout_batch, train=False)
+    adapted = merged if full else _measure(model, c, c.rollout_batch, train=False)
     step = _measure(model, c, c.micro_batch, train=True)
 
     rollout, pairs, old, reference = evaluations(config, epoch)
