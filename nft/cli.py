@@ -289,14 +289,14 @@ def sample(
 ) -> None:
     """Draw pictures of prompts."""
     from .config import ConfigError, load_config
-    from .data.text import read_text
+    from .data.text import read_lines
 
     lines = [*(prompts or [])]
     try:
         if output.exists() and not output.is_dir():
             raise ValueError(f"output: {output} is a file; give a folder")
         if file is not None:
-            lines += [line.strip() for line in read_text(file, "file").split("\n") if line.strip()]
+            lines += [line.strip() for _, line in read_lines(file, "file")]
         if not lines:
             raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
         if reference and (guidance is None or checkpoint is None):

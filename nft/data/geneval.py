@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from .text import read_text
+from .text import read_lines
 
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -141,9 +141,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         ValueError: a file that is not UTF-8, or a line that is not a GenEval entry, by number.
     """
     entries = []
-    for number, line in enumerate(read_text(Path(path), "prompts").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in read_lines(Path(path), "prompts"):
         try:
             entry = json.loads(line)
             _check(entry)

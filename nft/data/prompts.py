@@ -9,7 +9,7 @@ from typing import Any
 from nft.worlds.shapes import prompts as shapes
 
 from . import geneval, ocr
-from .text import read_text
+from .text import read_lines
 
 Entry = dict[str, Any]
 SETS = ("shapes", "geneval", "ocr")
@@ -36,7 +36,7 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
         raise ValueError(f"{key}: got {str(path)!r}, accepted are {', '.join(SETS)} or a .txt or .jsonl file")
     if not path.is_file():
         raise FileNotFoundError(f"{key}: got {str(path)!r}, but there is no such file; bring one prompt per line")
-    lines = [(n, line) for n, line in enumerate(read_text(path, key).split("\n"), start=1) if line.strip()]
+    lines = read_lines(path, key)
     if not lines:
         raise ValueError(f"{key}: {path} is empty, accepted is at least one prompt")
     if path.suffix == ".txt":

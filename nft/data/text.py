@@ -16,3 +16,12 @@ def read_text(path: Path, key: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_lines(path: Path, key: str) -> list[tuple[int, str]]:
+    """The lines of a file that are not blank, with their numbers; other characters that end a line in Unicode do not.
+
+    Raises:
+        OSError, ValueError: see ``read_text``.
+    """
+    return [(number, line) for number, line in enumerate(read_text(path, key).split("\n"), start=1) if line.strip()]
