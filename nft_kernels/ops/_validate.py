@@ -25,8 +25,10 @@ def _same_device(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
         raise ValueError(f"{name}: got device {x.device}, accepted is the device of {model}, {x0.device}")
 
 
-def _plain(name: str, x: Tensor) -> None:
-    """``x`` must have memory of its own: kernels take its address."""
+def _tensor(name: str, x: Tensor, accepted: str = "a tensor") -> None:
+    """``x`` must be a tensor with memory of its own: kernels take its address."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is {accepted}")
     if type(x) is Tensor or torch.compiler.is_compiling():
         return
     if is_traceable_wrapper_subclass(x) or isinstance(x, FakeTensor):
@@ -37,9 +39,7 @@ def _plain(name: str, x: Tensor) -> None:
 
 def tensor_like(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
     """``x`` must be a floating tensor of the shape and device of x0, the argument called ``model``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor")
-    _plain(name, x)
+    _tensor(name, x)
     floating(name, x.dtype)
     if x.shape != x0.shape:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of {model}, {tuple(x0.shape)}")
@@ -70,9 +70,7 @@ def per_sample(
 ) -> None:
     """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]; ``above`` and
     ``below`` leave out the bound itself."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape ({x0.shape[0]},)")
-    _plain(name, x)
+    _tensor(name, x, f"a tensor of shape ({x0.shape[0]},)")
     floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
@@ -82,9 +80,7 @@ def per_sample(
 
 def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> None:
     """``x`` must be floating or boolean, broadcast to x0's shape, and, on the CPU, lie within [low, high]."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor that broadcasts to x0's shape")
-    _plain(name, x)
+    _tensor(name, x, "a tensor that broadcasts to x0's shape")
     if x.dtype != torch.bool:
         floating(name, x.dtype)
     shape = (1,) * (x0.ndim - x.ndim) + tuple(x.shape)
@@ -133,7 +129,7 @@ def number(name: str, value: float, *, positive: bool) -> None:
 def seeds(seed: int | Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Philox key and sample word of every sample: an int seeds the whole batch, a tensor every sample on its own."""
     if isinstance(seed, Tensor):
-        _plain("seed", seed)
+        _tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.shape != x0.shape[:1] or seed.device != x0.device:
             raise ValueError(
                 f"seed: got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "
