@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect
-from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
@@ -197,7 +196,7 @@ class Config(BaseModel):
     def _known_alarms(cls, alarms: dict[str, float]) -> dict[str, float]:
         for name in alarms:
             if name not in THRESHOLDS:
-                raise ValueError(f"alarms.{_unknown(name, THRESHOLDS)}")
+                raise ValueError(f"alarms.{registry.unknown(name, THRESHOLDS)}")
             if alarms[name] < 0:
                 raise ValueError(f"alarms.{name}: got {alarms[name]}, accepted are numbers of at least 0")
         return alarms
@@ -342,12 +341,6 @@ class Config(BaseModel):
         return yaml.dump(self.model_dump(exclude=derived), Dumper=_Dumper, sort_keys=False)
 
 
-def _unknown(key: Any, known: Iterable[str], otherwise: str = "") -> str:
-    near = get_close_matches(str(key).lower(), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else otherwise or f"accepted are {', '.join(known)}"
-    return f"{key}: unknown key, {hint}"
-
-
 def _check_float32(key: str, value: float) -> None:
     held = torch.finfo(torch.float32)
     if value and not held.tiny <= abs(value) <= held.max:
@@ -359,7 +352,7 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
     known = [field.name for field in fields(RewardSpec)]
     for key in settings:
         if key not in known:
-            raise ValueError(f"rewards.{name}.{_unknown(key, known)}")
+            raise ValueError(f"rewards.{name}.{registry.unknown(key, known)}")
     weight = settings.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
         raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
@@ -478,7 +471,7 @@ def _validated(values: dict[str, Any]) -> Config:
         for problem in error.errors():
             key = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
-                lines.append(_unknown(key, Config.model_fields, "`nft config show` lists the known ones"))
+                lines.append(registry.unknown(key, Config.model_fields, "`nft config show` lists the known ones"))
             elif problem["type"] == "value_error":
                 lines.append(str(problem["ctx"]["error"]))
             else:

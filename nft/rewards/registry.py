@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -79,6 +79,13 @@ def _kind(name: Any) -> type[Reward]:
     return find(name)
 
 
+def unknown(key: Any, keys: Collection[str], otherwise: str = "") -> str:
+    """What is said of a key that is none of ``keys``: the nearest of them, or else ``otherwise`` or all."""
+    near = get_close_matches(str(key).lower(), keys, n=1)
+    hint = f"did you mean {near[0]}?" if near else otherwise or f"accepted are {', '.join(keys) or 'none'}"
+    return f"{key}: unknown key, {hint}"
+
+
 def _ours(name: str, kind: type[Reward], device: str) -> dict[str, Any]:
     """The arguments that are no options."""
     if name.startswith(REMOTE):
@@ -94,9 +101,7 @@ def _check_options(where: str, kind: type[Reward], ours: dict[str, Any], options
         if key in ours:
             raise ValueError(f"{where}.options.{key}: got {value!r}, accepted is none: it is given beside the options")
         if not isinstance(key, str) or (key not in own and not open_ended):
-            near = get_close_matches(str(key), own, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(own) or 'none'}"
-            raise ValueError(f"{where}.options.{key}: unknown key, {hint}")
+            raise ValueError(f"{where}.options.{unknown(key, own)}")
         try:
             json.dumps(value)
         except (TypeError, ValueError):
