@@ -81,13 +81,12 @@ NFT_HD double kl_factor(int prediction, bool in_x0, double t) {
   return in_x0 ? to_x0 * to_x0 : to_v * to_v;
 }
 
-// Errors e+ and e- of the two x0 predictions.
+// The errors of the two x0 predictions, e+ = base + step and e- = base - step.
 template <typename T>
-NFT_HD void errors(T p_theta, T p_old, T x_t, T x0, const Affine<T>& f, T& d, T& positive, T& negative) {
+NFT_HD void errors(T p_theta, T p_old, T x_t, T x0, const Affine<T>& f, T& d, T& base, T& step) {
   d = p_theta - p_old;
-  const T base = (f.keep * x_t - x0) + f.push * p_old, step = f.step * d;
-  positive = base + step;
-  negative = base - step;
+  base = (f.keep * x_t - x0) + f.push * p_old;
+  step = f.step * d;
 }
 
 // Sums over elements, from which everything per sample follows.

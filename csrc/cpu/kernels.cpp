@@ -12,6 +12,10 @@ namespace NFT_ISA {
 namespace {
 
 constexpr int64_t kSamplesPerThread = 4;
+// Elements after which sums go on in double: many equal terms would otherwise all round to the same side.
+constexpr int64_t kFold = 512;
+
+enum Term { kPositiveAbs, kNegativeAbs, kPositiveSq, kNegativeSq, kKl, kDAbs, kSize, kPositive, kNegative, kTerms };
 
 template <typename T>
 struct Buffers {
@@ -27,18 +31,19 @@ Sample sample_of(const LossArgs& a, int64_t b) {
 // The tensors in a chunk of sample b, kept as S; mask and r only where elements do not count alike.
 template <typename T, typename S>
 struct Chunk {
-  const S *v_theta, *v_old, *x_t, *x0;
+  const S *v_theta, *v_old, *x_t, *x0, *v_ref;
   const T *mask, *r;
   Affine<T> f;
 };
 
-template <typename T, typename S, bool kElementwise>
+template <typename T, typename S, bool kElementwise, bool kRef>
 Chunk<T, S> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, Buffers<T>& buf) {
   const Sample sample = sample_of(a, b);
   Chunk<T, S> c{source<T, S>(a.v_theta, row, start, count, buf.v_theta),
                 source<T, S>(a.v_old, row, start, count, buf.v_old),
                 source<T, S>(a.x_t, row, start, count, buf.x_t),
                 source<T, S>(a.x0, row, start, count, buf.x0),
+                kRef ? source<T, S>(a.v_ref, row, start, count, buf.v_ref) : nullptr,
                 nullptr,
                 nullptr,
                 affine<T>(a.prediction, sample.t, sample.beta)};
@@ -49,70 +54,76 @@ Chunk<T, S> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start,
   return c;
 }
 
-template <typename T, typename S, bool kElementwise>
+template <typename T, typename S, bool kElementwise, bool kRef>
 WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count,
                                 Buffers<T>& buf) {
-  const Chunk<T, S> in = load_chunk<T, S, kElementwise>(a, b, row, start, count, buf);
-  T pa[kLanes] = {0}, na[kLanes] = {0}, ps[kLanes] = {0}, ns[kLanes] = {0}, da[kLanes] = {0}, dm[kLanes] = {0};
-  T size[kLanes] = {0}, pr[kLanes] = {0}, nr[kLanes] = {0};
-  auto one = [&](int64_t k, int l) {
-    T d, positive, negative, m = 1;
-    errors<T>(get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]), in.f, d, positive, negative);
+  const Chunk<T, S> in = load_chunk<T, S, kElementwise, kRef>(a, b, row, start, count, buf);
+  auto terms = [&](int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
+    T d, base, step, m = 1, r = 0;
+    errors<T>(v_theta, v_old, x_t, x0, in.f, d, base, step);
+    T positive = base + step, negative = base - step, delta = v_theta - v_ref;
     if constexpr (kElementwise) {
-      m = in.mask[k];
+      m = in.mask[k], r = in.r[k];
       d = m > 0 ? d : 0;
       positive = m > 0 ? positive : 0;
       negative = m > 0 ? negative : 0;
-      size[l] += m;
-      pr[l] += m * (in.r[k] * (positive * positive));
-      nr[l] += m * ((1 - in.r[k]) * (negative * negative));
+      delta = m > 0 ? delta : 0;
     }
-    const T magnitude = std::abs(d);
-    pa[l] += m * std::abs(positive);
-    na[l] += m * std::abs(negative);
-    ps[l] += m * (positive * positive);
-    ns[l] += m * (negative * negative);
-    da[l] += m * magnitude;
-    dm[l] = dm[l] > magnitude ? dm[l] : magnitude;
+    return WeightedSums<T>{
+        {m * std::abs(positive), m * std::abs(negative), m * (positive * positive), m * (negative * negative),
+         m * (delta * delta), m * std::abs(d), std::abs(d)},
+        m, m * (r * (positive * positive)), m * ((1 - r) * (negative * negative))};
   };
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) one(k + l, l);
-  }
-  for (int l = 0; k < count; ++k, ++l) one(k, l);
-  WeightedSums<double> sums{};
-  sums.all.positive_abs = total(pa);
-  sums.all.negative_abs = total(na);
-  sums.all.positive_sq = total(ps);
-  sums.all.negative_sq = total(ns);
-  sums.all.d_abs = total(da);
-  for (int l = 0; l < kLanes; ++l) sums.all.d_max = std::max(sums.all.d_max, static_cast<double>(dm[l]));
-  if (std::isnan(sums.all.d_abs)) sums.all.d_max = sums.all.d_abs;
-  if constexpr (kElementwise) {
-    sums.size = total(size);
-    sums.positive = total(pr);
-    sums.negative = total(nr);
-  }
-  if (a.has_ref) {
-    const S* v_ref = source<T, S>(a.v_ref, row, start, count, buf.v_ref);
-    T kl[kLanes] = {0};
-    auto add = [&](int64_t k, int l) {
-      T delta = get(in.v_theta[k]) - get(v_ref[k]), m = 1;
+  double sums[kTerms][kLanes] = {{0}};
+  T d_max[kLanes] = {0};
+  for (int64_t k = 0; k < count;) {
+    T lane[kTerms][kLanes] = {{0}};
+    auto add = [&](int l, const WeightedSums<T>& one, const WeightedSums<T>& two) {
+      lane[kPositiveAbs][l] += one.all.positive_abs + two.all.positive_abs;
+      lane[kNegativeAbs][l] += one.all.negative_abs + two.all.negative_abs;
+      lane[kPositiveSq][l] += one.all.positive_sq + two.all.positive_sq;
+      lane[kNegativeSq][l] += one.all.negative_sq + two.all.negative_sq;
+      lane[kDAbs][l] += one.all.d_abs + two.all.d_abs;
+      if constexpr (kRef) lane[kKl][l] += one.all.kl + two.all.kl;
       if constexpr (kElementwise) {
-        m = in.mask[k];
-        delta = m > 0 ? delta : 0;
+        lane[kSize][l] += one.size + two.size;
+        lane[kPositive][l] += one.positive + two.positive;
+        lane[kNegative][l] += one.negative + two.negative;
       }
-      kl[l] += m * (delta * delta);
+      const T most = one.all.d_max > two.all.d_max ? one.all.d_max : two.all.d_max;
+      d_max[l] = d_max[l] > most ? d_max[l] : most;
     };
-    for (k = 0; k + kLanes <= count; k += kLanes) {
+    for (const int64_t stop = std::min(count, k + kFold); k + 2 * kLanes <= stop; k += 2 * kLanes) {
 #pragma omp simd
-      for (int l = 0; l < kLanes; ++l) add(k + l, l);
+      for (int l = 0; l < kLanes; ++l) {
+        auto half = [&](int i) {
+          auto at = [&](const S* data) { return part(data + k, l, i); };
+          return terms(k + place_of<S>(l, i), at(in.v_theta), at(in.v_old), at(in.x_t), at(in.x0),
+                       kRef ? at(in.v_ref) : T(0));
+        };
+        add(l, half(0), half(1));
+      }
     }
-    for (int l = 0; k < count; ++k, ++l) add(k, l);
-    sums.all.kl = total(kl);
+    if (count - k < 2 * kLanes)
+      for (int l = 0; k < count; ++k, l = (l + 1) % kLanes)
+        add(l, terms(k, get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]),
+                     kRef ? get(in.v_ref[k]) : T(0)), {});
+    for (int term = 0; term < kTerms; ++term)
+      for (int l = 0; l < kLanes; ++l) sums[term][l] += static_cast<double>(lane[term][l]);
   }
-  return sums;
+  WeightedSums<double> result{};
+  result.all.positive_abs = total(sums[kPositiveAbs]);
+  result.all.negative_abs = total(sums[kNegativeAbs]);
+  result.all.positive_sq = total(sums[kPositiveSq]);
+  result.all.negative_sq = total(sums[kNegativeSq]);
+  result.all.kl = total(sums[kKl]);
+  result.all.d_abs = total(sums[kDAbs]);
+  result.size = total(sums[kSize]);
+  result.positive = total(sums[kPositive]);
+  result.negative = total(sums[kNegative]);
+  for (T most : d_max) result.all.d_max = std::max(result.all.d_max, static_cast<double>(most));
+  if (std::isnan(result.all.d_abs)) result.all.d_max = result.all.d_abs;
+  return result;
 }
 
 template <typename T>
@@ -125,35 +136,43 @@ Coefficients finish_sample(const LossArgs& a, int64_t b, const WeightedSums<doub
   return c;
 }
 
-template <typename T, typename S, bool kElementwise>
+template <typename T, typename S, bool kElementwise, bool kRef>
 void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, const Coefficients& c,
                 Buffers<T>& buf) {
-  const Chunk<T, S> in = load_chunk<T, S, kElementwise>(a, b, row, start, count, buf);
-  const T positive_factor = static_cast<T>(c.positive), negative_factor = static_cast<T>(c.negative);
-  T* grad = place(a.grad, row, start, buf.grad);
+  const Chunk<T, S> in = load_chunk<T, S, kElementwise, kRef>(a, b, row, start, count, buf);
+  // c+ e+ + c- e- by base and d, so that what cancels, all of it where v_theta = v_old and r = 1/2, does so in double.
+  const T of_base = static_cast<T>(c.positive + c.negative), of_kl = static_cast<T>(c.kl);
+  const T of_d = static_cast<T>((c.positive - c.negative) * static_cast<double>(in.f.step));
+  auto one = [&](int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
+    T d, base, step;
+    errors<T>(v_theta, v_old, x_t, x0, in.f, d, base, step);
+    T value;
+    if constexpr (kElementwise)
+      value = policy_gradient(c, in.r[k], base + step, base - step);
+    else
+      value = of_base * base + of_d * d;
+    if constexpr (kRef) value += of_kl * (v_theta - v_ref);
+    if constexpr (kElementwise) value = in.mask[k] > 0 ? in.mask[k] * value : 0;
+    return value;
+  };
+  S* grad = target<T, S>(a.grad, row, start, buf.grad);
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
 #pragma omp simd
-  for (int64_t k = 0; k < count; ++k) {
-    T d, positive, negative;
-    errors<T>(get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]), in.f, d, positive, negative);
-    if constexpr (kElementwise) {
-      const T value = policy_gradient(c, in.r[k], positive, negative);
-      grad[k] = in.mask[k] > 0 ? in.mask[k] * value : 0;
-    } else {
-      grad[k] = positive_factor * positive + negative_factor * negative;
+    for (int l = 0; l < kLanes; ++l) {
+      auto half = [&](int i) {
+        auto at = [&](const S* data) { return part(data + k, l, i); };
+        return one(k + place_of<S>(l, i), at(in.v_theta), at(in.v_old), at(in.x_t), at(in.x0),
+                   kRef ? at(in.v_ref) : T(0));
+      };
+      set_parts(grad + k, l, half(0), half(1));
     }
   }
-  if (a.has_ref && a.kl_weight > 0) {
-    const S* v_ref = source<T, S>(a.v_ref, row, start, count, buf.v_ref);
-    const T factor = static_cast<T>(c.kl);
-    for (int64_t k = 0; k < count; ++k) {
-      const T value = factor * (get(in.v_theta[k]) - get(v_ref[k]));
-      if constexpr (kElementwise)
-        grad[k] += in.mask[k] > 0 ? in.mask[k] * value : 0;
-      else
-        grad[k] += value;
-    }
-  }
-  if (grad == buf.grad) store(a.grad, row, start, count, grad);
+  for (; k < count; ++k)
+    set(grad[k], one(k, get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]),
+                     kRef ? get(in.v_ref[k]) : T(0)));
+  if constexpr (std::is_same_v<S, T>)
+    if (grad == buf.grad) store(a.grad, row, start, count, grad);
 }
 
 template <typename T>
@@ -168,7 +187,7 @@ void reduce(const LossArgs& a) {
 
 // A sample's gradient is written in the same visit that sums its errors, while it is still in cache. Either every thread
 // has samples of its own, or, where there are too few, all threads share one sample at a time; the bits are the same.
-template <typename T, typename S, bool kElementwise>
+template <typename T, typename S, bool kElementwise, bool kRef>
 void loss(const LossArgs& a) {
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
   auto length = [](const Part& part, int64_t c) { return std::min(kChunk, part.length - c * kChunk); };
@@ -183,10 +202,10 @@ void loss(const LossArgs& a) {
         const Part p = part_of(a, b);
         WeightedSums<double> sums{};
         for (int64_t c = 0; c < chunks_of(p); ++c)
-          sums.add(chunk_sums<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf));
+          sums.add(chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), buf));
         const Coefficients coefficients = finish_sample<T>(a, b, sums);
         for (int64_t c = 0; a.want_grad && c < chunks_of(p); ++c)
-          chunk_grad<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
+          chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
       }
     }
     return reduce<T>(a);
@@ -202,7 +221,7 @@ void loss(const LossArgs& a) {
       const int64_t chunks = chunks_of(p);
 #pragma omp for schedule(static)
       for (int64_t c = 0; c < chunks; ++c)
-        mine[c] = chunk_sums<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
+        mine[c] = chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
       Coefficients coefficients{};
 #pragma omp single copyprivate(coefficients)
       {
@@ -213,11 +232,16 @@ void loss(const LossArgs& a) {
       if (a.want_grad) {
 #pragma omp for schedule(static) nowait
         for (int64_t c = 0; c < chunks; ++c)
-          chunk_grad<T, S, kElementwise>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
+          chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
       }
     }
   }
   reduce<T>(a);
+}
+
+template <typename T, typename S, bool kElementwise>
+void loss(const LossArgs& a) {
+  a.has_ref ? loss<T, S, kElementwise, true>(a) : loss<T, S, kElementwise, false>(a);
 }
 
 template <typename T>

@@ -181,6 +181,36 @@ inline void set(float& target, float value) { target = value; }
 inline void set(double& target, double value) { target = value; }
 inline void set(uint16_t& target, float value) { target = to_bf16(value); }
 
+// Lane l of kLanes takes two elements at a time. Those of bfloat16 are neighbours, which a shift and a mask of 32 bits
+// tell apart, where lanes of 16 bits would have to be shuffled.
+template <typename S>
+constexpr int place_of(int l, int i) {
+  return std::is_same_v<S, uint16_t> ? 2 * l + i : l + i * kLanes;
+}
+
+template <typename T>
+inline T part(const T* data, int l, int i) {
+  return data[place_of<T>(l, i)];
+}
+inline float part(const uint16_t* data, int l, int i) {
+  uint32_t bits;
+  std::memcpy(&bits, data + 2 * l, 4);
+  bits = i ? bits & 0xffff0000u : bits << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+template <typename T>
+inline void set_parts(T* data, int l, T first, T second) {
+  data[place_of<T>(l, 0)] = first;
+  data[place_of<T>(l, 1)] = second;
+}
+inline void set_parts(uint16_t* data, int l, float first, float second) {
+  const uint32_t bits = to_bf16(first) | static_cast<uint32_t>(to_bf16(second)) << 16;
+  std::memcpy(data + 2 * l, &bits, 4);
+}
+
 inline bool plain_bf16(const View& view) { return dense(view) && view.dtype == kBFloat16; }
 
 // The chunk as S: with T's own type that of any tensor, converted into the buffer where it must be; with another that
@@ -191,6 +221,15 @@ const S* source(const View& view, int64_t b, int64_t start, int64_t count, T* bu
     return load(view, b, start, count, buffer);
   else
     return reinterpret_cast<const S*>(sample_start(view, b)) + start;
+}
+
+// Where the chunk's values may be written: a place, or with another type than T the tensor's own memory.
+template <typename T, typename S>
+S* target(const View& view, int64_t b, int64_t start, T* buffer) {
+  if constexpr (std::is_same_v<S, T>)
+    return place(view, b, start, buffer);
+  else
+    return reinterpret_cast<S*>(sample_start(view, b)) + start;
 }
 
 template <typename T>

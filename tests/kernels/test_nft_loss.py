@@ -234,6 +234,15 @@ def test_nan_is_not_hidden(backend):
     assert out.policy_loss[0].isnan() and out.old_deviation_max[0].isnan() and out.policy_loss[1].isfinite()
 
 
+@pytest.mark.parametrize("mask", [None, 0.3])
+@pytest.mark.parametrize("values", [(0.3, 0.7, 0.1, 1.3), (1.1, 0.9, 0.3, 0.7), (0.1, 0.1, 0.7, 0.2)])
+def test_sums_of_equal_terms_do_not_drift(values, mask, backend):
+    """Rounding that falls to the same side at every addition adds up, where that of random terms cancels."""
+    tensors = [torch.full((2, 30_001), value) for value in values]
+    options = {} if mask is None else {"mask": torch.full((2, 30_001), mask)}
+    compare_nft_loss(*tensors, torch.tensor([0.3, 0.9]), torch.tensor([0.2, 0.7]), backend=backend, **options)
+
+
 @pytest.mark.parametrize("isa", getattr(native._C, "isas", []))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_gives_the_same_bits(isa, dtype, monkeypatch):
