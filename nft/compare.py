@@ -85,7 +85,7 @@ def _shapes() -> Suite:
     }
     base: Method = ("shapes", ())
     return Suite(
-        methods={"nft": base, **{name: (f"shapes_{name}", ()) for name in baselines}},
+        methods={"nft": base, **{name: (f"shapes_{name}", ()) for name in (*baselines, *strategies)}},
         ablations={
             "nft": base,
             **{name: ("shapes", tuple(change.split())) for name, change in changes.items()},
