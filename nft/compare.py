@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import ttest_rel
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp, ttest_rel
 
 from nft_kernels.bench import provenance
 
@@ -129,11 +130,20 @@ def ratio_of_medians(times: np.ndarray, baseline: np.ndarray) -> dict[str, float
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for as many tests, by Holm (Scandinavian Journal of Statistics 6, 1979)."""
-    order = np.argsort(p)
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * np.arange(len(p), 0, -1)), 1)
+    """p-values adjusted for as many tests, by Holm (Scandinavian Journal of Statistics 6, 1979); NaN is no test."""
+    adjusted = np.full(len(p), math.nan)
+    order = [i for i in np.argsort(p) if not math.isnan(p[i])]
+    steps = np.asarray(p)[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return adjusted.tolist()
+
+
+def of_another_seed(scores: np.ndarray) -> list[float]:
+    """The interval in which one more seed's score falls with a probability of 95%, after (S,) normal ones."""
+    if len(scores) < 2:
+        return [math.nan, math.nan]
+    width = student.ppf(0.975, len(scores) - 1) * scores.std(ddof=1) * math.sqrt(1 + 1 / len(scores))
+    return [float(scores.mean() - width), float(scores.mean() + width)]
 
 
 def curve(costs: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> dict[str, list[float]]:
@@ -394,6 +404,12 @@ def compare(
     return write(output, found, {name: configs[name, 0] for name in names})
 
 
+def _p(test: Callable[..., Any], scores: Sequence[float], others: Any) -> float:
+    """p of scipy's ``test``, or NaN where seeds do not differ."""
+    differences = np.subtract(scores, others)
+    return float(test(scores, others).pvalue) if len(differences) > 1 and differences.std() > 0 else math.nan
+
+
 def summarise(
     runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
     results: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]],
@@ -425,9 +441,13 @@ def summarise(
         low, middle, high = np.quantile(final, (0.25, 0.5, 0.75)).tolist()
         methods[name] = {
             "final": {"median": middle, "low": low, "high": high, "seeds": final.tolist()},
+            "another_seed": of_another_seed(final),
             "solvers": dict(zip(results[name][0], np.median(finals[name], axis=0).tolist(), strict=True)),
             "over_base": float(final.mean() - start),
+            # The untrained policy has no seed: it is evaluated with the same prompts and noise as every run.
+            "p_over_base": _p(ttest_1samp, final, start),
             "curves": {cost: curve([r[cost] for r in seeds], [r["score"] for r in seeds]) for cost in COSTS},
+            "runs": [{key: values.tolist() for key, values in run.items()} for run in seeds],
             "to_target": {cost: values.tolist() for cost, values in times.items()},
         }
     reference = methods[baseline]
@@ -439,12 +459,11 @@ def summarise(
         differences = np.subtract(methods[name]["final"]["seeds"], reference["final"]["seeds"])
         methods[name]["difference"] = float(differences.mean())
         # The unit is a seed: both methods saw the same prompts and noise.
-        enough = len(differences) > 1 and differences.std() > 0
-        p = ttest_rel(methods[name]["final"]["seeds"], reference["final"]["seeds"]).pvalue if enough else math.nan
-        methods[name]["p"] = float(p)
-    tested = [name for name in others if not math.isnan(methods[name]["p"])]
-    for name, p in zip(tested, holm([methods[name]["p"] for name in tested]), strict=True):
+        methods[name]["p"] = _p(ttest_rel, methods[name]["final"]["seeds"], reference["final"]["seeds"])
+    for name, p in zip(others, holm([methods[name]["p"] for name in others]), strict=True):
         methods[name]["p_holm"] = p
+    for name, p in zip(methods, holm([method["p_over_base"] for method in methods.values()]), strict=True):
+        methods[name]["p_over_base_holm"] = p
     return {"baseline": baseline, "target": target, "base": {"final": start, "solvers": untrained}, "methods": methods}
 
 
@@ -462,6 +481,10 @@ def _json(value: Any) -> Any:
 
 def _number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "never" if value > 0 else "-"
+
+
+def _p_value(p: float) -> str:
+    return "-" if math.isnan(p) else f"{p:.2g}"
 
 
 def _ratio(found: Mapping[str, float] | None) -> str:
@@ -501,17 +524,18 @@ def write(output: Path, found: Mapping[str, Any], configs: Mapping[str, Config])
         [
             name,
             f"{m['final']['median']:.3f} [{m['final']['low']:.3f}, {m['final']['high']:.3f}]",
+            " to ".join(map(_number, m["another_seed"])),
             *(f"{m['solvers'][solver]:.3f}" for solver in solvers),
             f"{m['over_base']:+.3f}",
+            _p_value(m["p_over_base_holm"]),
             f"{m['difference']:+.3f}" if "difference" in m else "",
-            f"{m['p']:.3g}" if "p_holm" in m else "",
-            f"{m['p_holm']:.3g}" if "p_holm" in m else "",
+            _p_value(m["p_holm"]) if "p_holm" in m else "",
         ]
         for name, m in methods.items()
     ]
     untrained = found["base"]
     each = [f"{untrained['solvers'][solver]:.3f}" for solver in solvers]
-    scores.append(["untrained", f"{untrained['final']:.3f}", *each, *[""] * 4])
+    scores.append(["untrained", f"{untrained['final']:.3f}", "", *each, *[""] * 4])
     reached = [
         [
             name,
@@ -535,11 +559,11 @@ Held-out prompts, strict score, {seeds} seeds; all methods start from the same b
 
 ## Scores at the end
 
-Median [quartiles] over seeds of the mean over three solvers that no rollout uses, then the median with each, and the
-mean of what was gained over the untrained policy. The difference to {found["baseline"]} and its p are of a paired
-t-test over seeds, with Holm's correction.
+Median [quartiles] over seeds of the mean over three solvers that no rollout uses; where another seed is expected with a
+probability of 95%; the median with each solver; the mean gain over the untrained policy, and the mean difference to
+{found["baseline"]}, each with the p of a t-test over seeds, the second in pairs, after Holm's correction.
 
-{_table(["method", "score", *solvers, "over untrained", "difference", "p", "p, Holm"], scores)}
+{_table(["method", "score", "another seed", *solvers, "mean gain", "its p", "difference", "its p"], scores)}
 
 ## Cost of reaching {found["target"]:.3f}
 

@@ -112,7 +112,16 @@ def test_summary_of_three_seeds():
     t = abs(d.mean()) / (d.std(ddof=1) / math.sqrt(3))
     assert y["difference"] == pytest.approx(d.mean()) and y["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
     # Equal scores are no test, and do not count as one.
-    assert "p_holm" not in found["methods"]["z"] and y["p_holm"] == pytest.approx(y["p"])
+    assert math.isnan(found["methods"]["z"]["p_holm"]) and y["p_holm"] == pytest.approx(y["p"])
+    # The scores 0.4, 0.5 and 0.55 against the constant 0.25 of the untrained policy; those of x and z are equal.
+    gains = np.array(second) - 0.25
+    t = gains.mean() / (gains.std(ddof=1) / math.sqrt(3))
+    assert y["p_over_base"] == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert y["p_over_base_holm"] == pytest.approx(max(3 * found["methods"]["x"]["p_over_base"], y["p_over_base"]))
+    # 4.3027 is the table's 97.5% of Student's t with two degrees of freedom.
+    width = 4.3027 * np.std(second, ddof=1) * math.sqrt(4 / 3)
+    assert y["another_seed"] == pytest.approx([np.mean(second) - width, np.mean(second) + width], rel=1e-4)
+    assert [run["score"] for run in y["runs"]] == [[0.0, end] for end in second]
     assert summarise(runs, results, base, 0.55)["methods"]["y"]["to_target"]["steps"][0] == math.inf
 
 

@@ -1,4 +1,4 @@
-"""docs/theory.md, sections 6 to 8: what the optimum's velocity does to the reward, and where theory stops."""
+"""docs/theory.md, sections 6 and 7: what the optimum's velocity does to the reward, and where theory stops."""
 
 import math
 from functools import partial
