@@ -397,6 +397,21 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     return parse
 
 
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"got {text}, accepted is a device that torch has here ({reason})") from error
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text}, accepted is a file in a folder that exists")
+    return path
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nft_kernels.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
@@ -408,10 +423,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=_positive(int), default=[9])
     parser.add_argument("--caches", nargs="+", default=["warm"], choices=["warm", "cold"])
     parser.add_argument("--seconds", type=_positive(float), default=4.0, help="for each case")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=_positive(int), help="of the CPU; as many as there are by default")
     for name in ("json", "csv", "plot"):
-        parser.add_argument(f"--{name}", type=Path, help=f"file to write the results to as {name}")
+        parser.add_argument(f"--{name}", type=_new_file, help=f"file to write the results to as {name}")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of --json")
     parser.add_argument("--threshold", type=_positive(float), default=1.1, help="of --compare")
     options = parser.parse_args(arguments)
@@ -425,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if slower else 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    device, wanted = torch.device(options.device), options.providers or PROVIDERS
+    device, wanted = options.device, options.providers or PROVIDERS
     absent = {"native", "triton"}.intersection(options.providers or ()) - set(_fused(device, wanted))
     if absent:
         parser.error(f"--providers: got {', '.join(sorted(absent))}, which cannot run on {device}")

@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.nft_loss import NFTLossOutput, nft_loss
+from .backends import BACKENDS
+from .ops import _validate
+from .ops.nft_loss import NFTLossOutput, check_settings, nft_loss
 from .reference.advantages import group_advantages, optimality_probability
 
 
 class NFTLoss(torch.nn.Module):
-    """``nft_loss`` with its settings made once; see there for what they mean. It has no parameters."""
+    """``nft_loss`` with its settings made once; see there for what they mean. It has no parameters.
+
+    Raises:
+        ValueError, TypeError: settings that ``nft_loss`` would refuse.
+    """
 
     def __init__(
         self,
@@ -30,8 +36,7 @@ class NFTLoss(torch.nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "beta": beta,
+        checked: dict[str, Any] = {
             "adv_clip_max": adv_clip_max,
             "kl_weight": kl_weight,
             "weighting": weighting,
@@ -41,8 +46,11 @@ class NFTLoss(torch.nn.Module):
             "detach_weight": detach_weight,
             "kl_space": kl_space,
             "reduction": reduction,
-            "backend": backend,
         }
+        check_settings(**checked)
+        _validate.number("beta", beta, positive=True)
+        _validate.choice("backend", backend, BACKENDS)
+        self.settings = {"beta": beta, **checked, "backend": backend}
 
     def forward(
         self,

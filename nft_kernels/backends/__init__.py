@@ -12,6 +12,8 @@ from torch import Tensor
 from . import native
 
 BACKENDS = ("auto", "native", "triton", "reference")
+MAX_DIMS = 12
+"""Of the View in csrc/args.h."""
 
 
 def load(backend: str) -> ModuleType:
@@ -27,6 +29,8 @@ def load(backend: str) -> ModuleType:
 def _why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func see into plain PyTorch only"
+    if tensors[0].ndim > MAX_DIMS:
+        return f"kernels take at most {MAX_DIMS} dimensions"
     return load(backend).why_not(tensors)
 
 

@@ -54,7 +54,7 @@ def latents(name: str, x0: Tensor) -> None:
 
 
 def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, below: bool = False) -> None:
-    if not x.is_cpu or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return
     # A few values are read faster than an operator is called. Python's min and max may pass over a NaN, a sum does not.
     values = x.tolist() if x.ndim == 1 and x.shape[0] <= _FEW else [bound.item() for bound in x.detach().aminmax()]

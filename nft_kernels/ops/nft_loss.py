@@ -224,6 +224,41 @@ def _largest(x: Tensor, lengths: Tensor | None, batch: int) -> Tensor:
     return x if lengths is None else torch.segment_reduce(x, "max", lengths=lengths, unsafe=True)
 
 
+def check_settings(
+    *,
+    adv_clip_max: float,
+    kl_weight: float,
+    weighting: str,
+    prediction: str,
+    weight_per: str,
+    channel_dim: int | None,
+    detach_weight: bool,
+    kl_space: str,
+    reduction: str,
+) -> None:
+    """What can be said of the loss' settings without its tensors.
+
+    Raises:
+        ValueError, TypeError: as ``nft_loss``.
+    """
+    _validate.choice("weighting", weighting, WEIGHTINGS)
+    _validate.choice("prediction", prediction, PREDICTIONS)
+    _validate.choice("kl_space", kl_space, KL_SPACES)
+    _validate.choice("weight_per", weight_per, ("sample", "token"))
+    _validate.choice("reduction", reduction, REDUCTIONS)
+    _validate.number("adv_clip_max", adv_clip_max, positive=True)
+    _validate.number("kl_weight", kl_weight, positive=False)
+    if not isinstance(detach_weight, bool):
+        raise TypeError(f"detach_weight: got {detach_weight!r}, accepted are True and False")
+    if weighting != "adaptive" and (weight_per != "sample" or not detach_weight):
+        raise ValueError(
+            f"weighting: got {weighting!r} with weight_per={weight_per!r} and detach_weight={detach_weight}, accepted "
+            "is 'adaptive', as there is no weight w otherwise"
+        )
+    if weight_per == "sample" and channel_dim is not None:
+        raise ValueError(f"channel_dim: got {channel_dim} with weight_per='sample', accepted is None")
+
+
 def nft_loss(
     v_theta: Tensor,
     v_old: Tensor,
@@ -299,22 +334,19 @@ def nft_loss(
         _validate.tensor_like(name, x, x0)
     if v_ref is not None:
         _validate.tensor_like("v_ref", v_ref, x0)
-    _validate.choice("weighting", weighting, WEIGHTINGS)
-    _validate.choice("prediction", prediction, PREDICTIONS)
-    _validate.choice("kl_space", kl_space, KL_SPACES)
-    _validate.choice("weight_per", weight_per, ("sample", "token"))
-    _validate.choice("reduction", reduction, REDUCTIONS)
-    _validate.number("adv_clip_max", adv_clip_max, positive=True)
-    _validate.number("kl_weight", kl_weight, positive=False)
-    if not isinstance(detach_weight, bool):
-        raise TypeError(f"detach_weight: got {detach_weight!r}, accepted are True and False")
+    check_settings(
+        adv_clip_max=adv_clip_max,
+        kl_weight=kl_weight,
+        weighting=weighting,
+        prediction=prediction,
+        weight_per=weight_per,
+        channel_dim=channel_dim,
+        detach_weight=detach_weight,
+        kl_space=kl_space,
+        reduction=reduction,
+    )
     if kl_weight > 0 and v_ref is None:
         raise ValueError(f"v_ref: got None with kl_weight={kl_weight}, accepted is a tensor of shape {tuple(x0.shape)}")
-    if weighting != "adaptive" and (weight_per != "sample" or not detach_weight):
-        raise ValueError(
-            f"weighting: got {weighting!r} with weight_per={weight_per!r} and detach_weight={detach_weight}, accepted "
-            "is 'adaptive', as there is no weight w otherwise"
-        )
     samples, right, wide = x0, None, compute_dtype(v_theta, v_old, x_t, x0, v_ref) == torch.float64
     if segments is not None:
         _validate.offsets("segments", segments, x0)
@@ -355,7 +387,5 @@ def nft_loss(
         assert channel_dim is not None
         loss, details = _per_token(inputs, options, chosen, reduction == "none", channel_dim)
     else:
-        if channel_dim is not None:
-            raise ValueError(f"channel_dim: got {channel_dim} with weight_per='sample', accepted is None")
         loss, details = _run(inputs, options, chosen, reduction == "none")
     return NFTLossOutput(loss, *details.unbind()[:8])

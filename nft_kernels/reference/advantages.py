@@ -10,6 +10,15 @@ from torch import Tensor
 MODES = ("continuous", "positive_only", "negative_only", "one_only", "binary")
 
 
+def _kind(x: object) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def _floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name}: got {_kind(x)}, accepted are floating-point tensors")
+
+
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global") -> Tensor:
     """A = (reward - mean over the prompt's group) / (std + 1e-4), with the biased standard deviation.
 
@@ -25,10 +34,9 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
         ValueError: wrong shapes, non-finite rewards, or an unknown ``std``.
         TypeError: rewards that are not floating point or group ids that are not integers.
     """
-    if not rewards.is_floating_point():
-        raise TypeError(f"rewards: got {rewards.dtype}, accepted are floating-point tensors")
-    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
-        raise TypeError(f"group_ids: got {group_ids.dtype}, accepted are integer tensors")
+    _floating("rewards", rewards)
+    if not isinstance(group_ids, Tensor) or group_ids.is_floating_point() or group_ids.dtype == torch.bool:
+        raise TypeError(f"group_ids: got {_kind(group_ids)}, accepted are integer tensors")
     if rewards.ndim != 1 or not len(rewards):
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, accepted is (B,) with B > 0")
     if group_ids.shape != rewards.shape:
@@ -65,8 +73,7 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
         ValueError: NaN advantages, M that is not positive and finite, or an unknown mode.
         TypeError: A that is not floating point.
     """
-    if not A.is_floating_point():
-        raise TypeError(f"A: got {A.dtype}, accepted are floating-point tensors")
+    _floating("A", A)
     if not (math.isfinite(adv_clip_max) and adv_clip_max > 0):
         raise ValueError(f"adv_clip_max: got {adv_clip_max}, accepted are positive finite numbers")
     if mode not in MODES:

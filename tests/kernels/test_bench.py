@@ -71,6 +71,22 @@ def test_numbers_are_above_0(option, value, capsys):
     assert f"argument {option}: got {value}, accepted are finite numbers above 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("--device", "bogus", "a device that torch has here"),
+        ("--json", "nowhere/results.json", "a file in a folder that exists"),
+        ("--csv", ".", "a file in a folder that exists"),
+        ("--plot", "nowhere/plot.png", "a file in a folder that exists"),
+    ],
+)
+def test_what_would_fail_after_measuring_is_refused_before(option, value, accepted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        bench.main([option, value])
+    assert f"argument {option}: got {value}, accepted is {accepted}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": []}', None])
 def test_a_comparison_with_nothing_is_refused(tmp_path, capsys, content):
     old = tmp_path / "old.json"

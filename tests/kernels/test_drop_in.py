@@ -1,6 +1,7 @@
 """The loss in other people's training loops: whatever surrounds it, the gradients are those of the plain formula."""
 
 import importlib.util
+import math
 import os
 import socket
 import subprocess
@@ -127,6 +128,44 @@ def test_functional_gradient():
     assert_close([got[name] for name in parameters], expected())
     with pytest.raises(RuntimeError, match="'native' cannot run: transforms of torch"):
         torch.func.grad(lambda v: nft_loss(v, v_old, x_t, x0, t, r, backend="native").loss)(x0)
+
+
+def test_a_map_over_batches():
+    x_t, x0, v_old, t, r = batch()
+    stacked = [torch.stack([x, 0.5 * x]) for x in (0.9 * v_old, v_old, x_t, x0, t, r)]
+    got = torch.vmap(lambda *args: nft_loss(*args).loss)(*stacked)
+    assert_close(list(got), [plain_loss(*(x[i] for x in stacked)) for i in (0, 1)])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"beta": 0.0},
+        {"beta": math.nan},
+        {"adv_clip_max": -1.0},
+        {"kl_weight": math.inf},
+        {"weighting": "adaptiv"},
+        {"prediction": "epsilon"},
+        {"weight_per": "pixel"},
+        {"channel_dim": 1},
+        {"weighting": "none", "detach_weight": False},
+        {"kl_space": "eps"},
+        {"reduction": "max"},
+        {"backend": "cuda"},
+    ],
+    ids=str,
+)
+def test_the_module_refuses_settings_when_it_is_made(settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}: got"):
+        NFTLoss(**settings)
+
+
+def test_more_dimensions_than_kernels_take_are_left_to_the_reference():
+    x = [torch.randn(2, *[2] * 12).transpose(1, 12) for _ in range(4)]
+    t = r = torch.tensor([0.3, 0.7])
+    assert nft_loss(*x, t, r).loss == nft_loss(*x, t, r, backend="reference").loss
+    with pytest.raises(RuntimeError, match="'native' cannot run: kernels take at most 12 dimensions"):
+        nft_loss(*x, t, r, backend="native")
 
 
 def _distributed(rank, port, sharded):
