@@ -65,10 +65,11 @@ def train(
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
     folder = output or Path("runs") / Path(config).stem
     saved = folder / "config.yaml"
+    resumed = resume and saved.exists()
     try:
-        settings = load_config(str(saved) if resume and saved.exists() else config, [*(overrides or []), *extra])
+        settings = load_config(str(saved) if resumed else config, [*(overrides or []), *extra])
     except ConfigError as error:
-        raise _fail(error) from None
+        raise _fail(f"{error} (with the settings of {saved})" if resumed else error) from None
     quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
@@ -182,9 +183,8 @@ def export(
     weights: Annotated[str, typer.Option(help="ema (as evaluated) or default (as trained)")] = "ema",
 ) -> None:
     """Write a LoRA that diffusers loads, or a whole pipeline."""
-    import yaml
-
     quieten_libraries()
+    from .config import read_settings
     from .export import export_lora, export_pipeline
 
     try:
@@ -197,9 +197,9 @@ def export(
                 # Of a run, or of one of its checkpoints.
                 of = (folder / "config.yaml" for folder in (source, *source.resolve().parents[:2]))
                 saved = next((path for path in of if path.is_file()), None)
-                if saved is None:
+                pipeline = read_settings(saved).get("pipeline") if saved else None
+                if not isinstance(pipeline, str):
                     raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
-                pipeline = yaml.safe_load(saved.read_text())["pipeline"]
             export_pipeline(source, output, pipeline, weights=weights)
     except (OSError, ValueError) as error:
         raise _fail(error) from None

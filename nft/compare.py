@@ -24,7 +24,7 @@ from scipy.stats import ttest_rel
 
 from nft_kernels.bench import provenance
 
-from .checkpoint import replace_text
+from .checkpoint import read_metrics, reading, replace_text
 from .config import Config, load_config
 from .plan import evaluations
 
@@ -151,15 +151,11 @@ class _Enough(Exception):
     """A run has had its minutes."""
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
     """``score`` on held-out prompts at every evaluation of a run, and every one of ``COSTS`` at that point, (E,)."""
     spent = dict.fromkeys(COSTS, 0.0)
     points: list[list[float]] = []
-    for line in _lines(folder):
+    for line in read_metrics(folder):
         if "eval_strict" in line:
             points.append([*spent.values(), line["eval_strict"]])
         else:
@@ -195,7 +191,7 @@ class Run:
         trainer = Trainer(self.config, self.folder, resume=saved.is_file())
 
         def on_epoch(metrics: dict[str, Any]) -> None:
-            lines = _lines(self.folder)
+            lines = read_metrics(self.folder)
             spent = sum(line.get("seconds", 0.0) for line in lines)
             reached = max(line.get("eval_strict", -math.inf) for line in lines)
             if spent >= 60 * (self.minutes or math.inf) or reached >= (math.inf if self.until is None else self.until):
@@ -211,6 +207,13 @@ class Run:
         replace_text(self.folder / "result.json", json.dumps(result, indent=1))
 
 
+def _read_result(path: Path) -> dict[str, dict[str, float]]:
+    """The held-out score of a run by solver."""
+    with reading(path, "output"):
+        found = json.loads(path.read_text())
+        return {solver: {"eval_strict": float(scores["eval_strict"])} for solver, scores in found.items()}
+
+
 def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[str, dict[str, float]]:
     """What the untrained policy scores with each solver, from ``result.json`` if it is there."""
     from .trainer import Trainer
@@ -219,7 +222,7 @@ def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[s
     if not path.is_file():
         trainer = Trainer(config, folder, resume=(folder / "config.yaml").is_file())
         replace_text(path, json.dumps({solver: trainer.evaluate(solver)[0] for solver in solvers}, indent=1))
-    return dict(json.loads(path.read_text()))
+    return _read_result(path)
 
 
 def _start_worker(threads: int) -> None:
@@ -261,7 +264,7 @@ def _run_all(runs: Sequence[Run], jobs: int, on_run: Callable[[int, int], None])
 
 def tuning_score(folder: Path) -> float:
     """Mean strict score on training prompts over the last third of a run's epochs."""
-    scores = [line["strict"] for line in _lines(folder) if "strict" in line]
+    scores = [line["strict"] for line in read_metrics(folder) if "strict" in line]
     return float(np.mean(scores[-math.ceil(len(scores) / 3) :]))
 
 
@@ -307,7 +310,7 @@ def compare(
 
     Raises:
         ValueError: an unknown suite or method, settings that cannot be used or would be overridden, or a folder of
-            other settings.
+            other settings or with damaged files.
         AlarmError, CheckpointError: a run that cannot go on.
     """
     if suite not in SUITES:
@@ -385,7 +388,7 @@ def compare(
         name: [read_run(output / "runs" / name / f"seed-{s}", configs[name, s]) for s in range(seeds)] for name in names
     }
     results = {
-        name: [json.loads((output / "runs" / name / f"seed-{s}" / "result.json").read_text()) for s in range(seeds)]
+        name: [_read_result(output / "runs" / name / f"seed-{s}" / "result.json") for s in range(seeds)]
         for name in names
     }
     base = _base_scores(output / "base", configs[first, 0], chosen.solvers)

@@ -412,6 +412,21 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: cannot be read: {error!r}") from None
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a file of settings says itself, not checked.
+
+    Raises:
+        ConfigError: a file that cannot be read, or no YAML mapping.
+    """
+    try:
+        values = _parse(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path} holds {type(values).__name__}, accepted are key: value pairs")
+    return values
+
+
 def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
     path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
@@ -425,12 +440,7 @@ def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any
         )
     if path.resolve() in seen:
         raise ConfigError(f"base: {path.name} is its own base")
-    try:
-        values = _parse(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: {path} holds {type(values).__name__}, accepted are key: value pairs")
+    values = read_settings(path)
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):

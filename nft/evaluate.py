@@ -22,6 +22,7 @@ from PIL import Image
 from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
+from .checkpoint import reading
 from .data import geneval, prompts
 from .data.prompts import Entry
 from .distributed import Processes
@@ -389,14 +390,16 @@ class Evaluation:
                 line = json.loads(text)
             except ValueError:
                 break
-            if line["picture"] != picture.name:
+            if not isinstance(line, dict) or line.get("picture") != picture.name:
                 break
             found.append(line)
         return found
 
     def _judged_by(self, name: str, reward: str) -> dict[str, Any]:
         """What made the scores that are there."""
-        return dict(json.loads(self._scores_path(name, reward).with_suffix(".json").read_text()))
+        path = self._scores_path(name, reward).with_suffix(".json")
+        with reading(path, "output"):
+            return dict(json.loads(path.read_text()))
 
     def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any], label: str) -> None:
         """Whether the scores that are there, if any, are by this reward with these options."""

@@ -53,15 +53,17 @@ class Trainer:
             FileExistsError: a file, or a folder that holds a run already, without ``resume``.
             FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
             CheckpointError: a damaged checkpoint.
+            ConfigError: with ``resume`` damaged settings in the folder.
             ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
-                ``resume`` another pipeline or adapter than the run's or fewer epochs than are finished.
+                ``resume`` another pipeline or adapter than the run's, fewer epochs than are finished, or a damaged log.
         """
         if resume and not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"resume: {folder} holds no checkpoint and no run")
-        if not resume and (folder / "metrics.jsonl").exists():
+            raise FileNotFoundError(f"resume: {folder} holds no config.yaml, accepted is the folder of a run")
+        if not resume and ((folder / "metrics.jsonl").exists() or checkpoint.existing(folder / "checkpoints")):
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"output: {folder} is a file; give a folder")
+        logged = checkpoint.read_metrics(folder, required=False) if resume else []
         if resume and (done := checkpoint.existing(folder / "checkpoints")):
             finished = checkpoint.manifest(done[-1])["epoch"]
             if config.epochs < finished:
@@ -98,7 +100,7 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
             if resume:
-                self._forget_later_metrics()
+                self._forget_later(logged)
             self.tracker.start()
 
     def _enter_stage(self, epoch: int) -> None:
@@ -488,21 +490,14 @@ class Trainer:
                 file.write(json.dumps({"epoch": self.epoch, "step": self.step, **metrics}) + "\n")
             self.tracker.log(metrics, self.epoch)
 
-    def _forget_later_metrics(self) -> None:
+    def _forget_later(self, logged: list[dict[str, Any]]) -> None:
         """Drop what a killed process logged after its last checkpoint: it comes again."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
         kept = []
-        for line in lines:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                # Cut off in the middle.
-                break
+        for values in logged:
             again = self.evaluation_due and values["epoch"] == self.epoch and "eval_strict" in values
             if values["epoch"] <= self.epoch and self.epoch > 0 and not again:
-                kept.append(line + "\n")
-        checkpoint.replace_text(path, "".join(kept))
+                kept.append(json.dumps(values) + "\n")
+        checkpoint.replace_text(self.folder / "metrics.jsonl", "".join(kept))
 
     def train(
         self,
