@@ -54,7 +54,10 @@ def _fail(error: Exception | str) -> typer.Exit:
 @app.command()
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, such as epochs=20")] = None,
-    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+    config: Annotated[
+        str | None,
+        typer.Option(help="bundled configuration or YAML file, shapes by default; with --resume it names the folder"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="folder of the run; runs/CONFIG by default")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint and settings")] = False,
     verify_kernels: Annotated[bool, typer.Option(help="compare the loss with the reference in the first steps")] = True,
@@ -63,11 +66,14 @@ def train(
     from .config import ConfigError, load_config
 
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
-    folder = output or Path("runs") / Path(config).stem
+    if resume and config and output:
+        raise _fail(f"config: got {config} with --resume, accepted is none: {output} has the run's settings")
+    name = config or "shapes"
+    folder = output or Path("runs") / Path(name).stem
     saved = folder / "config.yaml"
     resumed = resume and saved.exists()
     try:
-        settings = load_config(str(saved) if resumed else config, [*(overrides or []), *extra])
+        settings = load_config(str(saved) if resumed else name, [*(overrides or []), *extra])
     except ConfigError as error:
         raise _fail(f"{error} (with the settings of {saved})" if resumed else error) from None
     quieten_libraries()
@@ -109,7 +115,7 @@ def train(
             trainer.train(on_epoch, on_eval)
         except KeyboardInterrupt:
             progress.stop()
-            command = ["nft", "train", "--config", config, "--output", str(folder), "--resume", *(overrides or [])]
+            command = ["nft", "train", "--output", str(folder), "--resume", *(overrides or [])]
             # The trainer may have counted an epoch that it had not saved yet.
             finished = existing(folder / "checkpoints")
             kept = finished and f"epoch {manifest(finished[-1])['epoch']} is saved; go on with\n  {shlex.join(command)}"
