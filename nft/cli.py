@@ -214,7 +214,9 @@ def export(
 
 @app.command()
 def compare(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings of all methods")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value settings of all methods that read them")
+    ] = None,
     suite: Annotated[str, typer.Option(help="what is compared: shapes")] = "shapes",
     objectives: Annotated[str | None, typer.Option(help="names with commas between them; all by default")] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="the first method against changes to it")] = False,

@@ -26,6 +26,7 @@ from nft_kernels.bench import provenance
 
 from .checkpoint import read_metrics, reading, replace_text
 from .config import Config, load_config
+from .objectives import unread
 from .plan import evaluations
 
 COSTS = {
@@ -302,7 +303,7 @@ def compare(
         tune: first try each of the suite's learning rates on every method, for the length of a run and with a seed of
             its own, and give the method the one that scores best on training prompts.
         jobs: runs at once, each with its share of the cores.
-        overrides: ``key=value`` changes to all methods.
+        overrides: ``key=value`` changes to all methods that read the key.
         on_run: told how many runs are done, and of how many.
 
     Returns:
@@ -347,11 +348,17 @@ def compare(
         if name not in known:
             raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
     names = [name for name in known if objectives is None or name in objectives or name == first]
+    # A change of what one method's objective does not read is for the others.
+    idle = {name: unread(load_config(known[name][0], [*known[name][1]]).objective) for name in names}
+    for item in overrides:
+        if all(item.partition("=")[0] in keys for keys in idle.values()):
+            raise ValueError(f"overrides: got {item}, accepted is what one of {', '.join(names)} reads")
 
     def config(name: str, *changes: str) -> Config:
         length = 10**6 if minutes is not None else epochs
         limits = [f"epochs={length}"] if length else []
-        return load_config(known[name][0], [*known[name][1], *limits, *overrides, *changes])
+        shared = [item for item in overrides if item.partition("=")[0] not in idle[name]]
+        return load_config(known[name][0], [*known[name][1], *limits, *shared, *changes])
 
     until = target if stop_at_target else None
     settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})

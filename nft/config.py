@@ -27,7 +27,7 @@ from pydantic import (
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 from .alarms import THRESHOLDS
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, unread
 from .rewards import registry
 from .rewards.pool import RewardSpec
 
@@ -236,6 +236,10 @@ class Config(BaseModel):
             default = Config.model_fields[key].default
             if getattr(self, partner) is None and getattr(self, key) != default:
                 raise ValueError(f"{key}: got {getattr(self, key)} without {partner}, accepted is {default} then")
+        for key in sorted(unread(self.objective)):
+            came, default = getattr(self, key), Config.model_fields[key].default
+            if came != default:
+                raise ValueError(f"{key}: got {came} with objective={self.objective}, accepted is {default} then")
         for key, largest, what in (
             ("explore_steps", self.rollout_steps, "rollout_steps"),
             ("window", self.rollout_steps, "rollout_steps"),

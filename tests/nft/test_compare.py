@@ -221,6 +221,17 @@ def test_quick_takes_the_seeds_that_are_asked_for(tmp_path, monkeypatch, options
         compare("shapes", tmp_path, objectives=["nft"], **options)
 
 
+def test_a_change_is_for_the_methods_that_read_it(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr("nft.compare._run_all", lambda todo, *_: runs.extend(todo) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare("shapes", tmp_path, objectives=["awm"], seeds=1, overrides=["beta=0.5", "clip_range=0.5"])
+    assert [(run.config.objective, run.config.beta, run.config.clip_range) for run in runs] == [
+        ("nft", 0.5, 1e-4),
+        ("awm", 1.0, 0.5),
+    ]
+
+
 def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
     compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=1e-6, overrides=tiny)
@@ -334,6 +345,10 @@ def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
         (["--minutes", "inf"], "minutes: got inf, accepted are finite numbers above 0"),
         *((["--target", bad], f"target: got {bad}, accepted are finite numbers") for bad in ("inf", "nan")),
         (["seed=7"], "overrides: got seed=7, accepted is none of seed, which seeds gives"),
+        (
+            ["--objectives", "awm", "rwr_temperature=2"],
+            "overrides: got rwr_temperature=2, accepted is what one of nft, awm",
+        ),
         (["--tune", "learning_rate=1e-3"], "overrides: got learning_rate=1e-3, accepted is none of learning_rate"),
         *(
             (
