@@ -122,6 +122,9 @@ class Policy:
                     f"fused_transformer: got true for a {kind.pipeline_class.__name__}, accepted is {able}"
                 )
             self.device = usable_device(config.device)
+            if config.resolution:
+                outline = kind.read_outline(source, self.dtype)
+                check_resolution(config.resolution, outline.unit, outline.largest)
             self.model = kind(source, self.dtype)
         except OSError as error:
             hint = (
@@ -132,7 +135,6 @@ class Policy:
             )
             raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
         self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
-        check_resolution(config.resolution, self.model.unit, self.model.largest)
         self.sharded = config.shard and several()
         self._waiting: list[UserCpuOffloadHook] = []
         for part in self.pipeline.components.values():
