@@ -121,7 +121,7 @@ def train(
             kept = finished and f"epoch {manifest(finished[-1])['epoch']} is saved; go on with\n  {shlex.join(command)}"
             _console.print(f"stopped: {kept or 'no epoch was finished'}", soft_wrap=True, markup=False)
             raise typer.Exit(130) from None
-        except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError) as error:
+        except (AlarmError, CheckpointError, ConfigError, KernelMismatchError, RewardError, OSError) as error:
             progress.stop()
             raise _fail(error) from None
     if main:
@@ -237,6 +237,7 @@ def compare(
     from .alarms import AlarmError
     from .checkpoint import CheckpointError
     from .compare import compare as run
+    from .rewards.base import RewardError
 
     with _console.status("") as status:
         try:
@@ -256,7 +257,7 @@ def compare(
                 overrides=overrides or [],
                 on_run=lambda done, total: status.update(f"{done} of {total} runs are done"),
             )
-        except (AlarmError, CheckpointError, KernelMismatchError, OSError, ValueError, TypeError) as error:
+        except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError, ValueError, TypeError) as error:
             raise _fail(error) from None
     _console.print(f"comparison: {page}")
 

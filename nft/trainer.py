@@ -25,7 +25,7 @@ from nft_kernels.solvers import Row, table
 
 from . import checkpoint, tasks
 from .alarms import Alarms, distribution, preflight
-from .config import Config, load_config
+from .config import Config, ConfigError, load_config
 from .distributed import Processes, sharded_like, whole
 from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch, Step
@@ -110,13 +110,17 @@ class Trainer:
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
         self.grid = times(c.rollout_steps, **self.policy.schedule)
-        table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = c.learning_rate, c.weight_decay
         if self.task is not None:
             self.task.close()
-        self.task = tasks.build(c, self.policy.device)
+        try:
+            table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
+            self.task = tasks.build(c, self.policy.device)
+        except (ValueError, TypeError) as error:
+            # In the middle of a run as at its start, and unlike others of these types, it is the user's.
+            raise ConfigError(str(error)) from error
         self.groups = self.task.train_prompts()
 
     def _rng(self, purpose: str) -> random.Random:
@@ -512,6 +516,8 @@ class Trainer:
 
         Raises:
             AlarmError: what cannot or can no longer be trained.
+            ConfigError, OSError, RewardError: prompts or rewards of a later stage that cannot be had, or a reward that
+                fails.
             CheckpointError: a checkpoint that cannot be written.
         """
         if self.epoch == 0 and self.config.preflight:
