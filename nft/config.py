@@ -514,9 +514,9 @@ def usable_device(name: str) -> torch.device:
     """The device of a configuration.
 
     Raises:
-        ValueError: a device that this machine lacks.
+        ValueError: no device of a configuration, or one that this machine lacks.
     """
-    device = torch.device(name)
+    device = torch.device(Config._known_device(name))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: got {name!r}, but this machine has no usable GPU; accepted is cpu")
