@@ -1,5 +1,5 @@
 """Checkpoints: folders that are whole or not there, with checksums, of which the newest and the best are kept; and how
-any file of a run is read, which says what is damaged."""
+any file of a run is written, whole or not at all, and read, with a word about what is damaged."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 MANIFEST = "manifest.json"
 # What is read of a manifest.
@@ -81,9 +82,25 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_folder(output: Path) -> None:
+    """Whether a folder can be written to.
+
+    Raises:
+        FileExistsError: it is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: {output} is a file; give a folder")
+
+
+def beside(path: Path) -> Path:
+    """A name for what is not finished, which no other process takes, in a folder that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is, at any moment, the old one or the new one."""
-    fresh = path.with_name(f".{path.name}.tmp")
+    fresh = beside(path)
     fresh.write_text(text)
     _flush(fresh)
     fresh.replace(path)

@@ -297,13 +297,13 @@ def sample(
     output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
 ) -> None:
     """Draw pictures of prompts."""
+    from .checkpoint import check_folder
     from .config import ConfigError, load_config
     from .data.text import read_lines
 
     lines = [*(prompts or [])]
     try:
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output: {output} is a file; give a folder")
+        check_folder(output)
         if file is not None:
             lines += [line.strip() for _, line in read_lines(file, "file")]
         if not lines:

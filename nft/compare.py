@@ -24,7 +24,7 @@ from scipy.stats import ttest_rel
 
 from nft_kernels.bench import provenance
 
-from .checkpoint import read_metrics, reading, replace_text
+from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
 from .objectives import unread
 from .plan import evaluations
@@ -362,11 +362,11 @@ def compare(
 
     until = target if stop_at_target else None
     settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})
+    check_folder(output)
     path = output / "settings.json"
     if path.is_file() and path.read_text() != settings:
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
     configs = {(name, seed): config(name, f"seed={seed}") for seed in range(seeds) for name in names}
-    output.mkdir(parents=True, exist_ok=True)
     replace_text(path, settings)
     tuning: dict[str, dict[str, float]] = {}
     if tune:

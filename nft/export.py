@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from .checkpoint import reading
+from .checkpoint import check_folder, reading
 from .policy import ADAPTER, SHAPES_PIPELINE, WEIGHTS, find_weights, read_lora
 
 
@@ -32,8 +32,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         FileNotFoundError: a source that holds no adapter.
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
-    if output.is_file():
-        raise FileExistsError(f"output: {output} is a file, accepted is a folder")
+    check_folder(output)
     folder = _weights(source, weights)
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
@@ -53,12 +52,13 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
 
     Raises:
-        FileExistsError: an output that holds a pipeline already.
+        FileExistsError: an output that is a file or holds a pipeline already.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
         ValueError: damaged files.
     """
-    if output.is_file() or (output / "model_index.json").exists():
-        raise FileExistsError(f"output: {output} is a file or holds a pipeline already; give another folder")
+    check_folder(output)
+    if (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
     whole, folder = DiffusionPipeline.from_pretrained(name), _weights(source, weights)
     if (folder / WEIGHTS).is_file():

@@ -57,12 +57,11 @@ class Trainer:
             ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
                 ``resume`` another pipeline or adapter than the run's, fewer epochs than are finished, or a damaged log.
         """
+        checkpoint.check_folder(folder)
         if resume and not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"resume: {folder} holds no config.yaml, accepted is the folder of a run")
         if not resume and ((folder / "metrics.jsonl").exists() or checkpoint.existing(folder / "checkpoints")):
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"output: {folder} is a file; give a folder")
         logged = checkpoint.read_metrics(folder, required=False) if resume else []
         if resume and (done := checkpoint.existing(folder / "checkpoints")):
             finished = checkpoint.manifest(done[-1])["epoch"]
@@ -97,7 +96,6 @@ class Trainer:
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
-            folder.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
             if resume:
                 self._forget_later(logged)

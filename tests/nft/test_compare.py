@@ -221,6 +221,12 @@ def test_quick_takes_the_seeds_that_are_asked_for(tmp_path, monkeypatch, options
         compare("shapes", tmp_path, objectives=["nft"], **options)
 
 
+def test_a_file_is_no_output(tmp_path):
+    (tmp_path / "c").touch()
+    with pytest.raises(FileExistsError, match="c is a file; give a folder"):
+        compare("shapes", tmp_path / "c")
+
+
 def test_a_change_is_for_the_methods_that_read_it(tmp_path, monkeypatch):
     runs = []
     monkeypatch.setattr("nft.compare._run_all", lambda todo, *_: runs.extend(todo) or 1 / 0)

@@ -225,6 +225,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     ("arguments", "message"),
     [
         (["--suite", "papers"], "suite: got 'papers', accepted are paper, shapes"),
+        (["--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
         (["--prompts", "shape=x"], "prompts: got shape, accepted are shapes"),
         (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
         (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
