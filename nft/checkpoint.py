@@ -1,4 +1,5 @@
-"""Checkpoints: folders that are whole or not there, with checksums, of which the newest and the best are kept."""
+"""Checkpoints: folders that are whole or not there, with checksums, of which the newest and the best are kept; and how
+any file of a run is written, whole or not at all, and read, with a word about what is damaged."""
 
 from __future__ import annotations
 
@@ -6,15 +7,61 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 MANIFEST = "manifest.json"
+# What is read of a manifest.
+_ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, or that is damaged."""
+
+
+@contextmanager
+def reading(path: Path, key: str) -> Iterator[None]:
+    """Name a file that cannot be made sense of, whatever the library that reads it raises; ``key`` is what it is for.
+
+    Raises:
+        OSError: as it comes, which names the file.
+        ValueError: anything else.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    # Of the libraries that read tensors some have errors of their own, without a common class.
+    except Exception as error:
+        raise ValueError(f"{key}: {path} is damaged: {error!r}") from None
+
+
+def read_metrics(folder: Path, *, required: bool = True) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. A last one that a killed process had not finished to write does not count.
+
+    Raises:
+        FileNotFoundError: none, where they are ``required``.
+        ValueError: a line that no trainer has logged, by number.
+    """
+    path, found = folder / "metrics.jsonl", []
+    # Bytes that are no text are no JSON either.
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            if not line.endswith("\n"):
+                break
+            values = None
+        if not isinstance(values, dict) or not all(isinstance(values.get(key), int) for key in ("epoch", "step")):
+            raise ValueError(f"metrics: {path}, line {number}: got {line[:40]!r}, accepted is JSON with epoch and step")
+        found.append(values)
+    if required and not found:
+        raise FileNotFoundError(f"metrics: {folder} holds no metrics.jsonl with an epoch in it")
+    return found
 
 
 def checksum(path: Path) -> str:
@@ -35,9 +82,25 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_folder(output: Path) -> None:
+    """Whether a folder can be written to.
+
+    Raises:
+        FileExistsError: it is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: {output} is a file; give a folder")
+
+
+def beside(path: Path) -> Path:
+    """A name for what is not finished, which no other process takes, in a folder that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is, at any moment, the old one or the new one."""
-    fresh = path.with_name(f".{path.name}.tmp")
+    fresh = beside(path)
     fresh.write_text(text)
     _flush(fresh)
     fresh.replace(path)
@@ -76,12 +139,25 @@ def write(folder: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         ) from error
 
 
+def _remedy(folder: Path) -> str:
+    return f"delete {folder} to go on from the one before it, or from the start"
+
+
 def manifest(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself, without looking at its files."""
+    """What a checkpoint says about itself, without looking at its files.
+
+    Raises:
+        CheckpointError: it says nothing that can be used.
+    """
     try:
-        return dict(json.loads((folder / MANIFEST).read_text()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {folder} has no readable {MANIFEST}: {error}") from None
+        about = json.loads((folder / MANIFEST).read_text())
+        if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
+            raise ValueError(f"accepted are {', '.join(_ABOUT)}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"
+        ) from None
+    return dict(about)
 
 
 def amend(folder: Path, **about: Any) -> None:
@@ -100,7 +176,7 @@ def verify(folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file() or checksum(path) != expected:
             problem = "has another checksum than when it was written" if path.is_file() else "is missing"
-            raise CheckpointError(f"checkpoint: {path} {problem}; delete {folder} to go on from the one before it")
+            raise CheckpointError(f"checkpoint: {path} {problem}; {_remedy(folder)}")
     return about
 
 

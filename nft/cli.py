@@ -54,7 +54,10 @@ def _fail(error: Exception | str) -> typer.Exit:
 @app.command()
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, such as epochs=20")] = None,
-    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+    config: Annotated[
+        str | None,
+        typer.Option(help="bundled configuration or YAML file, shapes by default; with --resume it names the folder"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="folder of the run; runs/CONFIG by default")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the folder's checkpoint and settings")] = False,
     verify_kernels: Annotated[bool, typer.Option(help="compare the loss with the reference in the first steps")] = True,
@@ -63,12 +66,16 @@ def train(
     from .config import ConfigError, load_config
 
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
-    folder = output or Path("runs") / Path(config).stem
+    if resume and config and output:
+        raise _fail(f"config: got {config} with --resume, accepted is none: {output} has the run's settings")
+    name = config or "shapes"
+    folder = output or Path("runs") / Path(name).stem
     saved = folder / "config.yaml"
+    resumed = resume and saved.exists()
     try:
-        settings = load_config(str(saved) if resume and saved.exists() else config, [*(overrides or []), *extra])
+        settings = load_config(str(saved) if resumed else name, [*(overrides or []), *extra])
     except ConfigError as error:
-        raise _fail(error) from None
+        raise _fail(f"{error} (with the settings of {saved})" if resumed else error) from None
     quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
@@ -108,13 +115,13 @@ def train(
             trainer.train(on_epoch, on_eval)
         except KeyboardInterrupt:
             progress.stop()
-            command = ["nft", "train", "--config", config, "--output", str(folder), "--resume", *(overrides or [])]
+            command = ["nft", "train", "--output", str(folder), "--resume", *(overrides or [])]
             # The trainer may have counted an epoch that it had not saved yet.
             finished = existing(folder / "checkpoints")
             kept = finished and f"epoch {manifest(finished[-1])['epoch']} is saved; go on with\n  {shlex.join(command)}"
             _console.print(f"stopped: {kept or 'no epoch was finished'}", soft_wrap=True, markup=False)
             raise typer.Exit(130) from None
-        except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError) as error:
+        except (AlarmError, CheckpointError, ConfigError, KernelMismatchError, RewardError, OSError) as error:
             progress.stop()
             raise _fail(error) from None
     if main:
@@ -182,9 +189,8 @@ def export(
     weights: Annotated[str, typer.Option(help="ema (as evaluated) or default (as trained)")] = "ema",
 ) -> None:
     """Write a LoRA that diffusers loads, or a whole pipeline."""
-    import yaml
-
     quieten_libraries()
+    from .config import read_settings
     from .export import export_lora, export_pipeline
 
     try:
@@ -197,9 +203,9 @@ def export(
                 # Of a run, or of one of its checkpoints.
                 of = (folder / "config.yaml" for folder in (source, *source.resolve().parents[:2]))
                 saved = next((path for path in of if path.is_file()), None)
-                if saved is None:
+                pipeline = read_settings(saved).get("pipeline") if saved else None
+                if not isinstance(pipeline, str):
                     raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
-                pipeline = yaml.safe_load(saved.read_text())["pipeline"]
             export_pipeline(source, output, pipeline, weights=weights)
     except (OSError, ValueError) as error:
         raise _fail(error) from None
@@ -208,7 +214,9 @@ def export(
 
 @app.command()
 def compare(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings of all methods")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value settings of all methods that read them")
+    ] = None,
     suite: Annotated[str, typer.Option(help="what is compared: shapes")] = "shapes",
     objectives: Annotated[str | None, typer.Option(help="names with commas between them; all by default")] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="the first method against changes to it")] = False,
@@ -229,6 +237,7 @@ def compare(
     from .alarms import AlarmError
     from .checkpoint import CheckpointError
     from .compare import compare as run
+    from .rewards.base import RewardError
 
     with _console.status("") as status:
         try:
@@ -248,7 +257,7 @@ def compare(
                 overrides=overrides or [],
                 on_run=lambda done, total: status.update(f"{done} of {total} runs are done"),
             )
-        except (AlarmError, CheckpointError, KernelMismatchError, OSError, ValueError, TypeError) as error:
+        except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError, ValueError, TypeError) as error:
             raise _fail(error) from None
     _console.print(f"comparison: {page}")
 
@@ -288,13 +297,13 @@ def sample(
     output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
 ) -> None:
     """Draw pictures of prompts."""
+    from .checkpoint import check_folder
     from .config import ConfigError, load_config
     from .data.text import read_lines
 
     lines = [*(prompts or [])]
     try:
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"output: {output} is a file; give a folder")
+        check_folder(output)
         if file is not None:
             lines += [line.strip() for _, line in read_lines(file, "file")]
         if not lines:

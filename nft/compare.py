@@ -25,8 +25,9 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from nft_kernels.bench import provenance
 
-from .checkpoint import replace_text
+from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
+from .objectives import unread
 from .plan import evaluations
 
 COSTS = {
@@ -161,15 +162,11 @@ class _Enough(Exception):
     """A run has had its minutes."""
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def read_run(folder: Path, config: Config) -> dict[str, np.ndarray]:
     """``score`` on held-out prompts at every evaluation of a run, and every one of ``COSTS`` at that point, (E,)."""
     spent = dict.fromkeys(COSTS, 0.0)
     points: list[list[float]] = []
-    for line in _lines(folder):
+    for line in read_metrics(folder):
         if "eval_strict" in line:
             points.append([*spent.values(), line["eval_strict"]])
         else:
@@ -205,7 +202,7 @@ class Run:
         trainer = Trainer(self.config, self.folder, resume=saved.is_file())
 
         def on_epoch(metrics: dict[str, Any]) -> None:
-            lines = _lines(self.folder)
+            lines = read_metrics(self.folder)
             spent = sum(line.get("seconds", 0.0) for line in lines)
             reached = max(line.get("eval_strict", -math.inf) for line in lines)
             if spent >= 60 * (self.minutes or math.inf) or reached >= (math.inf if self.until is None else self.until):
@@ -221,6 +218,13 @@ class Run:
         replace_text(self.folder / "result.json", json.dumps(result, indent=1))
 
 
+def _read_result(path: Path) -> dict[str, dict[str, float]]:
+    """The held-out score of a run by solver."""
+    with reading(path, "output"):
+        found = json.loads(path.read_text())
+        return {solver: {"eval_strict": float(scores["eval_strict"])} for solver, scores in found.items()}
+
+
 def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[str, dict[str, float]]:
     """What the untrained policy scores with each solver, from ``result.json`` if it is there."""
     from .trainer import Trainer
@@ -229,7 +233,7 @@ def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[s
     if not path.is_file():
         trainer = Trainer(config, folder, resume=(folder / "config.yaml").is_file())
         replace_text(path, json.dumps({solver: trainer.evaluate(solver)[0] for solver in solvers}, indent=1))
-    return dict(json.loads(path.read_text()))
+    return _read_result(path)
 
 
 def _start_worker(threads: int) -> None:
@@ -271,7 +275,7 @@ def _run_all(runs: Sequence[Run], jobs: int, on_run: Callable[[int, int], None])
 
 def tuning_score(folder: Path) -> float:
     """Mean strict score on training prompts over the last third of a run's epochs."""
-    scores = [line["strict"] for line in _lines(folder) if "strict" in line]
+    scores = [line["strict"] for line in read_metrics(folder) if "strict" in line]
     return float(np.mean(scores[-math.ceil(len(scores) / 3) :]))
 
 
@@ -309,7 +313,7 @@ def compare(
         tune: first try each of the suite's learning rates on every method, for the length of a run and with a seed of
             its own, and give the method the one that scores best on training prompts.
         jobs: runs at once, each with its share of the cores.
-        overrides: ``key=value`` changes to all methods.
+        overrides: ``key=value`` changes to all methods that read the key.
         on_run: told how many runs are done, and of how many.
 
     Returns:
@@ -317,7 +321,7 @@ def compare(
 
     Raises:
         ValueError: an unknown suite or method, settings that cannot be used or would be overridden, or a folder of
-            other settings.
+            other settings or with damaged files.
         AlarmError, CheckpointError: a run that cannot go on.
     """
     if suite not in SUITES:
@@ -354,19 +358,25 @@ def compare(
         if name not in known:
             raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
     names = [name for name in known if objectives is None or name in objectives or name == first]
+    # A change of what one method's objective does not read is for the others.
+    idle = {name: unread(load_config(known[name][0], [*known[name][1]]).objective) for name in names}
+    for item in overrides:
+        if all(item.partition("=")[0] in keys for keys in idle.values()):
+            raise ValueError(f"overrides: got {item}, accepted is what one of {', '.join(names)} reads")
 
     def config(name: str, *changes: str) -> Config:
         length = 10**6 if minutes is not None else epochs
         limits = [f"epochs={length}"] if length else []
-        return load_config(known[name][0], [*known[name][1], *limits, *overrides, *changes])
+        shared = [item for item in overrides if item.partition("=")[0] not in idle[name]]
+        return load_config(known[name][0], [*known[name][1], *limits, *shared, *changes])
 
     until = target if stop_at_target else None
     settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})
+    check_folder(output)
     path = output / "settings.json"
     if path.is_file() and path.read_text() != settings:
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
     configs = {(name, seed): config(name, f"seed={seed}") for seed in range(seeds) for name in names}
-    output.mkdir(parents=True, exist_ok=True)
     replace_text(path, settings)
     tuning: dict[str, dict[str, float]] = {}
     if tune:
@@ -395,7 +405,7 @@ def compare(
         name: [read_run(output / "runs" / name / f"seed-{s}", configs[name, s]) for s in range(seeds)] for name in names
     }
     results = {
-        name: [json.loads((output / "runs" / name / f"seed-{s}" / "result.json").read_text()) for s in range(seeds)]
+        name: [_read_result(output / "runs" / name / f"seed-{s}" / "result.json") for s in range(seeds)]
         for name in names
     }
     base = _base_scores(output / "base", configs[first, 0], chosen.solvers)

@@ -27,7 +27,7 @@ from pydantic import (
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 from .alarms import THRESHOLDS
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, unread
 from .rewards import registry
 from .rewards.pool import RewardSpec
 
@@ -236,6 +236,10 @@ class Config(BaseModel):
             default = Config.model_fields[key].default
             if getattr(self, partner) is None and getattr(self, key) != default:
                 raise ValueError(f"{key}: got {getattr(self, key)} without {partner}, accepted is {default} then")
+        for key in sorted(unread(self.objective)):
+            came, default = getattr(self, key), Config.model_fields[key].default
+            if came != default:
+                raise ValueError(f"{key}: got {came} with objective={self.objective}, accepted is {default} then")
         for key, largest, what in (
             ("explore_steps", self.rollout_steps, "rollout_steps"),
             ("window", self.rollout_steps, "rollout_steps"),
@@ -412,6 +416,21 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: cannot be read: {error!r}") from None
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a file of settings says itself, not checked.
+
+    Raises:
+        ConfigError: a file that cannot be read, or no YAML mapping.
+    """
+    try:
+        values = _parse(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config: {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: {path} holds {type(values).__name__}, accepted are key: value pairs")
+    return values
+
+
 def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
     path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
@@ -425,12 +444,7 @@ def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any
         )
     if path.resolve() in seen:
         raise ConfigError(f"base: {path.name} is its own base")
-    try:
-        values = _parse(path.read_text(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: {path} holds {type(values).__name__}, accepted are key: value pairs")
+    values = read_settings(path)
     bases = values.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
@@ -500,9 +514,9 @@ def usable_device(name: str) -> torch.device:
     """The device of a configuration.
 
     Raises:
-        ValueError: a device that this machine lacks.
+        ValueError: no device of a configuration, or one that this machine lacks.
     """
-    device = torch.device(name)
+    device = torch.device(Config._known_device(name))
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device: got {name!r}, but this machine has no usable GPU; accepted is cpu")

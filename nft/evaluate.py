@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from PIL import Image
 from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
+from .checkpoint import beside, check_folder, reading, replace_text
 from .data import geneval, prompts
 from .data.prompts import Entry
 from .distributed import Processes
@@ -130,21 +130,8 @@ def _read_ocr(path: Path) -> list[Entry]:
 _READERS: dict[str, Callable[[Path], list[Entry]]] = {"geneval": geneval.read, "ocr": _read_ocr}
 
 
-def _beside(path: Path) -> Path:
-    """A name for what is not finished, which no other process takes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    fresh = _beside(path)
-    fresh.write_text(text)
-    fresh.replace(path)
-
-
 def _save_picture(picture: Tensor, path: Path) -> None:
-    fresh = _beside(path)
+    fresh = beside(path)
     Image.fromarray(picture.numpy()).save(fresh, format="PNG")
     fresh.replace(path)
 
@@ -218,6 +205,7 @@ class Evaluation:
         """
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+        check_folder(folder)
         if per_prompt < 1:
             raise ValueError(f"per_prompt: got {per_prompt}, accepted are positive numbers")
         self.suite, self.folder, self.per_prompt = SUITES[suite], folder, per_prompt
@@ -257,7 +245,7 @@ class Evaluation:
         """Write the settings, which nothing was refused for, and from now on all others are."""
         path = self.folder / "settings.json"
         if not path.exists():
-            _write(path, json.dumps(self.settings, indent=1))
+            replace_text(path, json.dumps(self.settings, indent=1))
         self._compare()
 
     def _compare(self) -> None:
@@ -389,14 +377,16 @@ class Evaluation:
                 line = json.loads(text)
             except ValueError:
                 break
-            if line["picture"] != picture.name:
+            if not isinstance(line, dict) or line.get("picture") != picture.name:
                 break
             found.append(line)
         return found
 
     def _judged_by(self, name: str, reward: str) -> dict[str, Any]:
         """What made the scores that are there."""
-        return dict(json.loads(self._scores_path(name, reward).with_suffix(".json").read_text()))
+        path = self._scores_path(name, reward).with_suffix(".json")
+        with reading(path, "output"):
+            return dict(json.loads(path.read_text()))
 
     def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any], label: str) -> None:
         """Whether the scores that are there, if any, are by this reward with these options."""
@@ -415,8 +405,8 @@ class Evaluation:
             return
         target, own = _target(judged_by)
         judge = registry.load(target, own, device=device, where=f"rewards.{reward}")
-        _write(path, "".join(json.dumps(line) + "\n" for line in lines))
-        _write(path.with_suffix(".json"), json.dumps(judged_by))
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        replace_text(path.with_suffix(".json"), json.dumps(judged_by))
         for start in range(len(lines), len(jobs), batch):
             part = jobs[start : start + batch]
             pictures = torch.from_numpy(np.stack([np.asarray(Image.open(file).convert("RGB")) for _, _, file in part]))
@@ -462,7 +452,7 @@ class Evaluation:
                 where = column.prompts, column.reward
                 baseline._check_spec(*where, self._judged_by(*where), "baseline")
                 found[column.title] |= comparison(groups, other)
-        _write(self.folder / "results.json", json.dumps(found, indent=1))
+        replace_text(self.folder / "results.json", json.dumps(found, indent=1))
         return found
 
 

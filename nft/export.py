@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from safetensors.torch import load_file
 
-from .policy import ADAPTER, SHAPES_PIPELINE, WEIGHTS, find_weights
+from .checkpoint import check_folder, reading
+from .policy import ADAPTER, SHAPES_PIPELINE, WEIGHTS, find_weights, read_lora
 
 
 def _weights(source: Path, weights: str) -> Path:
@@ -31,18 +30,16 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     Raises:
         FileExistsError: an output that is a file.
         FileNotFoundError: a source that holds no adapter.
-        ValueError: the whole weights of full fine-tuning.
+        ValueError: the whole weights of full fine-tuning, or damaged files.
     """
-    if output.is_file():
-        raise FileExistsError(f"output: {output} is a file, accepted is a folder")
+    check_folder(output)
     folder = _weights(source, weights)
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
+    layers, settings = read_lora(folder)
     # The file's format is the same for every pipeline with a ``transformer``.
     StableDiffusion3Pipeline.save_lora_weights(
-        output,
-        transformer_lora_layers=load_file(folder / ADAPTER),
-        transformer_lora_adapter_metadata=json.loads((folder / "adapter_config.json").read_text()),
+        output, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings
     )
 
 
@@ -55,15 +52,18 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
 
     Raises:
-        FileExistsError: an output that holds a pipeline already.
+        FileExistsError: an output that is a file or holds a pipeline already.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
+        ValueError: damaged files.
     """
-    if output.is_file() or (output / "model_index.json").exists():
-        raise FileExistsError(f"output: {output} is a file or holds a pipeline already; give another folder")
+    check_folder(output)
+    if (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
     whole, folder = DiffusionPipeline.from_pretrained(name), _weights(source, weights)
     if (folder / WEIGHTS).is_file():
-        whole.register_modules(transformer=type(whole.transformer).from_pretrained(folder))
+        with reading(folder, "source"):
+            whole.register_modules(transformer=type(whole.transformer).from_pretrained(folder))
     else:
         with TemporaryDirectory() as lora:
             export_lora(folder, Path(lora), weights=weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from .checkpoint import reading
 from .config import Config
 from .distributed import shard, sharded_like
-from .policy import WEIGHTS, Policy, check_fit, find_weights
+from .policy import WEIGHTS, Policy, check_fit, find_weights, read_lora
 
 
 class FullPolicy(Policy):
@@ -95,10 +95,12 @@ class FullPolicy(Policy):
         """Read weights that ``save_adapter`` wrote.
 
         Raises:
-            ValueError: those of another transformer.
+            OSError, ValueError: a file that is missing or damaged, or weights of another transformer.
         """
         parameters = dict(self.transformer.named_parameters())
-        with safe_open(folder / WEIGHTS, "pt") as file:
+        with reading(folder / WEIGHTS, "checkpoint"):
+            opened = safe_open(folder / WEIGHTS, "pt")
+        with opened as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
             check_fit(folder / WEIGHTS, shapes, self.transformer.state_dict())
             for name, weight in zip(parameters, self._weights[adapter], strict=True):
@@ -110,7 +112,7 @@ def load_policy(config: Config, checkpoint: Path | None) -> Policy:
     or of whole weights; without one it is the base.
 
     Raises:
-        FileNotFoundError, ValueError: as the constructor and ``find_weights``.
+        OSError, ValueError: as the constructor, ``find_weights`` and ``load_adapter``.
     """
     if checkpoint is None:
         return Policy(config)
@@ -118,7 +120,7 @@ def load_policy(config: Config, checkpoint: Path | None) -> Policy:
     if weights.name == WEIGHTS:
         policy: Policy = FullPolicy(config)
     else:
-        lora = json.loads((weights.parent / "adapter_config.json").read_text())
+        _, lora = read_lora(weights.parent)
         policy = Policy(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
     policy.load_adapter("default", weights.parent)
     return policy

@@ -81,20 +81,19 @@ def _outline(config: Config) -> tuple[Model, int]:
     """The model without its weights, and the bytes of the pipeline's other weights."""
     source = str(SHAPES_PIPELINE) if config.pipeline == "shapes" else config.pipeline
     dtype = getattr(torch, config.dtype)
-    pipeline = {"vae_scale_factor": 8, "default_sample_size": 128, "tokenizer_max_length": 77}
+    pipeline = {"default_sample_size": 128, "tokenizer_max_length": 77}
     if source in _KNOWN and not Path(source).is_dir():
         kind, settings, others = _KNOWN[source]
-        return kind.outline(settings, dtype, **pipeline), others * dtype.itemsize
-    try:
-        kind = find(source)
-        settings = kind.transformer_class.load_config(source, subfolder="transformer")
-    except OSError as error:
-        raise ConfigError(f"pipeline: the transformer's settings of {source!r} cannot be read: {error}") from None
+        return kind.outline(settings, dtype, vae_scale_factor=8, **pipeline), others * dtype.itemsize
     tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
     if tokenizer.is_file():
         pipeline["tokenizer_max_length"] = json.loads(tokenizer.read_text())["model_max_length"]
+    try:
+        model = find(source).read_outline(source, dtype, **pipeline)
+    except OSError as error:
+        raise ConfigError(f"pipeline: the settings of {source!r} cannot be read: {error}") from None
     weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
-    return kind.outline(settings, dtype, **pipeline), sum(path.stat().st_size for path in weights)
+    return model, sum(path.stat().st_size for path in weights)
 
 
 def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int, int, int, int]:

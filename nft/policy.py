@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
@@ -14,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .checkpoint import reading
 from .config import Config, usable_device
 from .distributed import several, shard
 from .models import MODELS, find
@@ -62,6 +65,22 @@ def find_weights(folder: Path) -> Path:
     )
 
 
+def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of a LoRA in PEFT's format, and its settings.
+
+    Raises:
+        OSError: a file that is missing.
+        ValueError: a file that is damaged.
+    """
+    with reading(folder / ADAPTER, "checkpoint"):
+        weights = load_file(folder / ADAPTER)
+    with reading(path := folder / "adapter_config.json", "checkpoint"):
+        settings = json.loads(path.read_text())
+        if not (isinstance(settings["r"], int) and isinstance(settings["lora_alpha"], int | float)):
+            raise TypeError("r and lora_alpha are no numbers")
+    return weights, settings
+
+
 def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:
     """Compare the shapes that a file has, by name, with the weights that a model needs.
 
@@ -103,6 +122,9 @@ class Policy:
                     f"fused_transformer: got true for a {kind.pipeline_class.__name__}, accepted is {able}"
                 )
             self.device = usable_device(config.device)
+            if config.resolution:
+                outline = kind.read_outline(source, self.dtype)
+                check_resolution(config.resolution, outline.unit, outline.largest)
             self.model = kind(source, self.dtype)
         except OSError as error:
             hint = (
@@ -113,7 +135,6 @@ class Policy:
             )
             raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
         self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
-        check_resolution(config.resolution, self.model.unit, self.model.largest)
         self.sharded = config.shard and several()
         self._waiting: list[UserCpuOffloadHook] = []
         for part in self.pipeline.components.values():
@@ -285,9 +306,10 @@ class Policy:
         """Read one adapter that ``save_adapter`` wrote.
 
         Raises:
-            ValueError: an adapter of other layers, or of layers of another size.
+            OSError, ValueError: files that are missing or damaged, or an adapter of other layers, or of layers of
+                another size.
         """
-        state = load_file(folder / ADAPTER)
+        state, _ = read_lora(folder)
         shapes = {name: weight.shape for name, weight in state.items()}
         check_fit(folder / ADAPTER, shapes, get_peft_model_state_dict(self.transformer, adapter_name=adapter))
         set_peft_model_state_dict(self.transformer, state, adapter_name=adapter)

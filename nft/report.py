@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import yaml
 from torch import Tensor
+
+from .checkpoint import read_metrics
+from .config import read_settings
 
 _STYLE = """body{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}
 td,th{padding:.2rem 1rem;text-align:left}"""
@@ -43,16 +45,6 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24)
     plt.close(figure)
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    # What a killed process had not finished to write has no end of line.
-    whole = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    lines = [json.loads(line) for line in whole if line.endswith("\n")]
-    if not lines:
-        raise FileNotFoundError(f"runs: {folder} holds no metrics.jsonl with an epoch in it")
-    return lines
-
-
 def _curve(axis: Any, lines: list[dict[str, Any]], key: str, label: str, style: str = "-") -> None:
     points = [(line["epoch"], line[key]) for line in lines if key in line]
     axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
@@ -68,10 +60,6 @@ def _page(title: str, body: str) -> str:
     return f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{body}</html>'
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load((folder / "config.yaml").read_text()))
-
-
 def write_report(folder: Path) -> Path:
     """Plot metrics.jsonl to reward.png and gather everything in report.html.
 
@@ -79,9 +67,9 @@ def write_report(folder: Path) -> Path:
         the path of the page.
 
     Raises:
-        FileNotFoundError: a folder without metrics.
+        FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
-    lines = _metrics(folder)
+    lines = read_metrics(folder)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for key, label, style in _SCORES:
         _curve(axis, lines, key, label, style)
@@ -106,7 +94,7 @@ def write_report(folder: Path) -> Path:
         for line in lines
         for message in line.get("alarms", [])
     )
-    config = html.escape(yaml.safe_dump(_settings(folder), sort_keys=False))
+    config = html.escape(yaml.safe_dump(read_settings(folder / "config.yaml"), sort_keys=False))
     body = f"""<p>{lines[-1]["epoch"]} epochs, {lines[-1]["step"]} optimizer steps.</p>
 <h2>Held-out prompts, strict score</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
@@ -125,9 +113,9 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         ``output``.
 
     Raises:
-        FileNotFoundError: a folder without metrics.
+        FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
-    runs = {str(folder): _metrics(folder) for folder in folders}
+    runs = {str(folder): read_metrics(folder) for folder in folders}
     figure, axes = plt.subplots(len(_COMPARED) // 2, 2, figsize=(12, 14), squeeze=False)
     for axis, key in zip(axes.flat, _COMPARED, strict=True):
         for name, lines in runs.items():
@@ -149,7 +137,7 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         + f"<td>{sum(line.get('seconds', 0) for line in lines):.0f}</td></tr>"
         for name, lines in runs.items()
     )
-    settings = [_settings(folder) for folder in folders]
+    settings = [read_settings(folder / "config.yaml") for folder in folders]
     keys = [
         key for key in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(key)) for s in settings}) > 1
     ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import Config
 from .data import prompts
 from .rewards import registry
-from .rewards.base import check_needs, fetch_weights
+from .rewards.base import Reward, check_needs, fetch_weights
 from .rewards.geneval import Verdict
 from .rewards.pool import RewardSpec, Scorer
 from .worlds.shapes.prompts import sample, split
@@ -94,6 +94,16 @@ def _prompts(train: str, held_out: str | None) -> tuple[list[list[dict[str, Any]
     return prompts.train(train, kept_away), kept_away
 
 
+def _check_needs(
+    judge: Reward | type[Reward], groups: list[list[dict[str, Any]]], kept_away: list[dict[str, Any]]
+) -> None:
+    for key, entries in (("prompts", [*chain(*groups)]), ("held_out_prompts", kept_away)):
+        try:
+            check_needs(judge, [entry["prompt"] for entry in entries], entries)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+
+
 class Rewards(Task):
     """Any prompts with any rewards, which are scored while the next pictures are drawn."""
 
@@ -118,14 +128,21 @@ class Rewards(Task):
             max_pending: batches whose scoring is under way before ``submit`` waits.
 
         Raises:
-            OSError, ValueError, RewardError: prompts or a reward that cannot be had, named.
+            OSError, ValueError, RewardError: prompts or a reward that cannot be had, or prompts without what a reward
+            needs, named.
         """
         super().__init__(device)
         self._held_out = held_out or train
-        self._train, _ = _prompts(train, held_out)
+        self._train, kept_away = _prompts(train, held_out)
         self.weights = {name: spec.weight for name, spec in rewards.items()}
         self.method = method
         self.scorer = Scorer(rewards, device=str(device), max_pending=max_pending)
+        try:
+            for judge in self.scorer.judges.values():
+                _check_needs(judge, self._train, kept_away)
+        except ValueError:
+            self.close()
+            raise
 
     def train_prompts(self) -> list[list[dict[str, Any]]]:
         """Training prompts by task group."""
@@ -188,7 +205,7 @@ def check(config: Config) -> None:
     what could be known at its start: but for rewards on a device or a server, which are not loaded.
 
     Raises:
-        OSError, ValueError, RewardError: as ``build``, and for prompts without what a reward needs.
+        OSError, ValueError, RewardError: as ``build``.
     """
     if config.task in TASKS:
         return
@@ -198,8 +215,4 @@ def check(config: Config) -> None:
         judge = registry.examine(spec.reward, spec.options, device=spec.device, where=f"rewards.{name}")
         if isinstance(judge, type):
             fetch_weights(judge, spec.options)
-        for key, entries in (("prompts", [*chain(*groups)]), ("held_out_prompts", kept_away)):
-            try:
-                check_needs(judge, [entry["prompt"] for entry in entries], entries)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from None
+        _check_needs(judge, groups, kept_away)

@@ -25,7 +25,7 @@ from nft_kernels.solvers import Row, table
 
 from . import checkpoint, tasks
 from .alarms import Alarms, distribution, preflight
-from .config import Config, load_config
+from .config import Config, ConfigError, load_config
 from .distributed import Processes, sharded_like, whole
 from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch, Step
@@ -53,15 +53,16 @@ class Trainer:
             FileExistsError: a file, or a folder that holds a run already, without ``resume``.
             FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
             CheckpointError: a damaged checkpoint.
+            ConfigError: with ``resume`` damaged settings in the folder.
             ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
-                ``resume`` another pipeline or adapter than the run's or fewer epochs than are finished.
+                ``resume`` another pipeline or adapter than the run's, fewer epochs than are finished, or a damaged log.
         """
+        checkpoint.check_folder(folder)
         if resume and not (folder / "config.yaml").is_file():
-            raise FileNotFoundError(f"resume: {folder} holds no checkpoint and no run")
-        if not resume and (folder / "metrics.jsonl").exists():
+            raise FileNotFoundError(f"resume: {folder} holds no config.yaml, accepted is the folder of a run")
+        if not resume and ((folder / "metrics.jsonl").exists() or checkpoint.existing(folder / "checkpoints")):
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
-        if folder.exists() and not folder.is_dir():
-            raise FileExistsError(f"output: {folder} is a file; give a folder")
+        logged = checkpoint.read_metrics(folder, required=False) if resume else []
         if resume and (done := checkpoint.existing(folder / "checkpoints")):
             finished = checkpoint.manifest(done[-1])["epoch"]
             if config.epochs < finished:
@@ -95,10 +96,9 @@ class Trainer:
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
-            folder.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
             if resume:
-                self._forget_later_metrics()
+                self._forget_later(logged)
             self.tracker.start()
 
     def _enter_stage(self, epoch: int) -> None:
@@ -108,13 +108,17 @@ class Trainer:
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
         self.grid = times(c.rollout_steps, **self.policy.schedule)
-        table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = c.learning_rate, c.weight_decay
         if self.task is not None:
             self.task.close()
-        self.task = tasks.build(c, self.policy.device)
+        try:
+            table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
+            self.task = tasks.build(c, self.policy.device)
+        except (ValueError, TypeError) as error:
+            # In the middle of a run as at its start, and unlike others of these types, it is the user's.
+            raise ConfigError(str(error)) from error
         self.groups = self.task.train_prompts()
 
     def _rng(self, purpose: str) -> random.Random:
@@ -488,21 +492,14 @@ class Trainer:
                 file.write(json.dumps({"epoch": self.epoch, "step": self.step, **metrics}) + "\n")
             self.tracker.log(metrics, self.epoch)
 
-    def _forget_later_metrics(self) -> None:
+    def _forget_later(self, logged: list[dict[str, Any]]) -> None:
         """Drop what a killed process logged after its last checkpoint: it comes again."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
         kept = []
-        for line in lines:
-            try:
-                values = json.loads(line)
-            except ValueError:
-                # Cut off in the middle.
-                break
+        for values in logged:
             again = self.evaluation_due and values["epoch"] == self.epoch and "eval_strict" in values
             if values["epoch"] <= self.epoch and self.epoch > 0 and not again:
-                kept.append(line + "\n")
-        checkpoint.replace_text(path, "".join(kept))
+                kept.append(json.dumps(values) + "\n")
+        checkpoint.replace_text(self.folder / "metrics.jsonl", "".join(kept))
 
     def train(
         self,
@@ -517,6 +514,8 @@ class Trainer:
 
         Raises:
             AlarmError: what cannot or can no longer be trained.
+            ConfigError, OSError, RewardError: prompts or rewards of a later stage that cannot be had, or a reward that
+                fails.
             CheckpointError: a checkpoint that cannot be written.
         """
         if self.epoch == 0 and self.config.preflight:

@@ -59,6 +59,22 @@ class Model(ABC):
         model.pipeline = SimpleNamespace(**pipeline)
         return model
 
+    @classmethod
+    def read_outline(cls, source: str, dtype: torch.dtype, **pipeline: Any) -> Model:
+        """The ``outline`` of a pipeline in a folder or on the hub, of which nothing but settings is read.
+
+        Raises:
+            OSError: settings that are neither on disk nor reachable.
+        """
+        settings = cls.transformer_class.load_config(source, subfolder="transformer")
+        scale = cls.vae_scale_factor(AutoencoderKL.load_config(source, subfolder="vae"))
+        return cls.outline(settings, dtype, vae_scale_factor=scale, **pipeline)
+
+    @staticmethod
+    def vae_scale_factor(vae: Mapping[str, Any]) -> int:
+        """Pixels to a side of one of the latents' elements, by the VAE's settings."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
     @abstractmethod
     def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
         """Tensors of the shapes and dtypes that ``encode`` gives, on the meta device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ class QwenImage(Model):
 
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
+
+    @staticmethod
+    def vae_scale_factor(vae: Mapping[str, Any]) -> int:
+        return 2 ** len(vae["temperal_downsample"])
 
     def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
         width = self.transformer.config.joint_attention_dim

@@ -39,4 +39,4 @@ def loss(batch: Batch, config: Config, verify: bool) -> Measured:
     return Measured(value, kl.detach(), per_sample(moved.detach().abs()))
 
 
-OBJECTIVES["awm"] = Objective(weights, loss, needs_old=True)
+OBJECTIVES["awm"] = Objective(weights, loss, needs_old=True, reads=("adv_clip_max", "weighting", "clip_range"))

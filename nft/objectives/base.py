@@ -56,11 +56,18 @@ class Objective(NamedTuple):
     loss: Callable[[Batch, Config, bool], Loss]
     needs_old: bool
     """Whether the loss needs the old policy's velocity."""
+    reads: tuple[str, ...] = ()
+    """Which of the settings that not every objective has a use for."""
     trajectory: bool = False
     """Whether it trains on the rollout's stochastic steps, and not on noise that is added to clean latents."""
 
 
 OBJECTIVES: dict[str, Objective] = {}
+
+
+def unread(name: str) -> set[str]:
+    """The settings that other objectives read and this one does not."""
+    return {key for each in OBJECTIVES.values() for key in each.reads} - {*OBJECTIVES[name].reads}
 
 
 class Measured(NamedTuple):

@@ -38,4 +38,4 @@ def loss(batch: Batch, config: Config, verify: bool) -> Measured:
     return Measured(value, kl.detach(), per_sample((v_theta - v_old).detach().abs()))
 
 
-OBJECTIVES["grpo"] = Objective(weights, loss, needs_old=True, trajectory=True)
+OBJECTIVES["grpo"] = Objective(weights, loss, needs_old=True, reads=("adv_clip_max", "clip_range"), trajectory=True)

@@ -42,4 +42,5 @@ def loss(batch: Batch, config: Config, verify: bool) -> Loss:
     return nft_loss(*tensors, batch.weights, **options)
 
 
-OBJECTIVES["nft"] = Objective(weights, loss, needs_old=True)
+READS = ("beta", "adv_clip_max", "weighting", "advantage_mode")
+OBJECTIVES["nft"] = Objective(weights, loss, needs_old=True, reads=READS)

@@ -9,7 +9,7 @@ import torch
 from nft_kernels import nft_loss
 
 from .base import OBJECTIVES, Batch, Loss, Objective
-from .nft import arguments, weights
+from .nft import READS, arguments, weights
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -23,4 +23,4 @@ def loss(batch: Batch, config: Config, verify: bool) -> Loss:
     return out._replace(loss=out.loss / len(batch.weights))
 
 
-OBJECTIVES["positive"] = Objective(weights, loss, needs_old=True)
+OBJECTIVES["positive"] = Objective(weights, loss, needs_old=True, reads=READS)

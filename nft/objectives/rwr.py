@@ -17,4 +17,4 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
     return (advantages.double() / config.rwr_temperature).softmax(0).to(advantages.dtype) * len(advantages)
 
 
-OBJECTIVES["rwr"] = Objective(weights, flow_matching, needs_old=False)
+OBJECTIVES["rwr"] = Objective(weights, flow_matching, needs_old=False, reads=("rwr_temperature",))

@@ -77,7 +77,7 @@ def reward_server(
     """
     console = Console()
     from ..cli import _fail
-    from ..config import Config, usable_device
+    from ..config import usable_device
     from ..data.text import read_text
     from .base import RewardError
     from .client import TOKEN
@@ -95,7 +95,7 @@ def reward_server(
         token = read_text(token_file, "token-file").strip() if token_file else os.environ.get(TOKEN, "").strip()
         if token_file and not token:
             raise ValueError(f"token-file: {token_file} is empty, accepted is a file with the token")
-        usable_device(Config._known_device(device))
+        usable_device(device)
         options = reward_options(settings or [], names)
         # A module's ``a:B`` is served as B.
         short = [name.rpartition(":")[2] for name in names]

@@ -153,7 +153,8 @@ class Scorer:
             label, got = ("max_pending", max_pending) if rewards else ("rewards", "none")
             raise ValueError(f"{label}: got {got}, accepted is at least one")
         self._workers: dict[str, Any] = {}
-        self._judges: dict[str, Any] = {}
+        self.judges: dict[str, Reward | type[Reward]] = {}
+        """What knows the needs of each reward: itself, or its class."""
         self._threads: dict[str, ThreadPoolExecutor] = {}
         try:
             for name, spec in rewards.items():
@@ -173,7 +174,7 @@ class Scorer:
             here = remote or kind is None or kind.threaded
             worker = self._workers[name] = _Here(spec, device) if here else _Processes(spec)
             # What a server's reward needs is known by its instance only.
-            self._judges[name] = worker.reward if isinstance(worker, _Here) else kind
+            self.judges[name] = worker.reward if isinstance(worker, _Here) else kind
             # Two calls at a time of a model on one device would only share it.
             count = 1 if kind is not None and kind.uses_device else spec.workers
             self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")
@@ -190,7 +191,7 @@ class Scorer:
             if "prompt" not in entry:
                 raise ValueError(f"entries: entry {i} lacks prompt")
         prompts = [entry["prompt"] for entry in entries]
-        for judge in self._judges.values():
+        for judge in self.judges.values():
             validate(judge, pictures, prompts, entries)
         # The caller may draw its next pictures into the same memory.
         batch = _Batch(pictures.to("cpu", copy=True), prompts, list(entries))

@@ -15,10 +15,12 @@ import torch
 pytest.importorskip("diffusers")
 
 from distributed_worker import Brightness
+from typer.testing import CliRunner
 
 from nft import checkpoint
 from nft.alarms import Alarms
 from nft.checkpoint import CheckpointError
+from nft.cli import app
 from nft.config import load_config
 from nft.tasks import TASKS
 from nft.trainer import Trainer
@@ -180,7 +182,10 @@ def test_damage_is_named(written):
     for damage, message in (
         (lambda f: (f / "weights").write_bytes(bytes(999) + b"\1"), "weights has another checksum"),
         (lambda f: (f / "weights").unlink(), "weights is missing"),
-        (lambda f: (f / "manifest.json").write_text("{"), "no readable manifest"),
+        *(
+            (lambda f, text=text: (f / "manifest.json").write_text(text), "no readable manifest.*delete")
+            for text in ("{", "[]", "{}", "1", '{"epoch": 1, "stage": 0, "score": "a", "sha256": {}}')
+        ),
     ):
         damage(written)
         with pytest.raises(CheckpointError, match=message):
@@ -210,3 +215,87 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [path.name for path in checkpoint.existing(parent)] == ["epoch-000004", "epoch-000006", "epoch-000007"]
     assert checkpoint.best(parent).name == "epoch-000004"
     assert sorted(p.name for p in parent.iterdir()) == ["epoch-000004", "epoch-000006", "epoch-000007"]
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, tmp_path_factory):
+    """A run of one epoch and its pipeline, and beside it what full fine-tuning leaves."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(TASKS, "shapes", Brightness)
+        Trainer(settings(pipeline, "epochs=1", "preflight=false"), folder / "run").train()
+        Trainer(settings(pipeline, "epochs=1", "preflight=false", "adapter=full"), folder / "full").train()
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def says(text):
+    return lambda path: path.write_text(text)
+
+
+RESUME, REPORT, EXPORT = (
+    ["train", "--output", "run", "--resume", "epochs=2"],
+    ["report", "run"],
+    ["export", "run", "out"],
+)
+SAMPLE = ["sample", "a red circle", "--checkpoint", "run", "--set"]
+EVAL = ["eval", "--limit", "1", "--checkpoint", "run", "--output", "out", "--override"]
+FULL = [*SAMPLE[:3], "full", "--set"]
+WEIGHTS, EMA = (f"checkpoint/{name}/adapter_model.safetensors" for name in ("default", "ema"))
+LORA, WHOLE = "checkpoint/default/adapter_config.json", "checkpoint/default/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "command", "message"),
+    [
+        *(("run/metrics.jsonl", says("no\n{}\n"), c, "metrics.jsonl, line 1: got 'no") for c in (RESUME, REPORT)),
+        ("run/metrics.jsonl", says("[]\n"), REPORT, "metrics.jsonl, line 1: got '[]"),
+        ("run/metrics.jsonl", says('{"epoch": 1}\n'), REPORT, 'line 1: got \'{"epoch": 1}'),
+        ("run/metrics.jsonl", lambda path: path.write_bytes(bytes([255, 10])), REPORT, "metrics.jsonl, line 1: got"),
+        ("run/metrics.jsonl", os.unlink, [*REPORT, "full"], "run holds no metrics.jsonl with an epoch in it"),
+        *(
+            ("run/config.yaml", says("epochs: ["), c, "run/config.yaml: is not YAML")
+            for c in (RESUME, REPORT, [*REPORT, "full"], [*EXPORT, "--merge"])
+        ),
+        ("run/config.yaml", says("epochs: many"), [*RESUME[:-1]], "got 'many', input should be a valid integer (with"),
+        ("run/config.yaml", says("- a"), REPORT, "run/config.yaml holds list"),
+        ("run/config.yaml", says("pipeline: [a]"), [*EXPORT, "--merge"], "run is no part of a run that says"),
+        ("run/config.yaml", os.unlink, RESUME, "run holds no config.yaml"),
+        ("run/config.yaml", os.unlink, REPORT, "run/config.yaml cannot be read"),
+        ("run/checkpoint/manifest.json", says("[]"), RESUME, "epoch-000001 has no readable manifest.json"),
+        ("run/checkpoint/state.pt", os.unlink, RESUME, "epoch-000001/state.pt is missing"),
+        (f"run/{WEIGHTS}", cut, RESUME, "adapter_model.safetensors has another checksum"),
+        *((f"run/{WEIGHTS}", cut, c, f"run/{WEIGHTS} is damaged: SafetensorError") for c in (SAMPLE, EVAL)),
+        (f"run/{EMA}", cut, EXPORT, f"run/{EMA} is damaged: SafetensorError"),
+        *((f"run/{LORA}", cut, c, f"run/{LORA} is damaged: JSONDecodeError") for c in (SAMPLE, EVAL)),
+        (f"run/{LORA}", says('{"r": "4", "lora_alpha": 4}'), SAMPLE, f"run/{LORA} is damaged: TypeError"),
+        (f"run/{LORA}", says("{}"), [*EXPORT, "--weights", "default"], f"run/{LORA} is damaged: KeyError"),
+        (f"run/{LORA}", os.unlink, SAMPLE, f"run/{LORA}"),
+        ("run/checkpoint", os.unlink, SAMPLE, "checkpoint: got 'run'"),
+        (f"full/{WHOLE}", cut, FULL, f"full/{WHOLE} is damaged: SafetensorError"),
+        (f"full/{WHOLE}", cut, ["export", "full", "out", "--merge", "--weights", "default"], "full/checkpoint/default"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_in_one_line(
+    finished, pipeline, tmp_path, monkeypatch, file, damage, command, message
+):
+    monkeypatch.chdir(tmp_path)
+    for run in ("run", "full"):
+        shutil.copytree(finished / run, run, symlinks=True)
+    damage(tmp_path / file)
+    result = CliRunner().invoke(
+        app, [*command, f"pipeline={pipeline}"] if command[-1] in ("--set", "--override") else command
+    )
+    assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_folder_that_has_lost_its_log_is_no_place_for_another_run(finished, pipeline, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        Trainer(settings(pipeline), tmp_path / "run")
+    assert Trainer(settings(pipeline), tmp_path / "run", resume=True).epoch == 1

@@ -155,6 +155,8 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
     result = run(app, ["train", "epochs=1", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 2 and "epochs: got 1, but 2 are finished already" in result.output
     assert (tmp_path / "one" / "config.yaml").read_text() == before
+    result = run(app, ["train", "--config", "shapes_awm", "--resume", "--output", str(tmp_path / "one")])
+    assert result.exit_code == 2 and "config: got shapes_awm with --resume, accepted is none" in result.output
     # A resumed run keeps its settings but for what is given anew.
     result = run(app, ["train", "epochs=3", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 0 and "epoch 3: held-out strict score" in result.output
@@ -188,6 +190,7 @@ def test_an_interrupt_names_the_epoch_that_is_saved_and_a_command_that_can_be_pa
     result = run(app, ["train", *settings, "--output", str(tmp_path / "run")])
     assert result.exit_code == 130 and "epoch 1 is saved; go on with" in result.output
     command = shlex.split(result.output.partition("go on with")[2])
+    assert "--config" not in command
     assert command[-len(settings) :] == settings and command[:2] == ["nft", "train"]
     monkeypatch.undo()
     result = run(app, command[1:])

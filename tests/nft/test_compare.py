@@ -230,6 +230,23 @@ def test_quick_takes_the_seeds_that_are_asked_for(tmp_path, monkeypatch, options
         compare("shapes", tmp_path, objectives=["nft"], **options)
 
 
+def test_a_file_is_no_output(tmp_path):
+    (tmp_path / "c").touch()
+    with pytest.raises(FileExistsError, match="c is a file; give a folder"):
+        compare("shapes", tmp_path / "c")
+
+
+def test_a_change_is_for_the_methods_that_read_it(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr("nft.compare._run_all", lambda todo, *_: runs.extend(todo) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare("shapes", tmp_path, objectives=["awm"], seeds=1, overrides=["beta=0.5", "clip_range=0.5"])
+    assert [(run.config.objective, run.config.beta, run.config.clip_range) for run in runs] == [
+        ("nft", 0.5, 1e-4),
+        ("awm", 1.0, 0.5),
+    ]
+
+
 def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
     compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=1e-6, overrides=tiny)
@@ -237,6 +254,27 @@ def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, mon
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 1]
     with pytest.raises(ValueError, match="holds a comparison with other settings"):
         compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=2.0, overrides=tiny)
+
+
+def test_a_damaged_file_of_a_comparison_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    arguments = ["compare", *tiny, "--objectives", "nft", "--seeds", "1", "--epochs", "1", "--output", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    run = tmp_path / "runs" / "nft" / "seed-0"
+    for path, damaged, message in (
+        (run / "metrics.jsonl", "{}\n", "metrics.jsonl, line 1: got"),
+        (run / "metrics.jsonl", "", "seed-0 holds no metrics.jsonl with an epoch in it"),
+        (run / "result.json", '{"deis": {}}', "seed-0/result.json is damaged: KeyError"),
+        (tmp_path / "base" / "result.json", "[", "base/result.json is damaged: JSONDecodeError"),
+    ):
+        before = path.read_text()
+        path.write_text(damaged)
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and message in result.output and len(result.output.splitlines()) == 1
+        path.write_text(before)
+    # The half of a line that a kill leaves is none.
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + '{"epo')
+    assert CliRunner().invoke(app, arguments).exit_code == 0
 
 
 def test_a_run_ends_once_its_evaluation_has_reached_the_target(tiny, tmp_path, monkeypatch):
@@ -305,7 +343,8 @@ def wait_for(condition):
 
 def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
     lines = [{"eval_strict": 1.0}, *({"strict": x} for x in (0.9, 0.8, 0.1, 0.2)), {"eval_strict": 1.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps({"epoch": 1, "step": 1, **line}) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
     assert tuning_score(tmp_path) == pytest.approx(0.15)
 
 
@@ -321,6 +360,10 @@ def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
         (["--minutes", "inf"], "minutes: got inf, accepted are finite numbers above 0"),
         *((["--target", bad], f"target: got {bad}, accepted are finite numbers") for bad in ("inf", "nan")),
         (["seed=7"], "overrides: got seed=7, accepted is none of seed, which seeds gives"),
+        (
+            ["--objectives", "awm", "rwr_temperature=2"],
+            "overrides: got rwr_temperature=2, accepted is what one of nft, awm",
+        ),
         (["--tune", "learning_rate=1e-3"], "overrides: got learning_rate=1e-3, accepted is none of learning_rate"),
         *(
             (

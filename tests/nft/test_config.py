@@ -6,7 +6,8 @@ pytest.importorskip("pydantic")
 
 import yaml
 
-from nft.config import _BUNDLED, ConfigError, load_config
+from nft.config import _BUNDLED, Config, ConfigError, load_config
+from nft.objectives import unread
 
 BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
 BASELINES = {f"shapes_{name}" for name in ("sft", "rwr", "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "awm",
@@ -227,6 +228,28 @@ def test_a_stage_is_named_by_its_index_alone(index):
     stages = ["stages=[{epochs: 1}, {epochs: 2}]", "stages.0.epochs=7"]
     assert load_config("shapes", stages).epochs == 9
     assert f"there is no stages.{index}.epochs to set" in refused("shapes", *stages, f"stages.{index}.epochs=9")
+
+
+@pytest.mark.parametrize(
+    ("objective", "overrides"),
+    [
+        ("nft", ["clip_range=0.2", "rwr_temperature=2"]),
+        ("positive", ["clip_range=0.2", "rwr_temperature=2"]),
+        ("awm", ["beta=0.5", "advantage_mode=binary", "rwr_temperature=2"]),
+        ("grpo", ["beta=0.5", "advantage_mode=binary", "weighting=t", "rwr_temperature=2"]),
+        ("rwr", ["beta=0.5", "advantage_mode=binary", "weighting=t", "clip_range=0.2", "adv_clip_max=1"]),
+        ("sft", ["beta=0.5", "adv_clip_max=1", "weighting=t", "clip_range=0.2", "rwr_temperature=2"]),
+    ],
+)
+def test_what_an_objective_does_not_read_is_refused(objective, overrides):
+    chosen = [f"objective={objective}", "rollout_solver=flow-sde"]
+    assert {item.partition("=")[0] for item in overrides} <= unread(objective)
+    for item in overrides:
+        key = item.partition("=")[0]
+        default = Config.model_fields[key].default
+        message = refused("shapes", *chosen, item)
+        assert f"{key}: got " in message and f"with objective={objective}, accepted is {default} then" in message
+        load_config("shapes", [*chosen, f"{key}={default}"])
 
 
 def test_what_no_stage_uses_need_not_fit():

@@ -225,6 +225,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     ("arguments", "message"),
     [
         (["--suite", "papers"], "suite: got 'papers', accepted are paper, shapes"),
+        (["--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
         (["--prompts", "shape=x"], "prompts: got shape, accepted are shapes"),
         (["--prompts", "shapes"], "--prompts: got 'shapes', accepted is NAME=VALUE"),
         (["--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
@@ -378,11 +379,15 @@ def test_no_picture_is_scored_twice(tmp_path, monkeypatch):
     names = [f"{i:05d}_0.png" for i in range(6)]
     assert [json.loads(line)["picture"] for line in lines] == names
     results = open_folder().results()
-    for left in (2 * lines, [*lines[:2], *lines[:2], *lines[2:4]], [lines[0], "{broken\n", *lines[1:]]):
+    broken = ([lines[0], text, *lines[1:]] for text in ("{broken\n", "{}\n", "[]\n"))
+    for left in (2 * lines, [*lines[:2], *lines[:2], *lines[2:4]], *broken):
         path.write_text("".join(left))
         open_folder().score()
         assert open_folder().results() == results
     assert path.read_text() == whole
+    path.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match=r"output: .*shapes_jpeg.json is damaged: JSONDecodeError"):
+        open_folder().check()
 
 
 def test_a_column_whose_detail_the_reward_lacks_is_left_out_and_the_others_are_not(tmp_path):

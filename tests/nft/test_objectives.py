@@ -98,6 +98,23 @@ def randoms(seed=0):
     return [torch.randn(4, 2, 3, 3, generator=g, dtype=torch.float64) for _ in range(5)]
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_declares_what_it_reads(name):
+    class Seen:
+        def __init__(self):
+            self.keys, self.config = set(), config(name)
+
+        def __getattr__(self, key):
+            self.keys.add(key)
+            return getattr(self.config, key)
+
+    options, (v_theta, v_old, v_ref, x, x0) = Seen(), randoms()
+    weights, t = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64), torch.full((4,), 0.5, dtype=torch.float64)
+    r = OBJECTIVES[name].weights(weights, options)
+    OBJECTIVES[name].loss(Batch(v_theta, v_old, v_ref, x, x0, t, r, Step(x0, t, t, t)), options, False)
+    assert options.keys - {"kl_weight"} == {*OBJECTIVES[name].reads}
+
+
 @pytest.mark.parametrize("clip_range", [0.02, 10.0])
 def test_grpo_is_the_clipped_ratio_of_normal_densities(clip_range):
     v_old, move, v_ref, x, z = randoms()
@@ -134,7 +151,8 @@ def test_gradients_are_those_of_finite_differences(objective):
     v_old, move, v_ref, x0, x = randoms(1)
     t, w = torch.linspace(0.2, 0.9, 4, dtype=torch.float64), torch.tensor([1.5, -2.0, 0.5, -0.1], dtype=torch.float64)
     step = Step(x0, 1 - t, -t / 5, t / 2) if objective == "grpo" else None
-    options = config(objective, clip_range=50.0, kl_weight=0.3)
+    wide = {} if objective == "sft" else {"clip_range": 50.0}
+    options = config(objective, kl_weight=0.3, **wide)
 
     def loss(v_theta):
         return OBJECTIVES[objective].loss(Batch(v_theta, v_old, v_ref, x, x0, t, w, step), options, False).loss
@@ -165,9 +183,9 @@ def test_awm_on_policy_is_flow_matching_weighed_by_the_advantage():
     v, _, v_ref, x0, x_t = randoms(2)
     t, w = torch.linspace(0.2, 0.9, 4, dtype=torch.float64), torch.tensor([1.0, -0.5, 0.2, -1.0], dtype=torch.float64)
     gradients = []
-    for objective in ("awm", "rwr"):
+    for objective, unweighted in (("awm", {"weighting": "none"}), ("rwr", {})):
         leaf = v.clone().requires_grad_()
-        options = config(objective, weighting="none", kl_weight=0.1)
+        options = config(objective, kl_weight=0.1, **unweighted)
         OBJECTIVES[objective].loss(Batch(leaf, None, v_ref, x_t, x0, t, w), options, False).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)

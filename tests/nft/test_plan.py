@@ -126,7 +126,7 @@ def test_every_stage_is_planned_at_its_own_cost(pipeline):
 
 
 def test_bad_plans_are_named(pipeline):
-    with pytest.raises(ConfigError, match="pipeline: the transformer's settings of '/nowhere'"):
+    with pytest.raises(ConfigError, match="pipeline: the settings of '/nowhere'"):
         plan(load_config("shapes", ["pipeline=/nowhere"]))
     with pytest.raises(ValueError, match="got 0"):
         plan(load_config("shapes", [f"pipeline={pipeline}"]), 0)

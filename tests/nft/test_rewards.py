@@ -216,6 +216,7 @@ def test_what_cannot_be_asked_is_found_out_without_asking(name, options, message
         ("jpeg", "cuda", "r.device: got 'cuda', accepted is none, as jpeg uses no device"),
         ("http://host:1/jpeg", "cpu", "r.device: got 'cpu', accepted is none"),
         ("clipscore", "cuda:99", "r.device: got 'cuda:99', but this machine"),
+        ("clipscore", "tpu", "r.device: got 'tpu', accepted are cpu, cuda and cuda:N"),
     ],
 )
 def test_a_device_that_cannot_be_used_is_named(name, device, message):

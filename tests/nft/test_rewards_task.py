@@ -70,6 +70,12 @@ def test_a_wrong_line_is_named(tmp_path, line, message):
         geneval.read(path)
 
 
+def test_prompts_without_what_a_reward_needs_are_named_once_it_is_there():
+    """As of a reward server, whose needs are not known before."""
+    with pytest.raises(ValueError, match=r"^prompts: metadata: entry 0 lacks include, which ShapesReward needs"):
+        Rewards(torch.device("cpu"), {"shapes": RewardSpec("shapes")}, train="ocr")
+
+
 def test_prompt_files(tmp_path):
     (tmp_path / "mine.txt").write_text("a cat\n\n a dog \n")
     assert prompts.read(tmp_path / "mine.txt") == [{"tag": "mine", "prompt": p} for p in ("a cat", "a dog")]

@@ -282,7 +282,7 @@ def test_missing_pipeline_and_existing_run_are_named(pipeline, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(FileExistsError, match="holds a run already"):
         Trainer(settings(pipeline), tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="none holds no config"):
         Trainer(settings(pipeline), tmp_path / "none", resume=True)
     with pytest.raises(FileExistsError, match=r"output: .*metrics.jsonl is a file; give a folder"):
         Trainer(settings(pipeline), tmp_path / "metrics.jsonl")

@@ -5,7 +5,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from typer.testing import CliRunner
+
 from nft import tasks, trainer
+from nft.cli import app
 from nft.config import load_config
 from nft.rewards.base import RewardError
 from nft.trainer import Trainer
@@ -77,6 +80,29 @@ def test_a_later_stage_s_prompts_are_looked_for_at_the_start(run, tmp_path):
         build_pipeline().save_pretrained(tmp_path / "again")
         settings = [f"pipeline={tmp_path / 'again'}", *SMALL[:-1], *REWARDS, f"stages={stages}"]
         Trainer(load_config("shapes", settings), tmp_path / "other")
+
+
+def test_a_later_stage_s_prompts_that_are_spoilt_meanwhile_end_the_run_in_one_line(tmp_path, monkeypatch):
+    build_pipeline().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "mine.txt").write_text("a cat\n")
+    stages = f"[{{epochs: 1}}, {{epochs: 1, prompts: {tmp_path / 'mine.txt'}, held_out_prompts: shapes}}]"
+    save = Trainer.save
+
+    def spoilt(trainer):
+        save(trainer)
+        (tmp_path / "mine.txt").write_text("")
+
+    monkeypatch.setattr(Trainer, "save", spoilt)
+    settings = [f"pipeline={tmp_path / 'pipeline'}", *SMALL[:-1], *REWARDS[:2], "rewards={jpeg: 1.0}"]
+    output = ["--output", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, ["train", *settings, f"stages={stages}", "preflight=false", *output])
+    assert result.exit_code == 2 and "mine.txt is empty, accepted is at least one prompt" in result.output
+    # What no setting is to blame for keeps its traceback.
+    monkeypatch.setattr(Trainer, "save", lambda trainer: int("x"))
+    result = CliRunner().invoke(
+        app, ["train", *settings, "epochs=1", "preflight=false", "--output", str(tmp_path / "b")]
+    )
+    assert isinstance(result.exception, ValueError)
 
 
 @pytest.mark.parametrize(
