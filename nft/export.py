@@ -8,15 +8,7 @@ from tempfile import TemporaryDirectory
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from .checkpoint import check_folder, reading
-from .policy import ADAPTER, SHAPES_PIPELINE, WEIGHTS, find_weights, read_lora
-
-
-def _weights(source: Path, weights: str) -> Path:
-    """The folder of the chosen weights in a run, a checkpoint, or itself."""
-    for folder in (source / weights, source / "checkpoint" / weights, source):
-        if (folder / ADAPTER).is_file() or (folder / WEIGHTS).is_file():
-            return folder
-    return find_weights(source).parent
+from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, read_lora
 
 
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
@@ -33,7 +25,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
     check_folder(output)
-    folder = _weights(source, weights)
+    folder = find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
     layers, settings = read_lora(folder)
@@ -60,7 +52,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     if (output / "model_index.json").exists():
         raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-    whole, folder = DiffusionPipeline.from_pretrained(name), _weights(source, weights)
+    whole, folder = DiffusionPipeline.from_pretrained(name), find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
         with reading(folder, "source"):
             whole.register_modules(transformer=type(whole.transformer).from_pretrained(folder))

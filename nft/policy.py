@@ -49,16 +49,22 @@ def blocks(count: int, size: int, unit: int) -> Iterator[list[int]]:
         yield index + index[-1:] * (-len(index) % unit)
 
 
-def find_weights(folder: Path) -> Path:
-    """The file of the trained adapter or weights in a run, a checkpoint, or a folder that holds it.
+def find_weights(folder: Path, kind: str = "ema") -> Path:
+    """The file of the adapter or weights in a run, a checkpoint, or a folder that holds just them.
+
+    Args:
+        folder: where to look.
+        kind: ``ema`` for a run's averaged weights, by which it is evaluated, ``default`` for the trained ones. Where
+            there are no averaged ones the trained ones are taken.
 
     Raises:
         FileNotFoundError: none of these.
     """
-    for candidate in (folder, folder / "default", folder / "checkpoint" / "default"):
-        for name in (ADAPTER, WEIGHTS):
-            if (candidate / name).is_file():
-                return candidate / name
+    for wanted in (kind, "default"):
+        for candidate in (folder, folder / wanted, folder / "checkpoint" / wanted):
+            for name in (ADAPTER, WEIGHTS):
+                if (candidate / name).is_file():
+                    return candidate / name
     raise FileNotFoundError(
         f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, a LoRA folder in PEFT's format, or the "
         f"folder of a {WEIGHTS}"

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from nft.cli import app
 from nft.config import load_config
+from nft.full import load_policy
+from nft.policy import find_weights
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
@@ -64,6 +66,19 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
     merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name, _ in merged.transformer.named_parameters())
     torch.testing.assert_close(velocities(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_path):
+    run = trainer.folder
+    policy = load_policy(trainer.config, run)
+    with trainer._averaged():
+        assert all(map(torch.equal, policy.trained, trainer.policy.trained))
+    assert not all(map(torch.equal, policy.trained, trainer.policy.trained))
+    for source, weights in ((run, "ema"), (run / "best", "ema"), (run, "default"), (run / "best", "default")):
+        assert find_weights(source, weights).parent.name == weights
+    # Those of an older or another trainer, and a folder of one adapter.
+    shutil.copytree(run / "checkpoint" / "default", tmp_path / "run" / "default")
+    assert find_weights(tmp_path / "run") == find_weights(tmp_path / "run" / "default")
 
 
 @pytest.mark.parametrize(
