@@ -61,10 +61,6 @@ class Suite:
     source: str = ""
 
 
-def _drawbench() -> list[Entry]:
-    raise ValueError("drawbench: no file; give --prompts drawbench=FILE with one prompt per line")
-
-
 _TITLES = ("GenEval", "OCR", "PickScore", "ClipScore", "HPSv2.1", "Aesthetic", "ImgRwd", "UniRwd")
 _TABLE_1 = {
     row: dict(zip(_TITLES, values, strict=True))
@@ -97,7 +93,7 @@ SUITES = {
         prompts={
             "geneval": lambda: prompts.benchmark("geneval"),
             "ocr": lambda: prompts.benchmark("ocr"),
-            "drawbench": _drawbench,
+            "drawbench": lambda: prompts.benchmark("preference"),
         },
         published=_TABLE_1,
         source="arXiv 2509.16117, Table 1; SD-XL and SD3.5-L at 1024 x 1024, the others at 512 x 512",
@@ -214,15 +210,10 @@ class Evaluation:
             raise ValueError(f"prompts: got {', '.join(unknown)}, accepted are {', '.join(self.suite.prompts)}")
         self.entries: dict[str, list[Entry]] = {}
         self.left_out: dict[str, str] = {}
+        files = files or {}
+        self.generated = [name for name in self.suite.prompts if name not in files]
         for name, make in self.suite.prompts.items():
-            try:
-                path = (files or {}).get(name)
-                found = make() if path is None else _READERS.get(name, prompts.read)(path)
-            except ValueError as error:
-                if files and name in files:
-                    raise
-                self.left_out |= {c.title: str(error) for c in self.suite.columns if c.prompts == name}
-                continue
+            found = _READERS.get(name, prompts.read)(files[name]) if name in files else make()
             seen: dict[str, int] = {}
             for entry in found:
                 seen[entry["tag"]] = seen.get(entry["tag"], 0) + 1
@@ -419,7 +410,7 @@ class Evaluation:
 
     def column(self, column: Column) -> dict[str, np.ndarray] | None:
         """One value per prompt, the mean of its pictures, by task group; None where it was left out."""
-        if column.prompts not in self.entries or column.title in self.left_out:
+        if column.title in self.left_out:
             return None
         lines = self.read_scores(column.prompts, column.reward)
         if len(lines) != len(self._jobs(column.prompts)):

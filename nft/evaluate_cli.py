@@ -32,7 +32,7 @@ def _cell(result: dict[str, Any]) -> str:
     return f"{result['mean']:.3f}{interval}"
 
 
-def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]], compared: bool) -> None:
+def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]], options: Any, compared: bool) -> None:
     listing = Table("", *results)
     listing.add_row("this checkpoint", *(escape(_cell(result)) for result in results.values()))
     if compared:
@@ -44,6 +44,11 @@ def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]]
     console.print(listing)
     if evaluation.suite.published:
         console.print(f"published rows: {evaluation.suite.source}")
+        if evaluation.generated:
+            sets = ", ".join(evaluation.generated)
+            console.print(f"{sets}: prompts of our own and not those of the published rows; give --prompts SET=FILE")
+        if "UniRwd" in results and "question" not in options.get("unifiedreward", {}):
+            console.print("UniRwd: asked in our own words; give --set unifiedreward.question=TEXT for others")
     for title, result in results.items():
         if "left_out" in result:
             console.print(escape(f"{title} left out: {result['left_out']}"), highlight=False)
@@ -102,7 +107,7 @@ def evaluate(
         results = evaluation.results(other)
     except (OSError, ValueError) as error:
         raise _fail(error) from None
-    _print(console, evaluation, results, other is not None)
+    _print(console, evaluation, results, options, other is not None)
     console.print(f"pictures, scores and results: {folder}")
 
 

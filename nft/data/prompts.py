@@ -8,15 +8,15 @@ from typing import Any
 
 from nft.worlds.shapes import prompts as shapes
 
-from . import geneval, ocr
+from . import geneval, ocr, preference
 from .text import read_lines
 
 Entry = dict[str, Any]
-SETS = ("shapes", "geneval", "ocr")
+SETS = ("shapes", "geneval", "ocr", "preference")
 _PER_GROUP = 5000
 _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
-_HELD_OUT = {"geneval": 100, "ocr": 1000}
-_BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117}
+_HELD_OUT = {"geneval": 100, "ocr": 1000, "preference": 100}
+_BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117, "preference": 2205}
 _MIRRORED = {"right of": "left of", "below": "above"}
 
 
@@ -61,7 +61,7 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
     Of ``geneval`` the 80 single objects are trained on and never held out.
 
     Args:
-        source: ``shapes``, ``geneval``, ``ocr``, or a file.
+        source: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a file.
         per_group: most prompts with one tag.
 
     Raises:
@@ -76,13 +76,20 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
     if source == "geneval":
         groups = geneval.generate(_HELD_OUT["geneval"], _HELD_OUT_SEED)
         return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
-    return [entry for group in _by_tag(read(Path(source), "held_out_prompts")) for entry in group[:per_group]]
+    if source == "preference":
+        entries = preference.generate(_HELD_OUT["preference"], _HELD_OUT_SEED)
+    else:
+        entries = read(Path(source), "held_out_prompts")
+    return [entry for group in _by_tag(entries) for entry in group[:per_group]]
 
 
 def benchmark(source: str) -> list[Entry]:
-    """The prompts of ``geneval`` (80 of each task group) or ``ocr`` (1000) that checkpoints are compared on."""
+    """The prompts that checkpoints are compared on: of ``geneval`` 80 of each task group, of ``ocr`` 1000, of
+    ``preference`` 50 of each kind."""
     if source == "ocr":
         return ocr.generate(1000, _BENCHMARK_SEEDS[source])
+    if source == "preference":
+        return preference.generate(50, _BENCHMARK_SEEDS[source])
     return [entry for group in geneval.generate(80, _BENCHMARK_SEEDS[source]).values() for entry in group]
 
 
@@ -98,11 +105,11 @@ def _asked(entry: Entry) -> str:
 
 
 def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
-    """Training prompts by task group, without those of ``apart_from``, and of ``geneval`` and ``ocr`` without those of
-    ``benchmark``: but for the 80 single objects, which are all there are.
+    """Training prompts by task group, without those of ``apart_from``, and of a generated set without those of
+    ``benchmark``: but of ``geneval`` for the 80 single objects, which are all there are.
 
     Args:
-        source: ``shapes``, ``geneval``, ``ocr``, or a file.
+        source: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a file.
         apart_from: held-out entries.
 
     Raises:
@@ -114,6 +121,9 @@ def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
     elif source == "ocr":
         groups = [ocr.generate(_PER_GROUP, _TRAIN_SEED)]
         kept_away |= {entry["prompt"] for entry in benchmark("ocr")}
+    elif source == "preference":
+        groups = _by_tag(preference.generate(_PER_GROUP, _TRAIN_SEED))
+        kept_away |= {entry["prompt"] for entry in benchmark("preference")}
     elif source == "geneval":
         asked = {_asked(entry) for entry in (*apart_from, *benchmark("geneval")) if entry["tag"] != "single_object"}
         generated = geneval.generate(_PER_GROUP, _TRAIN_SEED).values()

@@ -327,8 +327,12 @@ def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monk
     assert results["UniRwd"]["mean"] == pytest.approx(5 * 10 / 255)
     assert "no file" in results["Aesthetic"]["left_out"]
     console = Console(width=240, record=True, file=io.StringIO())
-    _print(console, evaluation, results, False)
+    _print(console, evaluation, results, {}, False)
     text = console.export_text()
+    assert "geneval, ocr: prompts of our own and not those of the published rows; give --prompts SET=FILE" in text
+    assert "UniRwd: asked in our own words" in text
+    _print(console, evaluation, results, {"unifiedreward": {"question": "{prompt}?"}}, False)
+    assert "UniRwd: asked" not in console.export_text()
     assert all(column.title in text for column in SUITES["paper"].columns)
     assert "2509.16117" in text and "Aesthetic left out" in text
     (row,) = [line for line in text.splitlines() if "DiffusionNFT" in line]
@@ -409,15 +413,18 @@ def test_scores_of_other_rewards_are_not_compared(tmp_path):
         evaluations[1].results(evaluations[0])
 
 
-def test_without_drawbench_its_columns_are_left_out(tmp_path):
-    evaluation = Evaluation("paper", tmp_path, subject="s", limit=1)
-    assert set(evaluation.entries) == {"geneval", "ocr"}
-    assert "--prompts drawbench=FILE" in evaluation.results()["HPSv2.1"]["left_out"]
+def test_sets_without_a_file_are_generated_and_said_to_be(tmp_path):
+    (tmp_path / "ocr.txt").write_text('a sign that says "yes"\n')
+    evaluation = Evaluation("paper", tmp_path / "e", subject="s", limit=1, files={"ocr": tmp_path / "ocr.txt"})
+    assert evaluation.generated == ["geneval", "drawbench"]
+    assert [entry["tag"] for entry in evaluation.entries["drawbench"]] == ["person", "animal", "thing", "place"]
 
 
 def test_generated_sets_are_pinned():
     """A change of the generators would change every figure without a word."""
     prompts = [entry["prompt"] for entry in SUITES["paper"].prompts["geneval"]()]
     texts = [entry["prompt"] for entry in SUITES["paper"].prompts["ocr"]()]
-    assert (len(prompts), len(texts)) == (480, 1000)
-    assert Path(__file__).with_name("pinned_prompts.txt").read_text().splitlines() == [*prompts[::40], *texts[::100]]
+    pictures = [entry["prompt"] for entry in SUITES["paper"].prompts["drawbench"]()]
+    assert (len(prompts), len(texts), len(pictures)) == (480, 1000, 200)
+    pinned = Path(__file__).with_name("pinned_prompts.txt").read_text().splitlines()
+    assert pinned == [*prompts[::40], *texts[::100], *pictures[::20]]

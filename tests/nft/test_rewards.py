@@ -21,6 +21,7 @@ from tiny_rewards import clip_model, save_clip
 from typer.testing import CliRunner
 
 from nft.cli import app
+from nft.data import preference
 from nft.data.ocr import generate
 from nft.rewards import registry
 from nft.rewards.base import Reward, RewardError, Scored, join, score
@@ -438,6 +439,16 @@ def test_ocr_prompts_are_pinned_and_different():
     assert all(target_of(e["prompt"], {}) == e["text"] for e in entries)
     with pytest.raises(ValueError, match="count: got 24577"):
         generate(24577, seed=0)
+
+
+def test_preference_prompts_differ_and_are_of_every_kind():
+    entries = preference.generate(300, seed=1)
+    assert entries == preference.generate(300, seed=1) != preference.generate(300, seed=2)
+    assert len({e["prompt"] for e in entries}) == len(entries)
+    assert [e["tag"] for e in entries[::300]] == list(preference.KINDS)
+    for count in (0, 18433):
+        with pytest.raises(ValueError, match=f"per_kind: got {count}, accepted is 1 to 18432"):
+            preference.generate(count, seed=0)
 
 
 # --- CLIP ---

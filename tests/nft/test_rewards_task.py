@@ -96,7 +96,7 @@ def test_prompt_files(tmp_path):
         ("bad.jsonl", '{"prompt": "a", "tag": null}', "line 1: got tag None"),
         ("bad.jsonl", "[1]", "line 1"),
         ("empty.txt", "\n", "empty"),
-        ("bad.csv", "a", "accepted are shapes, geneval, ocr or a .txt or .jsonl file"),
+        ("bad.csv", "a", "accepted are shapes, geneval, ocr, preference or a .txt or .jsonl file"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -130,8 +130,10 @@ def test_held_out_prompts_are_not_trained_on(source):
 
 def test_what_is_evaluated_on_is_not_trained_on():
     """The suite's prompts, and of GenEval those that name the same objects the other way round."""
-    tested = {entry["prompt"] for entry in SUITES["paper"].prompts["ocr"]()}
-    assert not tested & {e["prompt"] for group in prompts.train("ocr", []) for e in group}
+    for source, name in (("ocr", "ocr"), ("preference", "drawbench")):
+        tested = {entry["prompt"] for entry in SUITES["paper"].prompts[name]()}
+        assert len(tested) >= 200
+        assert not tested & {e["prompt"] for group in prompts.train(source, []) for e in group}
 
     def asked(entry):
         """'a cat and a dog' asks for what 'a dog and a cat' does, 'a cat below a dog' for 'a dog above a cat'."""
