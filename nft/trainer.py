@@ -155,7 +155,10 @@ class Trainer:
                 return self.task.gather()
             except RewardError:
                 time.sleep(wait)
-        return self.task.gather()
+        try:
+            return self.task.gather()
+        except RewardError as error:
+            raise RewardError(f"{error}; --resume draws the same pictures again, from their seeds") from error
 
     def sample(self) -> dict[str, Any]:
         """One epoch's pictures from the old policy: clean latents, prompts, rewards, r and which of them to train on,

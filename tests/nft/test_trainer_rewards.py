@@ -72,6 +72,29 @@ def test_a_reward_that_fails_is_asked_again_and_then_named(run, monkeypatch):
     assert one.sample()["scores"].shape == (6, 3)
 
 
+def test_a_run_that_a_reward_ended_draws_the_same_pictures_when_it_goes_on(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "_WAITS", ())
+    one = run("epochs=2")
+
+    def gone():
+        raise RewardError("reward jpeg: gone")
+
+    def end(metrics):
+        if "seconds" in metrics:
+            monkeypatch.setattr(one.task, "gather", gone)
+
+    with pytest.raises(RewardError, match="reward jpeg: gone; --resume draws the same pictures again"):
+        one.train(end)
+    one.task.close()
+    resumed = Trainer(one.config, tmp_path / "run", resume=True)
+    unbroken = Trainer(one.config, tmp_path / "other")
+    assert resumed.epoch == 1
+    for each in (resumed, unbroken):
+        each.train()
+        each.task.close()
+    assert all(map(torch.equal, resumed.policy.trained, unbroken.policy.trained))
+
+
 def test_a_later_stage_s_prompts_are_looked_for_at_the_start(run, tmp_path):
     stages = "[{epochs: 1}, {epochs: 1, prompts: /nowhere.txt, held_out_prompts: shapes}]"
     with pytest.raises(OSError, match="nowhere"):
