@@ -22,6 +22,7 @@ from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
 from .checkpoint import beside, check_folder, reading, replace_text
+from .compare import holm
 from .data import geneval, prompts
 from .data.prompts import Entry
 from .distributed import Processes
@@ -425,8 +426,8 @@ class Evaluation:
         return {tag: per_prompt[[t == tag for t in tags]] for tag in dict.fromkeys(tags)}
 
     def results(self, baseline: Evaluation | None = None) -> dict[str, dict[str, Any]]:
-        """Every column's mean, interval and, beside a baseline on the same prompts, difference and p; also written to
-        ``results.json``.
+        """Every column's mean, interval and, beside a baseline on the same prompts, difference and p, also after Holm's
+        correction for as many columns; written to ``results.json`` too.
 
         Raises:
             ValueError: a baseline on other prompts or of other rewards.
@@ -443,6 +444,9 @@ class Evaluation:
                 where = column.prompts, column.reward
                 baseline._check_spec(*where, self._judged_by(*where), "baseline")
                 found[column.title] |= comparison(groups, other)
+        tested = [result for result in found.values() if "p" in result]
+        for result, p in zip(tested, holm([result["p"] for result in tested]), strict=True):
+            result["p_holm"] = p
         replace_text(self.folder / "results.json", json.dumps(found, indent=1))
         return found
 

@@ -39,6 +39,7 @@ def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]]
         rows = results.values()
         listing.add_row("- baseline", *(f"{r['difference']:+.3f}" if "difference" in r else "-" for r in rows))
         listing.add_row("p, paired", *(f"{r['p']:.4f}" if "p" in r else "-" for r in rows))
+        listing.add_row("after Holm", *(f"{r['p_holm']:.4f}" if "p" in r else "-" for r in rows))
     for row, values in evaluation.suite.published.items():
         listing.add_row(row, *(f"{values[title]:g}" if title in values else "-" for title in results))
     console.print(listing)

@@ -212,7 +212,12 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     assert result.exit_code == 0, result.output
     found, before = (json.loads((f / "results.json").read_text())["JPEG kB"] for f in (tmp_path / "tuned", folder))
     assert found["difference"] == pytest.approx(found["mean"] - before["mean"]) and found["difference"] != 0
-    assert 0 < found["p"] <= 1 and "p, paired" in result.output
+    assert 0 < found["p"] <= 1 and "p, paired" in result.output and "after Holm" in result.output
+    # Of the three columns' p the smallest counts three times, the next twice.
+    columns = json.loads((tmp_path / "tuned" / "results.json").read_text()).values()
+    steps = [min(1.0, p * (3 - i)) for i, p in enumerate(sorted(c["p"] for c in columns))]
+    expected = [max(steps[: i + 1]) for i in range(3)]
+    assert sorted(c["p_holm"] for c in columns) == pytest.approx(expected)
     clash = evaluate(folder, pipeline, "--checkpoint", str(tuned))
     assert clash.exit_code == 2 and "holds an evaluation with other settings" in clash.output
     other = evaluate(tmp_path / "other", pipeline, "--baseline", str(folder), "--set", "jpeg.quality=20")
