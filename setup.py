@@ -89,8 +89,8 @@ class NinjaBuild(build_ext):
         sanitize = f"-fsanitize={wanted} -fno-omit-frame-pointer -g" if wanted else ""
         rules = [
             f"cxx = {cxx}",
-            # No contraction to fused multiply-add: where v_theta = v_old and r = 1/2 the two branches cancel exactly,
-            # and every instruction set gives the same bits.
+            # No contraction to fused multiply-add but where math.h asks for it: where v_theta = v_old and r = 1/2 the
+            # two branches cancel exactly, and every instruction set that has it gives the same bits.
             "flags = -std=c++17 -O3 -ffp-contract=off -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -Wall "
             f"{sanitize} {includes}",
             "rule cxx",

@@ -81,12 +81,22 @@ NFT_HD double kl_factor(int prediction, bool in_x0, double t) {
   return in_x0 ? to_x0 * to_x0 : to_v * to_v;
 }
 
-// The errors of the two x0 predictions, e+ = base + step and e- = base - step.
+// a b + c, rounded once where the processor can. Only where no other product has to cancel this one to the last bit: of
+// a b - c d two would not, and so the compiler itself contracts nothing.
 template <typename T>
-NFT_HD void errors(T p_theta, T p_old, T x_t, T x0, const Affine<T>& f, T& d, T& base, T& step) {
+NFT_HD T fused(T a, T b, T c) {
+#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// What the errors of the two x0 predictions are made of, e+ = base + step d and e- = base - step d.
+template <typename T>
+NFT_HD void errors(T p_theta, T p_old, T x_t, T x0, const Affine<T>& f, T& d, T& base) {
   d = p_theta - p_old;
-  base = (f.keep * x_t - x0) + f.push * p_old;
-  step = f.step * d;
+  base = fused(f.push, p_old, fused(f.keep, x_t, -x0));
 }
 
 // Sums over elements, from which everything per sample follows.
@@ -215,11 +225,13 @@ NFT_HD float from_bf16(uint16_t bits) {
   return value;
 }
 
-NFT_HD uint16_t to_bf16(float value) {
+// The nearest bfloat16 in the upper half; the lower one means nothing.
+NFT_HD uint32_t round_to_bf16(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  return value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1);
 }
+
+NFT_HD uint16_t to_bf16(float value) { return static_cast<uint16_t>(round_to_bf16(value) >> 16); }
 
 }  // namespace nft

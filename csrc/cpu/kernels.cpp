@@ -59,9 +59,9 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
                                 Buffers<T>& buf) {
   const Chunk<T, S> in = load_chunk<T, S, kElementwise, kRef>(a, b, row, start, count, buf);
   auto terms = [&](int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
-    T d, base, step, m = 1, r = 0;
-    errors<T>(v_theta, v_old, x_t, x0, in.f, d, base, step);
-    T positive = base + step, negative = base - step, delta = v_theta - v_ref;
+    T d, base, m = 1, r = 0;
+    errors<T>(v_theta, v_old, x_t, x0, in.f, d, base);
+    T positive = fused(in.f.step, d, base), negative = fused(-in.f.step, d, base), delta = v_theta - v_ref;
     if constexpr (kElementwise) {
       m = in.mask[k], r = in.r[k];
       d = m > 0 ? d : 0;
@@ -144,14 +144,13 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
   const T of_base = static_cast<T>(c.positive + c.negative), of_kl = static_cast<T>(c.kl);
   const T of_d = static_cast<T>((c.positive - c.negative) * static_cast<double>(in.f.step));
   auto one = [&](int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
-    T d, base, step;
-    errors<T>(v_theta, v_old, x_t, x0, in.f, d, base, step);
-    T value;
+    T d, base, value;
+    errors<T>(v_theta, v_old, x_t, x0, in.f, d, base);
     if constexpr (kElementwise)
-      value = policy_gradient(c, in.r[k], base + step, base - step);
+      value = policy_gradient(c, in.r[k], fused(in.f.step, d, base), fused(-in.f.step, d, base));
     else
-      value = of_base * base + of_d * d;
-    if constexpr (kRef) value += of_kl * (v_theta - v_ref);
+      value = fused(of_base, base, of_d * d);
+    if constexpr (kRef) value = fused(of_kl, v_theta - v_ref, value);
     if constexpr (kElementwise) value = in.mask[k] > 0 ? in.mask[k] * value : 0;
     return value;
   };

@@ -207,7 +207,7 @@ inline void set_parts(T* data, int l, T first, T second) {
   data[place_of<T>(l, 1)] = second;
 }
 inline void set_parts(uint16_t* data, int l, float first, float second) {
-  const uint32_t bits = to_bf16(first) | static_cast<uint32_t>(to_bf16(second)) << 16;
+  const uint32_t bits = round_to_bf16(first) >> 16 | (round_to_bf16(second) & 0xffff0000u);
   std::memcpy(data + 2 * l, &bits, 4);
 }
 

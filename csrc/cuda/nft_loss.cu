@@ -55,10 +55,10 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& plac
   SumsOf<T, kGeneral> pack_sums{};
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
-    T d, base, step, &positive = e.positive.v[j], &negative = e.negative.v[j], &delta = e.delta.v[j];
-    errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], f, d, base, step);
-    positive = base + step;
-    negative = base - step;
+    T d, base, &positive = e.positive.v[j], &negative = e.negative.v[j], &delta = e.delta.v[j];
+    errors(v_theta.v[j], v_old.v[j], x_t.v[j], x0.v[j], f, d, base);
+    positive = fused(f.step, d, base);
+    negative = fused(-f.step, d, base);
     delta = a.has_ref ? v_theta.v[j] - v_ref.v[j] : 0;
     if constexpr (kGeneral) {
       const T m = e.mask.v[j], r = e.r.v[j];
