@@ -245,7 +245,7 @@ SAMPLE = ["sample", "a red circle", "--checkpoint", "run", "--set"]
 EVAL = ["eval", "--limit", "1", "--checkpoint", "run", "--output", "out", "--override"]
 FULL = [*SAMPLE[:3], "full", "--set"]
 WEIGHTS, EMA = (f"checkpoint/{name}/adapter_model.safetensors" for name in ("default", "ema"))
-LORA, WHOLE = "checkpoint/default/adapter_config.json", "checkpoint/default/diffusion_pytorch_model.safetensors"
+LORA, WHOLE = "checkpoint/ema/adapter_config.json", "checkpoint/ema/diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -268,15 +268,15 @@ LORA, WHOLE = "checkpoint/default/adapter_config.json", "checkpoint/default/diff
         ("run/checkpoint/manifest.json", says("[]"), RESUME, "epoch-000001 has no readable manifest.json"),
         ("run/checkpoint/state.pt", os.unlink, RESUME, "epoch-000001/state.pt is missing"),
         (f"run/{WEIGHTS}", cut, RESUME, "adapter_model.safetensors has another checksum"),
-        *((f"run/{WEIGHTS}", cut, c, f"run/{WEIGHTS} is damaged: SafetensorError") for c in (SAMPLE, EVAL)),
-        (f"run/{EMA}", cut, EXPORT, f"run/{EMA} is damaged: SafetensorError"),
+        *((f"run/{EMA}", cut, c, f"run/{EMA} is damaged: SafetensorError") for c in (SAMPLE, EVAL, EXPORT)),
+        (f"run/{WEIGHTS}", cut, [*EXPORT, "--weights", "default"], f"run/{WEIGHTS} is damaged: SafetensorError"),
         *((f"run/{LORA}", cut, c, f"run/{LORA} is damaged: JSONDecodeError") for c in (SAMPLE, EVAL)),
         (f"run/{LORA}", says('{"r": "4", "lora_alpha": 4}'), SAMPLE, f"run/{LORA} is damaged: TypeError"),
-        (f"run/{LORA}", says("{}"), [*EXPORT, "--weights", "default"], f"run/{LORA} is damaged: KeyError"),
+        (f"run/{LORA}", says("{}"), EXPORT, f"run/{LORA} is damaged: KeyError"),
         (f"run/{LORA}", os.unlink, SAMPLE, f"run/{LORA}"),
         ("run/checkpoint", os.unlink, SAMPLE, "checkpoint: got 'run'"),
         (f"full/{WHOLE}", cut, FULL, f"full/{WHOLE} is damaged: SafetensorError"),
-        (f"full/{WHOLE}", cut, ["export", "full", "out", "--merge", "--weights", "default"], "full/checkpoint/default"),
+        (f"full/{WHOLE}", cut, ["export", "full", "out", "--merge"], "full/checkpoint/ema"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_in_one_line(
