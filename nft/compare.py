@@ -29,6 +29,7 @@ from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
 from .objectives import unread
 from .plan import evaluations
+from .statistics import holm
 
 COSTS = {
     "seconds": "seconds of rollout, rewards and training",
@@ -128,15 +129,6 @@ def ratio_of_medians(times: np.ndarray, baseline: np.ndarray) -> dict[str, float
     # An order statistic, as nothing lies between a number and infinity.
     low, high = np.quantile(known, (0.025, 0.975), method="inverted_cdf") if len(known) else (math.nan, math.nan)
     return {"ratio": float(ratio), "low": float(low), "high": float(high)}
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for as many tests, by Holm (Scandinavian Journal of Statistics 6, 1979); NaN is no test."""
-    adjusted = np.full(len(p), math.nan)
-    order = [i for i in np.argsort(p) if not math.isnan(p[i])]
-    steps = np.asarray(p)[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return adjusted.tolist()
 
 
 def of_another_seed(scores: np.ndarray) -> list[float]:

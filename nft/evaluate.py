@@ -22,13 +22,13 @@ from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
 from .checkpoint import beside, check_folder, reading, replace_text
-from .compare import holm
 from .data import geneval, prompts
 from .data.prompts import Entry
 from .distributed import Processes
 from .rewards import registry
-from .rewards.base import Reward, RewardError, check_needs, score
+from .rewards.base import RewardError, check_entries, score
 from .rewards.ocr import OCR
+from .statistics import holm
 
 Draw = Callable[[list[str], list[int]], Tensor]
 """Pictures (B, H, W, 3) uint8 of prompts and their seeds."""
@@ -111,16 +111,9 @@ SUITES = {
 }
 
 
-def _check_needs(judge: Reward | type[Reward], entries: list[Entry], what: str) -> None:
-    try:
-        check_needs(judge, [entry["prompt"] for entry in entries], entries)
-    except ValueError as error:
-        raise ValueError(f"prompts: {what}: {error}") from None
-
-
 def _read_ocr(path: Path) -> list[Entry]:
     entries = prompts.read(path)
-    _check_needs(OCR, entries, str(path))
+    check_entries(OCR, entries, f"prompts: {path}")
     return entries
 
 
@@ -321,7 +314,7 @@ class Evaluation:
             except (RewardError, FileNotFoundError):
                 # Its columns are left out, unless it can be had later.
                 continue
-            _check_needs(judge, self.entries[name], name)
+            check_entries(judge, self.entries[name], f"prompts: {name}")
 
     def score(
         self,

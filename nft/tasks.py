@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import Config
 from .data import prompts
 from .rewards import registry
-from .rewards.base import Reward, check_needs, fetch_weights
+from .rewards.base import Reward, check_entries, fetch_weights
 from .rewards.geneval import Verdict
 from .rewards.pool import RewardSpec, Scorer
 from .worlds.shapes.prompts import sample, split
@@ -97,11 +97,8 @@ def _prompts(train: str, held_out: str | None) -> tuple[list[list[dict[str, Any]
 def _check_needs(
     judge: Reward | type[Reward], groups: list[list[dict[str, Any]]], kept_away: list[dict[str, Any]]
 ) -> None:
-    for key, entries in (("prompts", [*chain(*groups)]), ("held_out_prompts", kept_away)):
-        try:
-            check_needs(judge, [entry["prompt"] for entry in entries], entries)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+    check_entries(judge, [*chain(*groups)], "prompts")
+    check_entries(judge, kept_away, "held_out_prompts")
 
 
 class Rewards(Task):

@@ -15,7 +15,10 @@ Entry = dict[str, Any]
 SETS = ("shapes", "geneval", "ocr", "preference")
 _PER_GROUP = 5000
 _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
+# Those that are generated as one list, and not by task group.
+_GENERATORS = {"ocr": ocr.generate, "preference": preference.generate}
 _HELD_OUT = {"geneval": 100, "ocr": 1000, "preference": 100}
+_BENCHMARK = {"geneval": 80, "ocr": 1000, "preference": 50}
 _BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117, "preference": 2205}
 _MIRRORED = {"right of": "left of", "below": "above"}
 
@@ -71,13 +74,11 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
         raise ValueError(f"per_group: got {per_group}, accepted are positive numbers")
     if source == "shapes":
         return shapes.sample(held_out=True, per_group=per_group or 40)
-    if source == "ocr":
-        return ocr.generate(_HELD_OUT["ocr"], _HELD_OUT_SEED)[:per_group]
     if source == "geneval":
         groups = geneval.generate(_HELD_OUT["geneval"], _HELD_OUT_SEED)
         return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
-    if source == "preference":
-        entries = preference.generate(_HELD_OUT["preference"], _HELD_OUT_SEED)
+    if source in _GENERATORS:
+        entries = _GENERATORS[source](_HELD_OUT[source], _HELD_OUT_SEED)
     else:
         entries = read(Path(source), "held_out_prompts")
     return [entry for group in _by_tag(entries) for entry in group[:per_group]]
@@ -86,11 +87,10 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
 def benchmark(source: str) -> list[Entry]:
     """The prompts that checkpoints are compared on: of ``geneval`` 80 of each task group, of ``ocr`` 1000, of
     ``preference`` 50 of each kind."""
-    if source == "ocr":
-        return ocr.generate(1000, _BENCHMARK_SEEDS[source])
-    if source == "preference":
-        return preference.generate(50, _BENCHMARK_SEEDS[source])
-    return [entry for group in geneval.generate(80, _BENCHMARK_SEEDS[source]).values() for entry in group]
+    count, seed = _BENCHMARK[source], _BENCHMARK_SEEDS[source]
+    if source in _GENERATORS:
+        return _GENERATORS[source](count, seed)
+    return [entry for group in geneval.generate(count, seed).values() for entry in group]
 
 
 def _asked(entry: Entry) -> str:
@@ -118,12 +118,9 @@ def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
     kept_away = {entry["prompt"] for entry in apart_from}
     if source == "shapes":
         groups = list(shapes.split(held_out=False).values())
-    elif source == "ocr":
-        groups = [ocr.generate(_PER_GROUP, _TRAIN_SEED)]
-        kept_away |= {entry["prompt"] for entry in benchmark("ocr")}
-    elif source == "preference":
-        groups = _by_tag(preference.generate(_PER_GROUP, _TRAIN_SEED))
-        kept_away |= {entry["prompt"] for entry in benchmark("preference")}
+    elif source in _GENERATORS:
+        groups = _by_tag(_GENERATORS[source](_PER_GROUP, _TRAIN_SEED))
+        kept_away |= {entry["prompt"] for entry in benchmark(source)}
     elif source == "geneval":
         asked = {_asked(entry) for entry in (*apart_from, *benchmark("geneval")) if entry["tag"] != "single_object"}
         generated = geneval.generate(_PER_GROUP, _TRAIN_SEED).values()

@@ -120,6 +120,18 @@ def check_needs(reward: Reward | type[Reward], prompts: list[str], metadata: Met
             raise ValueError(f"metadata: entry {i}, {prompt!r}: {error}") from None
 
 
+def check_entries(reward: Reward | type[Reward], entries: Metadata, where: str) -> None:
+    """``check_needs`` of entries with their prompts, which come from ``where``.
+
+    Raises:
+        ValueError: as there.
+    """
+    try:
+        check_needs(reward, [entry["prompt"] for entry in entries], entries)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
     """Ask a reward for its scores, ``reward.batch`` pictures at a time.
 

@@ -22,7 +22,6 @@ from nft.compare import (
     SUITES,
     compare,
     curve,
-    holm,
     ratio_of_medians,
     read_run,
     summarise,
@@ -31,6 +30,7 @@ from nft.compare import (
 )
 from nft.config import load_config
 from nft.objectives import OBJECTIVES
+from nft.statistics import holm
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
