@@ -184,55 +184,54 @@ void reduce(const LossArgs& a) {
   *static_cast<T*>(a.loss) = static_cast<T>(a.outer.data ? sum : sum / static_cast<double>(a.batch));
 }
 
-// A sample's gradient is written in the same visit that sums its errors, while it is still in cache. Either every thread
-// has samples of its own, or, where there are too few, all threads share one sample at a time; the bits are the same.
+// A sample's gradient is written in the same visit that sums its errors, while it is still in cache. Every thread has as
+// many samples of its own; those left over, and all where there are few, are shared by the threads one at a time. The
+// bits are the same.
 template <typename T, typename S, bool kElementwise, bool kRef>
 void loss(const LossArgs& a) {
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
-  auto length = [](const Part& part, int64_t c) { return std::min(kChunk, part.length - c * kChunk); };
+  auto sums_of = [&](int64_t b, const Part& p, int64_t c, Buffers<T>& buf) {
+    return chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk,
+                                                std::min(kChunk, p.length - c * kChunk), buf);
+  };
+  auto write_grad = [&](int64_t b, const Part& p, int64_t c, const Coefficients& coefficients, Buffers<T>& buf) {
+    chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, std::min(kChunk, p.length - c * kChunk),
+                                         coefficients, buf);
+  };
   int64_t most = 0;
   for (int64_t b = 0; b < (a.offsets ? a.batch : 1); ++b) most = std::max(most, chunks_of(part_of(a, b)));
-  if (most == 1 || a.batch >= kSamplesPerThread * omp_get_max_threads()) {
-#pragma omp parallel
-    {
-      Buffers<T> buf;
-#pragma omp for schedule(static)
-      for (int64_t b = 0; b < a.batch; ++b) {
-        const Part p = part_of(a, b);
-        WeightedSums<double> sums{};
-        for (int64_t c = 0; c < chunks_of(p); ++c)
-          sums.add(chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), buf));
-        const Coefficients coefficients = finish_sample<T>(a, b, sums);
-        for (int64_t c = 0; a.want_grad && c < chunks_of(p); ++c)
-          chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
-      }
-    }
-    return reduce<T>(a);
-  }
   // Two sets, so that a thread may start the next sample while another still adds up this one.
   std::vector<WeightedSums<double>> partial(2 * most);
 #pragma omp parallel
   {
     Buffers<T> buf;
-    for (int64_t b = 0; b < a.batch; ++b) {
+    const int64_t threads = omp_get_num_threads();
+    int64_t own = a.batch < kSamplesPerThread * threads ? 0 : a.batch - a.batch % threads;
+    if (most == 1) own = a.batch;
+#pragma omp for schedule(static) nowait
+    for (int64_t b = 0; b < own; ++b) {
+      const Part p = part_of(a, b);
+      WeightedSums<double> sums{};
+      for (int64_t c = 0; c < chunks_of(p); ++c) sums.add(sums_of(b, p, c, buf));
+      const Coefficients coefficients = finish_sample<T>(a, b, sums);
+      // Backwards: what was read last is nearest.
+      for (int64_t c = a.want_grad ? chunks_of(p) : 0; c-- > 0;) write_grad(b, p, c, coefficients, buf);
+    }
+    for (int64_t b = own; b < a.batch; ++b) {
       WeightedSums<double>* mine = partial.data() + (b & 1) * most;
       const Part p = part_of(a, b);
-      const int64_t chunks = chunks_of(p);
-#pragma omp for schedule(static)
-      for (int64_t c = 0; c < chunks; ++c)
-        mine[c] = chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
+      const int64_t chunks = chunks_of(p), thread = omp_get_thread_num();
+      const int64_t first = chunks * thread / threads, last = chunks * (thread + 1) / threads;
+      for (int64_t c = first; c < last; ++c) mine[c] = sums_of(b, p, c, buf);
       Coefficients coefficients{};
+#pragma omp barrier
 #pragma omp single copyprivate(coefficients)
       {
         WeightedSums<double> sums{};
         for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
         coefficients = finish_sample<T>(a, b, sums);
       }
-      if (a.want_grad) {
-#pragma omp for schedule(static) nowait
-        for (int64_t c = 0; c < chunks; ++c)
-          chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
-      }
+      for (int64_t c = a.want_grad ? last : first; c-- > first;) write_grad(b, p, c, coefficients, buf);
     }
   }
   reduce<T>(a);

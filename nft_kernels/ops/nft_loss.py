@@ -53,14 +53,15 @@ class _Fused(torch.autograd.Function):
     it would underflow."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, options: Options, want_grad: bool, *args: Any) -> tuple[Tensor, Tensor]:
-        kernels, inputs = load(backend), LossInputs(*args)
-        dtype = inputs.v_theta.dtype
+    def forward(
+        ctx: Any, v_theta: Tensor, inputs: LossInputs, options: Options, backend: str, want_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        kernels, dtype = load(backend), v_theta.dtype
         ahead = want_grad and kernels.GRADIENT_AHEAD and dtype != torch.float16
         loss, details, ctx.grad = kernels.nft_loss(inputs, options, grad_dtype=dtype if ahead else None)
         # Those of inference mode have no version that could be compared.
-        ctx.kept = [x if x is not None and x.is_inference() else None for x in args]
-        ctx.save_for_backward(*(x if kept is None else None for x, kept in zip(args, ctx.kept, strict=True)), details)
+        ctx.kept = [x if x is not None and x.is_inference() else None for x in inputs]
+        ctx.save_for_backward(*(x if kept is None else None for x, kept in zip(inputs, ctx.kept, strict=True)), details)
         ctx.backend, ctx.options = backend, options
         ctx.mark_non_differentiable(details)
         ctx.set_materialize_grads(False)  # no zeros for the details
@@ -72,14 +73,14 @@ class _Fused(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         *saved, details = ctx.saved_tensors
-        inputs = LossInputs(*(x if kept is None else kept for x, kept in zip(saved, ctx.kept, strict=True)))
         kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None
         if grad is None:
+            inputs = LossInputs._make(x if kept is None else kept for x, kept in zip(saved, ctx.kept, strict=True))
             inputs = inputs._replace(outer=_scaled(inputs.outer, grad_loss, details[0]))
             grad = kernels.nft_loss_gradient(inputs, ctx.options, details=details, grad_dtype=inputs.v_theta.dtype)
         else:
             kernels.scale(grad, grad_loss)
-        return (None, None, None, grad, *[None] * (len(saved) - 1))
+        return grad, None, None, None, None
 
 
 def _unscaled_dtype(v_theta: Tensor) -> torch.dtype:
@@ -157,7 +158,7 @@ def _run(inputs: LossInputs, options: Options, backend: str, per_sample: bool) -
     if torch.compiler.is_compiling() or per_sample:
         losses, details, _ = _op(*inputs, *options, want_grad, backend)
         return losses if per_sample else losses.sum(), details.detach()
-    return _Fused.apply(backend, options, want_grad, *inputs)
+    return _Fused.apply(inputs.v_theta, inputs, options, backend, want_grad)
 
 
 def _per_token(
