@@ -11,7 +11,7 @@ import math
 import weakref
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from nft_kernels.solvers import schedule, table
 
@@ -54,9 +54,6 @@ _KNOWN: dict[str, tuple[type[Model], dict[str, Any], int]] = {
     "black-forest-labs/FLUX.1-dev": (Flux, {"guidance_embeds": True}, 4_970_000_000),
     "black-forest-labs/FLUX.1-schnell": (Flux, {}, 4_970_000_000),
 }
-
-
-_Mode = TypeVar("_Mode", bound=TorchDispatchMode)
 
 
 class Plan(NamedTuple):
@@ -114,16 +111,18 @@ def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int,
     return c.pictures * exact + c.candidates * cheap, pairs, old, pairs if c.kl_weight > 0 else 0
 
 
-class _Peak(TorchDispatchMode):
-    """The most bytes that tensors made inside held at once, and what they hold now."""
+class _Costs(TorchDispatchMode):
+    """FLOPs of the matrix products inside, and the most bytes that tensors made inside held at once and hold now."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak = self.now = 0
+        self.flops = self.peak = self.now = 0
         self._held: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._held:
                 self._held[storage._cdata] = storage.nbytes()
@@ -152,27 +151,22 @@ class _Measured(NamedTuple):
 
 def _measure(model: Model, config: Config, batch: int, train: bool) -> _Measured:
     """One evaluation of a batch, with its backward if ``train``."""
-    device, shape = torch.device("meta"), model.latent_shape(config.resolution)
-
-    def evaluate(size: int, mode: _Mode) -> _Mode:
-        # What a model makes itself, such as its positions, has to lie beside the weights.
-        with device, torch.set_grad_enabled(train):
-            x_t = torch.empty(size, *shape, dtype=model.transformer.dtype)
-            conditions, t = model.conditions(size, config.max_sequence_length), torch.empty(size)
-            with mode:
-                out = model.velocity(model.transformer, x_t, t, *conditions)
-                if train:
-                    out.backward(torch.empty_like(out))
-                del out
-        return mode
-
-    # One after the other: the counter's hooks hold tensors for longer than they live.
-    counter = evaluate(1, FlopCounterMode(display=False))
+    shape, costs = model.latent_shape(config.resolution), _Costs()
+    # What a model makes itself, such as its positions, has to lie beside the weights.
+    with (
+        torch.device("meta"),
+        torch.set_grad_enabled(train),
+        patch.object(F, "scaled_dot_product_attention", _attend),
+    ):
+        x_t = torch.empty(batch, *shape, dtype=model.transformer.dtype)
+        conditions, t = model.conditions(batch, config.max_sequence_length), torch.empty(batch)
+        with costs:
+            out = model.velocity(model.transformer, x_t, t, *conditions)
+            if train:
+                out.backward(torch.empty_like(out))
+            del out
     model.transformer.zero_grad()
-    with patch.object(F, "scaled_dot_product_attention", _attend):
-        memory = evaluate(batch, _Peak())
-    model.transformer.zero_grad()
-    return _Measured(counter.get_total_flops(), memory.peak - memory.now)
+    return _Measured(costs.flops // batch, costs.peak - costs.now)
 
 
 def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1) -> Plan:

@@ -1,0 +1,9 @@
+"""Read before any test imports torch or Hugging Face's libraries."""
+
+import os
+
+# What is not on disk is to be refused at once, and not asked for again and again where there is no network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: a thread that waits for others must not keep one busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
