@@ -1,8 +1,5 @@
 """The kernels on rows of a transformer, compiled ahead of time as test_triton_aot does with the others."""
 
-import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -36,11 +33,7 @@ def launch_all(backend, dtype, _):
 
 @pytest.fixture(scope="module")
 def report():
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return aot.reports(__file__)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), CASES)
@@ -55,4 +48,4 @@ def test_kernels_compile_without_spills(report, target, dtype, layout):
 
 if __name__ == "__main__":
     aot.launch_all, aot.CASES = launch_all, CASES
-    aot.main()
+    aot.main(sys.argv[1])

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def launch_all(backend, dtype, strided):
     backend.solver_step(x, v, None, None, [], None, None, euler, tensor(), none, none, none)
 
 
-def main():
+def main(target):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -75,44 +76,53 @@ def main():
     compiled, run = [], JITFunction.run
 
     class Driver:
-        """A GPU that is not there, with a device number of its own for each target."""
+        """A GPU that is not there."""
 
         def __init__(self, target):
             self.get_current_target = lambda: GPUTarget(*TARGETS[target])
-            self.get_current_device = lambda: list(TARGETS).index(target)
+            self.get_current_device = lambda: 0
             self.get_current_stream = lambda device: 0
 
     def compile_only(self, *args, grid, warmup, **options):
         compiled.append(run(self, *args, grid=grid, warmup=True, **options))
 
     JITFunction.run = compile_only
+    driver.set_active(Driver(target))
     report = []
-    for target in TARGETS:
-        driver.set_active(Driver(target))
-        for dtype, layout in CASES:
-            compiled.clear()
-            launch_all(load("triton"), getattr(torch, dtype), layout == "strided")
-            for kernel in compiled:
-                text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
-                report.append(
-                    {
-                        "case": [target, dtype, layout],
-                        "kernel": kernel.name,
-                        "spilled": spilled(kernel, TARGETS[target][1]),
-                        # 8 elements a thread, of which AMD's wider waves leave 4.
-                        "vectorized": bool(re.search(r"ld\.global\.v4|load_dwordx[24]", text)),
-                    }
-                )
+    for dtype, layout in CASES:
+        compiled.clear()
+        launch_all(load("triton"), getattr(torch, dtype), layout == "strided")
+        for kernel in compiled:
+            text = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
+            report.append(
+                {
+                    "case": [target, dtype, layout],
+                    "kernel": kernel.name,
+                    "spilled": spilled(kernel, TARGETS[target][1]),
+                    # 8 elements a thread, of which AMD's wider waves leave 4.
+                    "vectorized": bool(re.search(r"ld\.global\.v4|load_dwordx[24]", text)),
+                }
+            )
     print(json.dumps(report))
+
+
+def reports(script):
+    """What ``script`` prints for every target, each in a process of its own."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compile_for(target):
+        done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for report in pool.map(compile_for, TARGETS) for row in report]
 
 
 @pytest.fixture(scope="module")
 def report():
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return reports(__file__)
 
 
 @pytest.mark.parametrize(("dtype", "layout"), CASES)
@@ -126,4 +136,4 @@ def test_kernels_compile_without_spills(report, target, dtype, layout):
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
