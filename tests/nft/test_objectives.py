@@ -341,10 +341,14 @@ def test_two_processes_train_grpo_as_one_does(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed_worker, "SETTINGS", [*distributed_worker.SETTINGS, *changes])
     monkeypatch.setitem(TASKS, "shapes", Shapes)
     threads = torch.get_num_threads()
+    settings = load_config("shapes", [f"pipeline={pipeline}", *distributed_worker.SETTINGS])
+    start = [p.detach().clone() for p in Trainer(settings, tmp_path / "start").policy.trained]
     distributed_worker.run(tmp_path / "run1", pipeline)
     torch.set_num_threads(threads)
     by_fork(2, lambda: distributed_worker.run(tmp_path / "run2", pipeline))
     one, *two = (torch.load(tmp_path / f"run{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert all(map(torch.equal, two[0]["trained"], two[1]["trained"]))
-    for ours, theirs in zip(two[0]["trained"], one["trained"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    # As a whole: where a gradient nearly cancels, Adam makes any share of a step of its rounding.
+    ours, theirs = (torch.cat([p.flatten() for p in run["trained"]]) for run in (two[0], one))
+    change = theirs - torch.cat([p.flatten() for p in start])
+    assert (ours - theirs).norm() <= 1e-3 * change.norm()
