@@ -2,8 +2,20 @@
 
 import os
 
+import pytest
+
 # What is not on disk is to be refused at once, and not asked for again and again where there is no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: a thread that waits for others must not keep one busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file goes to one worker, whose fixtures are expensive, in the order of collection: the longest ones have few
+    tests and would come last."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
