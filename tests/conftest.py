@@ -7,7 +7,9 @@ import pytest
 # What is not on disk is to be refused at once, and not asked for again and again where there is no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: a thread that waits for others must not keep one busy.
+    # Workers share the cores, and a thread that waits for others must not keep one busy.
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(share, 1)))
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 

@@ -207,24 +207,35 @@ def test_overwritten_input_is_noticed(backend):
             loss.backward()
 
 
-def test_inputs_stay_and_reruns_are_bitwise_equal_for_any_thread_count(backend):
-    x, t, r = inputs((3, 16, 50, 50) if backend == "native" else (3, 7, 20, 20), torch.bfloat16)
+def value_and_gradient(x, t, r, backend):
+    leaf = x[0].clone().requires_grad_()
+    out = nft_loss(leaf, *x[1:4], t, r, v_ref=x[4], kl_weight=0.1, backend=backend)
+    out.loss.backward()
+    return [*out, leaf.grad]
+
+
+def test_inputs_stay_and_reruns_are_bitwise_equal(backend):
+    x, t, r = inputs((3, 7, 20, 20), torch.bfloat16)
     before = [a.clone() for a in x]
+    first, second = (value_and_gradient(x, t, r, backend) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, x, strict=True))
 
-    def run():
-        leaf = x[0].clone().requires_grad_()
-        out = nft_loss(leaf, *x[1:4], t, r, v_ref=x[4], kl_weight=0.1, backend=backend)
-        out.loss.backward()
-        return [*out, leaf.grad]
 
-    threads, first = torch.get_num_threads(), run()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 5, 13])
+def test_the_bits_are_the_same_for_any_number_of_threads(batch, dtype):
+    """With 13 samples two or three threads have as many of their own and share the last; with 5 they share all."""
+    x, t, r = inputs((batch, 9_001), dtype)
+    threads, found = torch.get_num_threads(), []
     try:
-        if backend == "native":
-            torch.set_num_threads(1)
-        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(value_and_gradient(x, t, r, "native"))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(before, x, strict=True))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_nan_is_not_hidden(backend):
