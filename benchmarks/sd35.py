@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -131,22 +130,31 @@ class Plain:
         clear(self.policy)
 
 
-def merged_and_compiled(policy: Policy) -> Draw:
-    """Rollouts by torch.compile of a transformer without PEFT, whose weights have the adapter merged."""
+def merged_and_compiled(policy: Policy) -> dict[str, Draw]:
+    """Rollouts by torch.compile of a transformer without PEFT, whose weights have the adapter merged, with the
+    attention that torch chooses and, on a GPU, with cuDNN's."""
     with policy.merged("old"), torch.device(policy.device):
         transformer = SD3Transformer2DModel.from_config(policy.transformer.config).to(policy.dtype).eval()
         weights = {k.replace(".base_layer", ""): v for k, v in policy.transformer.state_dict().items()}
         transformer.load_state_dict({k: v for k, v in weights.items() if "lora_" not in k})
-    forward = torch.compile(transformer.requires_grad_(False))
+    transformer.requires_grad_(False)
 
-    def draw(x: Tensor, grid: Tensor, conditions: tuple[Tensor, ...], attention: Any = None) -> Tensor:
-        with torch.no_grad(), sdpa_kernel(attention) if attention else nullcontext():
+    def by_cudnn(*args: Any, **kwargs: Any) -> Any:
+        # Inside of what is compiled: the kernel is chosen when it is traced.
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return transformer(*args, **kwargs)
+
+    def draw(forward: Callable[..., Any], x: Tensor, grid: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
+        with torch.no_grad():
             for t, following in pairwise(grid):
                 v = policy.model.velocity(forward, x.to(policy.dtype), t.expand(len(x)), *conditions)
                 x = x + (following - t) * v.float()
         return x
 
-    return draw
+    forwards: dict[str, Callable[..., Any]] = {"compile": transformer}
+    if policy.device.type == "cuda":
+        forwards["compile, cudnn"] = by_cudnn
+    return {name: partial(draw, torch.compile(forward)) for name, forward in forwards.items()}
 
 
 def clear(policy: Policy) -> None:
@@ -202,7 +210,7 @@ def flops(policy: Policy) -> int:
     return counter.get_total_flops()
 
 
-def draws_of(fused: Policy, official: Plain, compiled: Draw | None, batch: int, steps: int) -> Calls:
+def draws_of(fused: Policy, official: Plain, compiled: dict[str, Draw], batch: int, steps: int) -> Calls:
     """Rollouts of as many pictures from the same noise."""
     device, prompts, seeds = fused.device, ["a"] * batch, list(range(batch))
     grid, keys = times(steps, **fused.schedule).to(device), torch.tensor(seeds, device=device)
@@ -214,10 +222,7 @@ def draws_of(fused: Policy, official: Plain, compiled: Draw | None, batch: int, 
             rollout(fused, prompts, seeds, grid, "euler", batch)
 
     calls: Calls = {"official": partial(official.draw, x, grid, wide)}
-    if compiled:
-        calls["compile"] = partial(compiled, x, grid, narrow)
-        if device.type == "cuda":
-            calls["compile, cudnn"] = partial(compiled, x, grid, narrow, SDPBackend.CUDNN_ATTENTION)
+    calls |= {name: partial(draw, x, grid, narrow) for name, draw in compiled.items()}
     calls["nft"] = partial(ours, False)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         calls["nft, float8"] = partial(ours, True)
@@ -291,7 +296,7 @@ def main() -> None:
         "rollout": {},
     }
     print(f"relative difference of velocities, nft to official: {report['velocity_difference']:.2e}")
-    compiled = None if options.no_compile else merged_and_compiled(fused)
+    compiled = {} if options.no_compile else merged_and_compiled(fused)
     for batch in options.rollout_batches:
         calls = draws_of(fused, plain["official"], compiled, batch, options.steps)
         report["rollout"][batch] = results = measure(calls, device, options.seconds)
@@ -306,6 +311,7 @@ def main() -> None:
     report["attention"] = sorted({*fused._fast_path.attention_used.values()})
     if compiled:
         del compiled, calls
+        torch._dynamo.reset()
         plain["compile"] = Plain(make_policy(options, "dtype=float32"), compiled=True)
     report["training_step"] = results = measure(steps_of(fused, plain, options.micro_batch), device, options.seconds)
     print(f"training step of {options.micro_batch} pairs")
