@@ -34,15 +34,17 @@ CASES = {
 SMALL = ["prompts_per_epoch=8", "group_size=12", "rollout_batch=32", "preflight=false", "verify_kernels_steps=0"]
 
 
-def matrix_rate() -> float:
-    """TFLOP/s of a float32 product of 2048 x 2048, the best of ten."""
-    a = torch.randn(2048, 2048)
+def matrix_rate(size: int = 2048, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> float:
+    """TFLOP/s of a product of ``size`` x ``size``, the best of ten."""
+    a = torch.randn(size, size, device=device).to(dtype)
     times = []
     for _ in range(10):
         begin = time.perf_counter()
         a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(times) / 1e12
+    return 2 * size**3 / min(times) / 1e12
 
 
 def measure(overrides: list[str], folder: Path, rate: float) -> dict[str, float]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.plan import matrix_rate
 from nft.cli import quieten_libraries
 from nft.config import load_config
 from nft.models.base import Model
@@ -97,11 +98,19 @@ def make_policy(options: argparse.Namespace, *changes: str) -> Policy:
     return policy
 
 
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Tensor) -> Tensor:
+    """Clean latents from noise x by Euler's method, ``velocity`` being called with latents and times (B,)."""
+    with torch.no_grad():
+        for t, following in pairwise(grid):
+            x = x + (following - t) * velocity(x, t.expand(len(x))).float()
+    return x
+
+
 class Plain:
     """A policy's transformer by diffusers and PEFT alone, under float16 autocast."""
 
     def __init__(self, policy: Policy, compiled: bool):
-        self.policy, self.compiled = policy, compiled
+        self.policy = policy
         self.loss: Callable[..., Tensor] = plain_loss
         if compiled:
             policy._forward = torch.compile(policy.transformer)
@@ -113,11 +122,7 @@ class Plain:
             return self.policy.velocity(x, t, *conditions)
 
     def draw(self, x: Tensor, grid: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
-        with torch.no_grad():
-            for t, following in pairwise(grid):
-                v = self.velocity("old", x, t.expand(len(x)), *conditions)
-                x = x + (following - t) * v.float()
-        return x
+        return euler(lambda x, t: self.velocity("old", x, t, *conditions), x, grid)
 
     def step(self, x0: Tensor, t: Tensor, r: Tensor, conditions: tuple[Tensor, ...]) -> None:
         shaped = t.view(-1, 1, 1, 1)
@@ -145,11 +150,7 @@ def merged_and_compiled(policy: Policy) -> dict[str, Draw]:
             return transformer(*args, **kwargs)
 
     def draw(forward: Callable[..., Any], x: Tensor, grid: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
-        with torch.no_grad():
-            for t, following in pairwise(grid):
-                v = policy.model.velocity(forward, x.to(policy.dtype), t.expand(len(x)), *conditions)
-                x = x + (following - t) * v.float()
-        return x
+        return euler(lambda x, t: policy.model.velocity(forward, x.to(policy.dtype), t, *conditions), x, grid)
 
     forwards: dict[str, Callable[..., Any]] = {"compile": transformer}
     if policy.device.type == "cuda":
@@ -186,19 +187,6 @@ def measure(calls: Calls, device: torch.device, seconds: float) -> dict[str, dic
     for result in results.values():
         result["median"] = statistics.median(result["seconds"])
     return results
-
-
-def matrix_rate(device: torch.device) -> float:
-    """FLOPs a second of a large bfloat16 product, the best of ten."""
-    n, cuda = (8192 if device.type == "cuda" else 1024), device.type == "cuda"
-    a, taken = torch.randn(n, n, device=device).bfloat16(), []
-    for _ in range(10):
-        begin = time.perf_counter()
-        a @ a
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(taken)
 
 
 def flops(policy: Policy) -> int:
@@ -285,7 +273,8 @@ def main() -> None:
     device = torch.device(options.device)
     fused = make_policy(options, "dtype=bfloat16", "fused_transformer=true")
     plain = {"official": Plain(make_policy(options, "dtype=float32"), compiled=False)}
-    evaluation, rate = flops(fused), matrix_rate(device)
+    size = 8192 if device.type == "cuda" else 1024
+    evaluation, rate = flops(fused), 1e12 * matrix_rate(size, torch.bfloat16, device)
     report: dict[str, Any] = {
         "command": " ".join(["python -m benchmarks.sd35", *sys.argv[1:]]),
         **provenance(device),

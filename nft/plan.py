@@ -43,14 +43,14 @@ SD35_MEDIUM = {
     "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }  # fmt: skip
-SD35_LARGE = SD35_MEDIUM | {
+_SD35_LARGE = SD35_MEDIUM | {
     "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
     "dual_attention_layers": (),
 }  # fmt: skip
 # FLUX.1 has CLIP-L and T5-XXL; what is not named here diffusers' class has by default.
 _KNOWN: dict[str, tuple[type[Model], dict[str, Any], int]] = {
     "stabilityai/stable-diffusion-3.5-medium": (StableDiffusion3, SD35_MEDIUM, 5_665_000_000),
-    "stabilityai/stable-diffusion-3.5-large": (StableDiffusion3, SD35_LARGE, 5_665_000_000),
+    "stabilityai/stable-diffusion-3.5-large": (StableDiffusion3, _SD35_LARGE, 5_665_000_000),
     "black-forest-labs/FLUX.1-dev": (Flux, {"guidance_embeds": True}, 4_970_000_000),
     "black-forest-labs/FLUX.1-schnell": (Flux, {}, 4_970_000_000),
 }

@@ -230,6 +230,7 @@ def _replayed(call: Callable[[], Any]) -> Callable[[], Any] | None:
     except RuntimeError:
         return None
 
+    # What the graph writes to must live as long as it.
     def replay(_: Any = result) -> None:
         graph.replay()
 

@@ -190,13 +190,12 @@ void reduce(const LossArgs& a) {
 template <typename T, typename S, bool kElementwise, bool kRef>
 void loss(const LossArgs& a) {
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
+  auto length = [](const Part& part, int64_t c) { return std::min(kChunk, part.length - c * kChunk); };
   auto sums_of = [&](int64_t b, const Part& p, int64_t c, Buffers<T>& buf) {
-    return chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk,
-                                                std::min(kChunk, p.length - c * kChunk), buf);
+    return chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
   };
   auto write_grad = [&](int64_t b, const Part& p, int64_t c, const Coefficients& coefficients, Buffers<T>& buf) {
-    chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, std::min(kChunk, p.length - c * kChunk),
-                                         coefficients, buf);
+    chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
   };
   int64_t most = 0;
   for (int64_t b = 0; b < (a.offsets ? a.batch : 1); ++b) most = std::max(most, chunks_of(part_of(a, b)));
