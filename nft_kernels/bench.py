@@ -255,6 +255,9 @@ def _time(
                 call()
             if device.type == "cuda":
                 begin, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                # The device waits for some 50 us, in which it is told what to do, so that its time and not that of
+                # the launches is taken.
+                torch.cuda._sleep(100_000)
                 begin.record()
                 result = call()
                 stop.record()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,21 @@ DTYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(DTYPE).max
 
 
+@functools.cache
+def _on_cpu() -> str | None:
+    """Why torch has no row-wise product on the CPU, as older versions have not; None when it has."""
+    rows, scale = torch.zeros(16, 16, dtype=DTYPE), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(rows, rows.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.float32)
+    except RuntimeError as error:
+        return f"torch {torch.__version__} has none on the CPU ({str(error).splitlines()[0]})"
+    return None
+
+
 def why_not(x: Tensor) -> str | None:
     """Why torch's row-wise product cannot take x, or None when it can."""
     if x.device.type == "cpu":
-        return None
+        return _on_cpu()
     if x.device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(x.device) < (8, 9):
         return f"it needs an NVIDIA GPU of compute capability 8.9 or later, the tensors are on {x.device}"
     return None if x.dtype == torch.bfloat16 else f"on a GPU it takes bfloat16, not {x.dtype}"

@@ -1,0 +1,74 @@
+"""The trainer on a GPU: the bundled world through the code paths of Stable Diffusion 3.5."""
+
+import json
+
+import pytest
+import torch
+from distributed_worker import Brightness, train_until
+
+pytest.importorskip("diffusers")
+
+from nft.config import load_config
+from nft.policy import Policy
+from nft.rollout import rollout, times
+from nft.tasks import TASKS
+from nft.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+PROMPTS = ["a red circle left of a blue square", "two green triangles"]
+SMALL = ["prompts_per_epoch=2", "group_size=3", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
+         "eval_prompts_per_group=1", "eval_steps=2", "eval_every=2", "lora_rank=4"]  # fmt: skip
+
+
+def settings(pipeline, *overrides):
+    return load_config("shapes", [f"pipeline={pipeline}", "device=cuda", *SMALL, *overrides])
+
+
+def draw(pipeline, *overrides, batch=4):
+    torch.manual_seed(0)
+    policy = Policy(settings(pipeline, *overrides))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy._old:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+    seeds = list(range(6))
+    with policy.merged("old"):
+        return rollout(policy, [*PROMPTS, *PROMPTS, *PROMPTS], seeds, times(4, **policy.schedule), "dpm++2M", batch)
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["dtype=bfloat16"], ["dtype=bfloat16", "fused_transformer=true"]], ids=["float32", "bf16", "fused"]
+)
+def test_epochs_train_and_resume(pipeline, tmp_path, monkeypatch, options):
+    monkeypatch.setitem(TASKS, "shapes", Brightness)
+    train_until(Trainer(settings(pipeline, "epochs=2", *options), tmp_path), 1)
+    trainer = Trainer(settings(pipeline, "epochs=2", *options), tmp_path, resume=True)
+    before = [p.detach().clone() for p in trainer.policy.trained]
+    assert trainer.epoch == 1 and all(p.is_cuda for p in before)
+    trainer.train()
+    assert all(p.isfinite().all() for p in trainer.policy.trained)
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.policy.trained, strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == 2 and "eval_strict" in lines[-1]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_rollouts_draw_what_eager_ones_do(pipeline, mode):
+    expected = draw(pipeline)
+    got = draw(pipeline, f"compile_rollout={mode}")
+    assert (got - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_fused_rollouts_are_as_accurate_as_plain_ones(pipeline):
+    exact = draw(pipeline)
+    plain, fused = (draw(pipeline, "dtype=bfloat16", *extra) for extra in ([], ["fused_transformer=true"]))
+    assert (fused - exact).norm() <= 2 * (plain - exact).norm() <= 0.1 * exact.norm()
+
+
+def test_a_picture_does_not_depend_on_what_is_drawn_with_it(pipeline):
+    """Batches of one size are the same shapes: the last one is filled up."""
+    options = ["dtype=bfloat16", "fused_transformer=true"]
+    by_four, by_six = draw(pipeline, *options, batch=4), draw(pipeline, *options, batch=6)
+    assert torch.equal(by_four, draw(pipeline, *options, batch=4))
+    assert (by_four - by_six).norm() <= 0.05 * by_six.norm()
