@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from test_sd3 import MODELS, Products, add_adapters, assert_same, evaluate, inputs, run  # noqa: E402
-from test_sd3 import build as build_on_cpu  # noqa: E402
+from test_sd3 import MODELS, Products, add_adapters, assert_same, evaluate, inputs, run
+from test_sd3 import build as build_on_cpu
 
-from nft_kernels.models import attention  # noqa: E402
-from nft_kernels.models.sd3 import accelerate, restore  # noqa: E402
+from nft_kernels.models import attention
+from nft_kernels.models.sd3 import accelerate, restore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
