@@ -82,7 +82,7 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = f"-I{pybind11.get_include()} -I{get_paths()['include']} -I{ROOT / 'csrc'}"
+        includes = f"-I{pybind11.get_include()} -I{get_paths()['include']}"
         isas = {"baseline": ""} | (X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {})
         names = [n for n in isas if n != "baseline"]
         wanted = os.environ.get("NFT_KERNELS_SANITIZE")
@@ -114,7 +114,7 @@ class NinjaBuild(build_ext):
                 f"nvcc = {nvcc}",
                 # -fmad=false for the same reason as -ffp-contract=off.
                 "cuflags = -std=c++17 -O3 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden -cudart static "
-                f"{cuda_flags(archs)} -I{ROOT / 'csrc'}",
+                f"{cuda_flags(archs)}",
                 "rule nvcc",
                 "  command = $nvcc $cuflags -ccbin $cxx -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",

@@ -34,11 +34,12 @@ NFT_HD char* sample_start(const View& view, int64_t b) {
 
 NFT_HD bool dense(const View& view) { return view.dims == 0 || (view.dims == 1 && view.stride[0] == 1); }
 
-// A (B,) tensor.
+// A (B,) tensor, or without data the same number for every sample.
 struct Vector {
   const void* data;
   int dtype;
   int64_t stride;
+  double constant;
 };
 
 // In the order of WEIGHTINGS in reference/nft_loss.py.
@@ -67,7 +68,7 @@ struct LossArgs {
   // Sample b is [offsets[b], offsets[b + 1]) times `elements` of packed tensors, seen as one sample; null without.
   const int64_t* offsets;
   Vector t, r, beta;
-  Vector outer;  // what a sample counts in the loss; without data 1 / B
+  Vector outer;  // what a sample counts in the loss
   double adv_clip_max, kl_weight;
   void* loss;             // scalar of the compute type
   void* details;          // (8, batch) of the compute type: policy, l+, l-, w+, w-, kl, mean |d|, max |d|

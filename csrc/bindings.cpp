@@ -34,12 +34,13 @@ View view(const Tensor& tensor) {
 
 View view(const std::optional<Tensor>& tensor) { return tensor ? view(*tensor) : View{}; }
 
-// (pointer, dtype code, stride) of a (B,) tensor.
-using PerSample = std::tuple<uintptr_t, int, int64_t>;
+// (pointer, dtype code, stride) of a (B,) tensor, or the number that all samples have.
+using PerSample = std::variant<std::tuple<uintptr_t, int, int64_t>, double>;
 
 Vector vector(const PerSample& x) {
-  const auto& [pointer, dtype, stride] = x;
-  return Vector{reinterpret_cast<const void*>(pointer), dtype, stride};
+  if (x.index() == 1) return {nullptr, kFloat64, 0, std::get<1>(x)};
+  const auto& [pointer, dtype, stride] = std::get<0>(x);
+  return {reinterpret_cast<const void*>(pointer), dtype, stride, 0};
 }
 
 std::vector<std::string> isas() {

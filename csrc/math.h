@@ -85,7 +85,13 @@ NFT_HD double kl_factor(int prediction, bool in_x0, double t) {
 // a b - c d two would not, and so the compiler itself contracts nothing.
 template <typename T>
 NFT_HD T fused(T a, T b, T c) {
-#if defined(__FMA__) || defined(__CUDA_ARCH__) || defined(__aarch64__)
+#if defined(__CUDA_ARCH__)
+  // std::fma of floats is a function of the host, and on a device does nothing.
+  if constexpr (sizeof(T) == sizeof(float))
+    return __fmaf_rn(a, b, c);
+  else
+    return __fma_rn(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
   return std::fma(a, b, c);
 #else
   return a * b + c;
@@ -184,25 +190,28 @@ NFT_HD double branch_weight(int weighting, double mean_abs) {
 NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const WeightedSums<double>& sums,
                            double (&details)[kDetails]) {
   const Sums<double>& s = sums.all;
-  const double n = sums.size > 0 ? sums.size : 1.0, factor = a.adv_clip_max * time_weighting(a.weighting, sample.t) / n;
-  const double positive_mean = s.positive_abs / n, negative_mean = s.negative_abs / n;
-  const double w_positive = branch_weight(a.weighting, positive_mean);
-  const double w_negative = branch_weight(a.weighting, negative_mean);
+  // A GPU waits for divisions.
+  const double share = 1 / (sums.size > 0 ? sums.size : 1.0);
+  const double weighting = time_weighting(a.weighting, sample.t), factor = a.adv_clip_max * weighting * share;
+  const double positive_mean = s.positive_abs * share, negative_mean = s.negative_abs * share;
+  const double w_positive = branch_weight(a.weighting, positive_mean), over_positive = 1 / w_positive;
+  const double w_negative = branch_weight(a.weighting, negative_mean), over_negative = 1 / w_negative;
   const double kl = kl_factor(a.prediction, a.kl_in_x0, sample.t);
-  details[0] = factor * (sums.positive / w_positive + sums.negative / w_negative) / sample.beta;
-  details[1] = time_weighting(a.weighting, sample.t) * s.positive_sq / n / w_positive;
-  details[2] = time_weighting(a.weighting, sample.t) * s.negative_sq / n / w_negative;
+  details[0] = factor * (sums.positive * over_positive + sums.negative * over_negative) / sample.beta;
+  details[1] = weighting * s.positive_sq * share * over_positive;
+  details[2] = weighting * s.negative_sq * share * over_negative;
   details[3] = w_positive;
   details[4] = w_negative;
-  details[5] = a.has_ref ? kl * s.kl / n : 0.0;
-  details[6] = s.d_abs / n;
+  details[5] = a.has_ref ? kl * s.kl * share : 0.0;
+  details[6] = s.d_abs * share;
   details[7] = s.d_max;
   const double common = factor * affine<double>(a.prediction, sample.t, sample.beta).push * sample.outer;
-  Coefficients c{2 * common / w_positive, -2 * common / w_negative, 2 * a.kl_weight * kl * sample.outer / n, 0, 0};
+  Coefficients c{2 * common * over_positive, -2 * common * over_negative, 2 * a.kl_weight * kl * sample.outer * share,
+                 0, 0};
   if (!a.detach_weight) {
     // The clamped weight is a constant.
-    if (w_positive == positive_mean) c.positive_sign = -common * sums.positive / (n * w_positive * w_positive);
-    if (w_negative == negative_mean) c.negative_sign = common * sums.negative / (n * w_negative * w_negative);
+    if (w_positive == positive_mean) c.positive_sign = -common * sums.positive * share * over_positive * over_positive;
+    if (w_negative == negative_mean) c.negative_sign = common * sums.negative * share * over_negative * over_negative;
   }
   return c;
 }

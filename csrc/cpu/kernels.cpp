@@ -24,8 +24,7 @@ struct Buffers {
 };
 
 Sample sample_of(const LossArgs& a, int64_t b) {
-  return {value(a.t, b), a.r_per_element ? 0.0 : value(a.r, b), value(a.beta, b),
-          a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch)};
+  return {value(a.t, b), a.r_per_element ? 0.0 : value(a.r, b), value(a.beta, b), value(a.outer, b)};
 }
 
 // The tensors in a chunk of sample b, kept as S; mask and r only where elements do not count alike.

@@ -1,6 +1,6 @@
 // Interface of the CPU kernels. Every instruction set implements it in a namespace of its own.
 #pragma once
-#include "args.h"
+#include "../args.h"
 
 #define NFT_DECLARE(isa)             \
   namespace isa {                    \

@@ -14,7 +14,7 @@
 #endif
 
 #include "kernels.h"
-#include "math.h"
+#include "../math.h"
 
 namespace nft {
 namespace NFT_ISA {
@@ -71,7 +71,9 @@ inline T load_one(const void* data, int dtype, int64_t i) {
   }
 }
 
-inline double value(const Vector& x, int64_t b) { return load_one<double>(x.data, x.dtype, b * x.stride); }
+inline double value(const Vector& x, int64_t b) {
+  return x.data ? load_one<double>(x.data, x.dtype, b * x.stride) : x.constant;
+}
 
 template <typename T>
 inline void store_one(void* data, int dtype, int64_t i, T value) {

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <string>
 
-#include "args.h"
+#include "../args.h"
 
 namespace nft {
 namespace cuda {

@@ -43,6 +43,7 @@ struct Shape {
   int threads;
   int cluster = 0;  // blocks per cluster; 0 is a launch without clusters
   size_t shared_bytes = 0;
+  bool early = false;  // may start before the launch before it is done, which it waits for itself
 };
 
 // Kernels loop over their slices, so a grid may be smaller than the work.
@@ -53,19 +54,26 @@ inline Shape shape_of(int64_t batch, const Slices& slices) {
 // A launch configuration in CUDA's terms.
 struct Configuration {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute cluster{};
+  cudaLaunchAttribute attributes[2]{};
 
   Configuration(const Shape& shape, void* stream) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    // Older devices accept neither attribute.
+    if (shape.cluster > 0) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+      cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    }
+    if (shape.early) {
+      cudaLaunchAttribute& early = attributes[config.numAttrs++];
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+    }
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &cluster;
-    // Devices before clusters accept no such attribute.
-    config.numAttrs = shape.cluster > 0 ? 1 : 0;
+    config.attrs = attributes;
   }
   Configuration(const Configuration&) = delete;
 };

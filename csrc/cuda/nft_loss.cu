@@ -6,6 +6,7 @@
 
 #include <map>
 #include <mutex>
+#include <tuple>
 
 #include "launch.cuh"
 #include "reduce.cuh"
@@ -37,16 +38,24 @@ __device__ void load_weights(const LossArgs& a, int64_t b, const Place& place, E
   if (a.r_per_element) e.r = load<T, false>(a.r_elements, place);
 }
 
+__device__ Sample sample_of(const LossArgs& a, int64_t b) {
+  return {value(a.t, b), value(a.r, b), value(a.beta, b), value(a.outer, b)};
+}
+
+template <typename T>
+__device__ Affine<T> affine_of(const LossArgs& a, int64_t b) {
+  return affine<T>(a.prediction, value(a.t, b), value(a.beta, b));
+}
+
 // Past the end of the sample all inputs are zero, and so is what they add to the sums.
 template <typename T, bool kPacked, bool kGeneral>
-__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& place, SumsOf<T, kGeneral>& sums) {
+__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& place, const Affine<T>& f,
+                                 SumsOf<T, kGeneral>& sums) {
   auto fetch_of = [&](const View& view) { return fetch<T, kPacked>(view, place); };
   const Bits v_theta_bits = fetch_of(a.v_theta), v_old_bits = fetch_of(a.v_old), x_t_bits = fetch_of(a.x_t);
   const Bits x0_bits = fetch_of(a.x0);
   Bits v_ref_bits{};
   if (a.has_ref) v_ref_bits = fetch_of(a.v_ref);
-  // Read here, where the wait for them is part of the wait for the pack.
-  const Affine<T> f = affine<T>(a.prediction, value(a.t, b), value(a.beta, b));
   const Pack<T> v_theta = unpack<T>(v_theta_bits, a.v_theta.dtype), v_old = unpack<T>(v_old_bits, a.v_old.dtype);
   const Pack<T> x_t = unpack<T>(x_t_bits, a.x_t.dtype), x0 = unpack<T>(x0_bits, a.x0.dtype);
   const Pack<T> v_ref = unpack<T>(v_ref_bits, a.v_ref.dtype);
@@ -95,13 +104,9 @@ __device__ void store_gradient(const LossArgs& a, const Place& place, const Erro
   store<T, kPacked>(a.grad, place, grad);
 }
 
-__device__ double outer_of(const LossArgs& a, int64_t b) {
-  return a.outer.data ? value(a.outer, b) : 1.0 / static_cast<double>(a.batch);
-}
-
 template <typename T, bool kGeneral>
-__device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const SumsOf<double, kGeneral>& sums, bool write) {
-  const Sample sample{value(a.t, b), value(a.r, b), value(a.beta, b), outer_of(a, b)};
+__device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const Sample& sample,
+                                      const SumsOf<double, kGeneral>& sums, bool write) {
   double details[kDetails];
   Coefficients c;
   if constexpr (kGeneral)
@@ -115,11 +120,24 @@ __device__ Coefficients finish_sample(const LossArgs& a, int64_t b, const SumsOf
   return c;
 }
 
+// The scalar loss from the details of all samples; called by a whole block.
+template <typename T>
+__device__ void add_losses(const LossArgs& a) {
+  __shared__ Sum<double> warps[kWarps];
+  const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
+  Sum<double> sum{};
+  // Past the first-level cache, which knows nothing of what other blocks wrote.
+  for (int64_t b = threadIdx.x; b < a.batch; b += blockDim.x)
+    sum.value += (static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b))) *
+                 value(a.outer, b);
+  sum = block_total(sum, warps);
+  if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value);
+}
+
 // Called by one whole block per sample, after its thread 0 wrote the details. The block that finds all samples done
 // adds up the scalar loss.
 template <typename T>
 __device__ void count_sample(const LossArgs& a, unsigned long long* finished) {
-  __shared__ Sum<double> warps[kWarps];
   __shared__ bool last;
   if (threadIdx.x == 0) {
     __threadfence();
@@ -128,76 +146,93 @@ __device__ void count_sample(const LossArgs& a, unsigned long long* finished) {
   __syncthreads();
   if (!last) return;
   __threadfence();
-  const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
-  Sum<double> sum{};
-  // Past the first-level cache, which knows nothing of what other blocks wrote.
-  for (int64_t b = threadIdx.x; b < a.batch; b += blockDim.x)
-    sum.value +=
-        (static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b))) * outer_of(a, b);
-  sum = block_total(sum, warps);
-  if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value);
+  add_losses<T>(a);
 }
+
+// Blocks that share a processor, as registers allow without spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kClusterBlocks = 2;
+#else
+constexpr int kClusterBlocks = 3;
+#endif
 
 // One cluster per sample. Every thread keeps the errors of its packs in shared memory until the cluster's sums tell
 // the gradient's coefficients.
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
-    loss_in_clusters(const __grid_constant__ LossArgs a, int64_t packs, unsigned long long* finished) {
+__global__ void __launch_bounds__(kThreads, kPacked ? kClusterBlocks : 1)
+    loss_in_clusters(const __grid_constant__ LossArgs a, int64_t packs) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ uint4 held[];
-  __shared__ Sums<double> warps[kWarps], block_sums;
+  __shared__ Sums<T> warps[kWarps];
+  __shared__ Sample sample;
   __shared__ Coefficients coefficients;
   const auto cluster = cooperative_groups::this_cluster();
-  const unsigned ranks = cluster.num_blocks(), rank = cluster.block_rank();
+  const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
   const int64_t b = blockIdx.x / ranks, length = (packs + ranks - 1) / ranks;
   const Slices slices{packs, ranks, length};
-  const int64_t first = slices.first(rank), last = slices.last(rank);
+  const int64_t first = slices.first(rank);
+  const int count = static_cast<int>(slices.last(rank) - first);
   // Words of the same kind lie side by side, so that a warp's accesses to shared memory do not collide.
-  auto held_word = [&](int word, int64_t pack) -> uint4& { return held[word * length + (pack - first)]; };
-  auto hold = [&](int kind, int64_t pack, const Pack<T>& values) {
+  auto held_word = [&](int word, int pack) -> uint4& { return held[word * static_cast<int>(length) + pack]; };
+  auto hold = [&](int kind, int pack, const Pack<T>& values) {
     uint4 words[2];
     memcpy(words, &values, sizeof words);
     held_word(2 * kind, pack) = words[0];
     held_word(2 * kind + 1, pack) = words[1];
   };
-  auto recall = [&](int kind, int64_t pack) {
+  auto recall = [&](int kind, int pack) {
     const uint4 words[2] = {held_word(2 * kind, pack), held_word(2 * kind + 1, pack)};
     Pack<T> values;
     memcpy(&values, words, sizeof words);
     return values;
   };
+  auto place_of_pack = [&](int pack) { return Place{b, (first + pack) * kPack<T>, a.elements}; };
+  const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 
+  if (me == 0) sample = sample_of(a, b);
+  const Affine<T> f = affine_of<T>(a, b);
   Sums<T> sums{};
-  for (int64_t pack = first + threadIdx.x; pack < last; pack += blockDim.x) {
-    const Errors<T> e = load_errors<T, kPacked, false>(a, b, {b, pack * kPack<T>, a.elements}, sums);
+  for (int pack = me; pack < count; pack += threads) {
+    const Errors<T> e = load_errors<T, kPacked, false>(a, b, place_of_pack(pack), f, sums);
     if (!a.want_grad) continue;
     hold(0, pack, e.positive);
     hold(1, pack, e.negative);
     if (with_kl(a)) hold(2, pack, e.delta);
   }
-  const Sums<double> total = block_total(sums, warps);
-  if (threadIdx.x == 0) block_sums = total;
+  cudaTriggerProgrammaticLaunchCompletion();
+  sums = warp_total(sums);
+  if (me % 32 == 0) warps[me / 32] = sums;
   cluster.sync();
-  if (threadIdx.x < 32) {
-    Sums<double> of_rank{};
-    if (threadIdx.x < ranks) of_rank = *cluster.map_shared_rank(&block_sums, threadIdx.x);
-    of_rank = warp_total(of_rank);
-    if (threadIdx.x == 0) coefficients = finish_sample<T, false>(a, b, of_rank, rank == 0);
+  if (me < 32) {
+    const int of_block = threads / 32;
+    Sums<double> total{};
+    for (int i = me; i < ranks * of_block; i += 32)
+      total.add(*cluster.map_shared_rank(warps + i % of_block, i / of_block));
+    total = warp_total(total);
+    if (me == 0) coefficients = finish_sample<T, false>(a, b, sample, total, rank == 0);
   }
   __syncthreads();
   // A block must not end, and its shared memory with it, while others read its sums.
   cluster.barrier_arrive();
   if (a.want_grad) {
     const Coefficients c = coefficients;
-    for (int64_t pack = first + threadIdx.x; pack < last; pack += blockDim.x) {
+    for (int pack = me; pack < count; pack += threads) {
       Errors<T> e{recall(0, pack), recall(1, pack), {}};
       if (with_kl(a)) e.delta = recall(2, pack);
-      store_gradient<T, kPacked, false>(a, {b, pack * kPack<T>, a.elements}, e, c);
+      store_gradient<T, kPacked, false>(a, place_of_pack(pack), e, c);
     }
   }
-  if (rank == 0) count_sample<T>(a, finished);
   cluster.barrier_wait();
 #endif
+}
+
+// The scalar loss after ``loss_in_clusters``, by one block that is there already when that is done.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sum_losses(const __grid_constant__ LossArgs a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+  add_losses<T>(a);
 }
 
 // Where sample b is and how it is cut, into at most `slices.splits`: only the device knows how long a segment is.
@@ -217,28 +252,30 @@ template <typename T, bool kPacked, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
     slice_sums(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices,
                SumsOf<double, kGeneral>* partial, unsigned long long* finished) {
-  __shared__ SumsOf<double, kGeneral> warps[kWarps];
+  __shared__ SumsOf<T, kGeneral> warps[kWarps];
   if (blockIdx.x == 0 && threadIdx.x == 0) *finished = 0;  // the second launch counts
   for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
     const int64_t b = item / slices.splits, split = item % slices.splits;
     Slices mine;
     const Part part = part_and_slices<T, kGeneral>(a, b, slices, mine);
     if (kGeneral && split >= mine.splits) continue;
+    const Affine<T> f = affine_of<T>(a, b);
     SumsOf<T, kGeneral> sums{};
     for (int64_t pack = mine.first(split) + threadIdx.x; pack < mine.last(split); pack += blockDim.x)
-      load_errors<T, kPacked, kGeneral>(a, b, place_of<T>(part, pack), sums);
+      load_errors<T, kPacked, kGeneral>(a, b, place_of<T>(part, pack), f, sums);
     const SumsOf<double, kGeneral> total = block_total(sums, warps);
     if (threadIdx.x == 0) partial[item] = total;
   }
 }
 
 // Second of two launches: every block adds up its sample's slices, which takes less than to wait for another to do it.
+// Backwards, as what the first launch read last may still be in cache.
 template <typename T, bool kPacked, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
     slice_gradients(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices,
                     const SumsOf<double, kGeneral>* partial, unsigned long long* finished) {
   __shared__ Coefficients coefficients;
-  for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
+  for (int64_t item = a.batch * slices.splits - 1 - blockIdx.x; item >= 0; item -= gridDim.x) {
     const int64_t b = item / slices.splits, split = item % slices.splits;
     Slices mine;
     const Part part = part_and_slices<T, kGeneral>(a, b, slices, mine);
@@ -248,15 +285,16 @@ __global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
       SumsOf<double, kGeneral> sums{};
       for (int64_t i = threadIdx.x; i < mine.splits; i += 32) sums.add(partial[b * slices.splits + i]);
       sums = warp_total(sums);
-      if (threadIdx.x == 0) coefficients = finish_sample<T, kGeneral>(a, b, sums, split == 0);
+      if (threadIdx.x == 0) coefficients = finish_sample<T, kGeneral>(a, b, sample_of(a, b), sums, split == 0);
     }
     __syncthreads();
     if (a.want_grad) {
       const Coefficients c = coefficients;
+      const Affine<T> f = affine_of<T>(a, b);
       for (int64_t pack = mine.first(split) + threadIdx.x; pack < mine.last(split); pack += blockDim.x) {
         const Place place = place_of<T>(part, pack);
         SumsOf<T, kGeneral> unused{};
-        store_gradient<T, kPacked, kGeneral>(a, place, load_errors<T, kPacked, kGeneral>(a, b, place, unused), c);
+        store_gradient<T, kPacked, kGeneral>(a, place, load_errors<T, kPacked, kGeneral>(a, b, place, f, unused), c);
       }
     }
     if (split == 0) count_sample<T>(a, finished);
@@ -282,9 +320,21 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
 
 // What a device allows the cluster kernel: blocks per cluster (0: no clusters), dynamic shared memory per block.
 struct ClusterLimits {
-  int blocks = 0, processors = 0;
+  int blocks = 0;
   int64_t shared_bytes = 0;
 };
+
+// Clusters that run at once, 0 where such ones cannot.
+template <typename Kernel>
+int active_clusters(Kernel kernel, const Shape& shape) {
+  int clusters = 0;
+  Shape one = shape;
+  one.blocks = shape.cluster;
+  const Configuration configuration(one, nullptr);
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config) == cudaSuccess) return clusters;
+  cudaGetLastError();  // a refusal is an answer, not an error
+  return 0;
+}
 
 template <typename Kernel>
 ClusterLimits ask_cluster_limits(Kernel kernel, int device) {
@@ -294,47 +344,52 @@ ClusterLimits ask_cluster_limits(Kernel kernel, int device) {
   // The image that was loaded may be older than the device.
   if (attributes.ptxVersion < 90) return limits;
   int shared_bytes = 0;
-  check(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device));
   check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   limits.shared_bytes = shared_bytes - static_cast<int64_t>(attributes.sharedSizeBytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(limits.shared_bytes)));
   // More than 8 blocks is not portable: not every device, nor every part of one, has room for them.
   const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
+  cudaGetLastError();
   for (int blocks = large ? 16 : 8; blocks > 0 && limits.blocks == 0; blocks /= 2) {
-    int clusters = 0;
-    const Configuration fullest({blocks, kThreads, blocks, static_cast<size_t>(limits.shared_bytes)}, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &fullest.config) == cudaSuccess && clusters > 0)
+    if (active_clusters(kernel, {blocks, kThreads, blocks, static_cast<size_t>(limits.shared_bytes)}) > 0)
       limits.blocks = blocks;
   }
-  cudaGetLastError();  // a refusal is an answer, not an error
   return limits;
 }
 
-// Asked once per device and kernel: the answers take longer than the kernel runs.
+// How to launch the cluster kernel for samples of so many packs, that take so many bytes; no blocks where it cannot hold
+// one.
 template <typename Kernel>
-ClusterLimits cluster_limits(Kernel kernel, int device) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, Kernel>, ClusterLimits> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_pair(device, kernel);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  return known[key] = ask_cluster_limits(kernel, device);
-}
-
-// How to launch the cluster kernel; no blocks where it cannot hold a sample.
-Shape cluster_shape(const LossArgs& a, int64_t packs, const ClusterLimits& limits) {
+Shape ask_cluster_shape(Kernel kernel, int64_t batch, int64_t packs, int64_t bytes_of_pack,
+                        const ClusterLimits& limits) {
   Shape shape{};
   for (int blocks = 1; blocks <= limits.blocks; blocks *= 2) {
-    const int64_t length = (packs + blocks - 1) / blocks, bytes = length * 32 * (with_kl(a) ? 3 : 2);
-    if (bytes > limits.shared_bytes || a.batch > 0x7fffffff / blocks) continue;
-    shape = {a.batch * blocks, threads_for(length), blocks, static_cast<size_t>(bytes)};
-    // Larger clusters as long as processors would idle, or hold one block each that waits for its cluster.
-    const bool busy = a.batch * blocks >= limits.processors || length <= kThreads;
-    if (busy && bytes <= limits.shared_bytes / 2) break;
+    const int64_t length = (packs + blocks - 1) / blocks, bytes = length * bytes_of_pack;
+    if (bytes > limits.shared_bytes || batch > 0x7fffffff / blocks) continue;
+    const Shape larger{batch * blocks, threads_for(length), blocks, static_cast<size_t>(bytes)};
+    // A larger cluster reads a sample sooner, but its blocks wait for each other where not all clusters run at once.
+    const bool enough = static_cast<int64_t>(shape.shared_bytes) <= limits.shared_bytes / kClusterBlocks;
+    if (shape.blocks > 0 && enough && active_clusters(kernel, larger) < batch) break;
+    shape = larger;
+    if (length <= kThreads) break;
   }
   return shape;
+}
+
+// Asked once: the answers take longer than the kernel runs.
+template <typename Kernel>
+Shape cluster_shape(Kernel kernel, int device, int64_t batch, int64_t packs, int64_t bytes_of_pack) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, Kernel>, ClusterLimits> limits;
+  static std::map<std::tuple<int, Kernel, int64_t, int64_t, int64_t>, Shape> shapes;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto key = std::make_tuple(device, kernel, batch, packs, bytes_of_pack);
+  const auto found = shapes.find(key);
+  if (found != shapes.end()) return found->second;
+  const auto place = std::make_pair(device, kernel);
+  if (!limits.count(place)) limits[place] = ask_cluster_limits(kernel, device);
+  return shapes[key] = ask_cluster_shape(kernel, batch, packs, bytes_of_pack, limits[place]);
 }
 
 template <typename T, bool kPacked, bool kGeneral>
@@ -365,13 +420,12 @@ void nft_loss(const LossArgs& a, const Queue& queue) {
       return loss_in_slices<T, kPacked, true>(a, queue, a.offsets ? most : slices);
     }
     const auto in_clusters = loss_in_clusters<T, kPacked>;
-    const Shape clusters = cluster_shape(a, packs, cluster_limits(in_clusters, queue.device));
+    const Shape clusters = cluster_shape(in_clusters, queue.device, a.batch, packs, 32 * (with_kl(a) ? 3 : 2));
     if (clusters.blocks == 0) return loss_in_slices<T, kPacked, false>(a, queue, slices);
-    // Zeroed here and not by the last block for the next call: CUDA graphs captured in one stream would share a
-    // counter that is kept, and they may replay at the same time.
-    auto* finished = static_cast<unsigned long long*>(queue.workspace);
-    check(cudaMemsetAsync(finished, 0, sizeof *finished, static_cast<cudaStream_t>(queue.stream)));
-    launch(in_clusters, clusters, queue, a, packs, finished);
+    launch(in_clusters, clusters, queue, a, packs);
+    Shape last{1, threads_for(a.batch)};
+    last.early = true;
+    launch(sum_losses<T>, last, queue, a);
   });
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstring>
 
-#include "math.h"
+#include "../math.h"
 #include "slices.h"
 
 namespace nft {
@@ -43,14 +43,15 @@ __device__ S<T> warp_total(S<T> s) {
 
 // In the first warp; all threads must call it. Within warps in the compute type, as double is slow on many GPUs.
 template <template <typename> class S, typename T>
-__device__ S<double> block_total(const S<T>& mine, S<double> (&warps)[kWarps]) {
-  S<double> total{};
-  total.add(warp_total(mine));
+__device__ S<double> block_total(const S<T>& mine, S<T> (&warps)[kWarps]) {
+  const S<T> of_warp = warp_total(mine);
   __syncthreads();  // the first warp may still be reading the last total
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = of_warp;
   __syncthreads();
+  S<double> total{};
   if (threadIdx.x >= 32) return total;
-  return warp_total(threadIdx.x < blockDim.x / 32 ? warps[threadIdx.x] : S<double>{});
+  if (threadIdx.x < blockDim.x / 32) total.add(warps[threadIdx.x]);
+  return warp_total(total);
 }
 
 }  // namespace cuda

@@ -1,6 +1,6 @@
 // How a launch cuts a batch into blocks. Plain arithmetic, so that tests reach it without a GPU.
 #pragma once
-#include "args.h"
+#include "../args.h"
 
 #ifdef __CUDACC__
 #define NFT_CALLED inline __host__ __device__ __noinline__

@@ -11,7 +11,7 @@ namespace {
 template <typename T, bool kPacked>
 __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
     step_kernel(const __grid_constant__ StepArgs a, const __grid_constant__ Slices slices, Sum<double>* squares) {
-  __shared__ Sum<double> warps[kWarps];
+  __shared__ Sum<T> warps[kWarps];
   const T guidance = static_cast<T>(a.guidance), p = static_cast<T>(a.p), q = static_cast<T>(a.q);
   const T keep = static_cast<T>(a.a), first = static_cast<T>(a.b[0]), time = static_cast<T>(a.t);
   const T deviation = static_cast<T>(a.c);

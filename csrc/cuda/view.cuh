@@ -2,7 +2,7 @@
 #pragma once
 #include <cuda_fp16.h>
 
-#include "math.h"
+#include "../math.h"
 #include "slices.h"
 
 namespace nft {
@@ -161,6 +161,7 @@ __device__ Pack<T> draw(int64_t seed, int64_t sample, int64_t pack) {
 }
 
 __device__ inline double value(const Vector& x, int64_t b) {
+  if (!x.data) return x.constant;
   const char* item = static_cast<const char*>(x.data) + b * x.stride * item_size(x.dtype);
   switch (x.dtype) {
     case kFloat32: return *reinterpret_cast<const float*>(item);

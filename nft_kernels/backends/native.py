@@ -91,8 +91,8 @@ def _describe(x: Tensor | None, packed: bool = False) -> tuple[Any, ...] | None:
     return x.data_ptr(), _CODES[x.dtype], x.stride(0), sizes, strides
 
 
-def _per_sample(x: Tensor) -> tuple[int, int, int]:
-    return x.data_ptr(), _CODES[x.dtype], x.stride(0)
+def _per_sample(x: Tensor | None, constant: float = 0.0) -> tuple[int, int, int] | float:
+    return constant if x is None else (x.data_ptr(), _CODES[x.dtype], x.stride(0))
 
 
 def nft_loss(
@@ -120,8 +120,8 @@ def nft_loss(
         0 if segments is None else segments.data_ptr(),
         _per_sample(t),
         _per_sample(t if r_elements is not None else r),
-        _per_sample(beta),
-        (0, 0, 0) if outer is None else _per_sample(outer),
+        _per_sample(beta, options.beta),
+        _per_sample(outer, 1 / batch),
         options.adv_clip_max,
         options.kl_weight,
         WEIGHTINGS.index(options.weighting),

@@ -95,7 +95,7 @@ def _op(
     x0: Tensor,
     t: Tensor,
     r: Tensor,
-    beta: Tensor,
+    beta: Tensor | None,
     v_ref: Tensor | None,
     mask: Tensor | None,
     segments: Tensor | None,
@@ -106,10 +106,11 @@ def _op(
     prediction: str,
     kl_space: str,
     detach_weight: bool,
+    constant_beta: float,
     want_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight)
+    options = Options(adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight, constant_beta)
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
     if segments is not None:
         # What torch.compile traced had no values to look at.
@@ -197,7 +198,7 @@ def _per_token(
         t=spread(inputs.t),
         r=spread(inputs.r) if inputs.r.ndim == 1 else rows(inputs.r),
         v_ref=None if inputs.v_ref is None else rows(inputs.v_ref),
-        beta=spread(inputs.beta),
+        beta=None if inputs.beta is None else spread(inputs.beta),
         mask=mask,
         segments=None,
         outer=spread(outer) * share,
@@ -361,11 +362,13 @@ def nft_loss(
         r = _narrow(r, wide)
     else:
         _validate.per_sample("r", r, samples, 0, 1)
+    constant_beta, betas = 1.0, None
     if isinstance(beta, Tensor):
         _validate.per_sample("beta", beta, samples, 0, math.inf, above=True, below=True)
+        betas = beta
     else:
         _validate.number("beta", beta, positive=True)
-        beta = torch.full(samples.shape[:1], beta, dtype=torch.float64, device=x0.device)
+        constant_beta = float(beta)
     if mask is not None:
         _validate.broadcastable("mask", mask, x0, 0, math.inf)
         mask = _narrow(mask, wide)
@@ -378,10 +381,12 @@ def nft_loss(
     elif reduction != "mean":
         outer = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
     if right is not None:
-        outer = beta.new_full(samples.shape[:1], 1 / len(samples), dtype=torch.float64) if outer is None else outer
-        outer = outer.where(right, math.nan)
-    options = Options(float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight)
-    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
+        equal = torch.full(samples.shape[:1], 1 / len(samples), dtype=torch.float64, device=x0.device)
+        outer = (equal if outer is None else outer).where(right, math.nan)
+    options = Options(
+        float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight, constant_beta
+    )
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, segments, outer)
     chosen = choose(backend, x0)
     if weight_per == "token":
         _validate.dimension("channel_dim", channel_dim, x0)

@@ -36,8 +36,8 @@ class LossInputs(NamedTuple):
     """(S,)"""
     r: Tensor
     """(S,), or with as many dimensions as x0 and broadcasting to its shape."""
-    beta: Tensor
-    """(S,)"""
+    beta: Tensor | None = None
+    """(S,); None where all samples have that of the options."""
     v_ref: Tensor | None = None
     mask: Tensor | None = None
     """Weights of the elements that broadcast to x0's shape."""
@@ -56,6 +56,7 @@ class Options(NamedTuple):
     prediction: str = "v"
     kl_space: str = "v"
     detach_weight: bool = True
+    beta: float = 1.0
 
 
 def time_weighting(t: Tensor, weighting: str) -> Tensor:
@@ -94,6 +95,7 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     v_theta, v_old, x_t, x0 = (x.to(dtype) for x in (v_theta, v_old, x_t, x0))
     v_old, x_t, x0 = v_old.detach(), x_t.detach(), x0.detach()
+    beta = torch.full_like(t, options.beta, dtype=dtype) if beta is None else beta
     t, r, beta = (x.detach().to(dtype) for x in (t, r, beta))
 
     def per_element(x: Tensor) -> Tensor:

@@ -78,7 +78,18 @@ def test_slices_runs_and_alignment(tmp_path):
 @pytest.mark.parametrize("arch", ["80", "90a", "100"])
 @pytest.mark.parametrize("source", ["nft_loss", "add_noise", "solver_step"])
 def test_kernels_use_no_local_memory(source, arch, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-fmad=false", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", f"-I{CSRC}"]
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        "-Werror",
+        "all-warnings",
+        f"-arch=sm_{arch}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+    ]
     result = subprocess.run(
         [*command, CSRC / "cuda" / f"{source}.cu", "-o", tmp_path / "out.cubin"], capture_output=True, text=True
     )

@@ -463,7 +463,7 @@ def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
         x_t,
         x0,
         view(inputs.t),
-        view(inputs.beta),
+        view(torch.ones_like(inputs.t) if inputs.beta is None else inputs.beta),
         view(inputs.r) if one_r else None,
         None if one_r else _view(inputs.r.expand(inputs.x0.shape), inputs),
         None if v_ref is None else _view(v_ref, inputs),
