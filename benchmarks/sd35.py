@@ -5,7 +5,8 @@
 
 ``official`` is what NVlabs/DiffusionNFT does: float32 weights under float16 autocast, PEFT's adapters unmerged, and for
 a training step three evaluations and the loss with float64 weights. ``compile`` puts torch.compile over that step; its
-rollouts have bfloat16 weights with the adapter merged, and those of ``compile, cudnn`` cuDNN's attention besides.
+rollouts have bfloat16 weights with the adapter merged, and those of ``compile, cudnn`` cuDNN's attention besides, where
+torch does not choose that by itself.
 ``nft`` is the trainer with ``dtype=bfloat16 fused_transformer=true``. All have the same weights and take turns; their
 velocities are compared before anything is timed. Text encoders and VAE have no part in it. What is compiled is every
 block by itself, as diffusers advises: a block is compiled once for all of its kind.
@@ -42,6 +43,7 @@ from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft_kernels import add_noise, nft_loss
 from nft_kernels.bench import plain_loss, provenance
+from nft_kernels.models import attention
 
 KL_WEIGHT = 1e-4
 Draw = Callable[..., Tensor]
@@ -107,13 +109,13 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, grid: Tensor)
     return x
 
 
-def compile_blocks(transformer: SD3Transformer2DModel, attention: SDPBackend | None = None) -> None:
+def compile_blocks(transformer: SD3Transformer2DModel, backend: SDPBackend | None = None) -> None:
     """Compile the forward of every block, with the attention that torch chooses or with one of its backends."""
 
     def with_attention(forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             # Inside of what is compiled: the kernel is chosen when it is traced.
-            with sdpa_kernel(attention):
+            with sdpa_kernel(backend):
                 return forward(*args, **kwargs)
 
         return call
@@ -121,7 +123,7 @@ def compile_blocks(transformer: SD3Transformer2DModel, attention: SDPBackend | N
     # Three kinds of blocks, each with several adapters, with and without gradients.
     torch._dynamo.config.recompile_limit = 64
     for block in transformer.transformer_blocks:
-        block.forward = torch.compile(with_attention(block.forward) if attention else block.forward)
+        block.forward = torch.compile(with_attention(block.forward) if backend else block.forward)
 
 
 class Plain:
@@ -155,17 +157,17 @@ class Plain:
 
 def merged_and_compiled(policy: Policy) -> dict[str, Draw]:
     """Rollouts by torch.compile of a transformer without PEFT, whose weights have the adapter merged, with the
-    attention that torch chooses and, on a GPU, with cuDNN's."""
+    attention that torch chooses and, on a GPU where that is another one, with cuDNN's."""
     with policy.merged("old"):
         weights = {k.replace(".base_layer", ""): v for k, v in policy.transformer.state_dict().items()}
         weights = {k: v.clone() for k, v in weights.items() if "lora_" not in k}
 
-    def draw_by(attention: SDPBackend | None) -> Draw:
+    def draw_by(backend: SDPBackend | None) -> Draw:
         with torch.device("meta"):
             transformer = SD3Transformer2DModel.from_config(policy.transformer.config).eval()
         transformer.load_state_dict(weights, assign=True)
         transformer.requires_grad_(False)
-        compile_blocks(transformer, attention)
+        compile_blocks(transformer, backend)
 
         def draw(x: Tensor, grid: Tensor, conditions: tuple[Tensor, ...]) -> Tensor:
             return euler(lambda x, t: policy.model.velocity(transformer, x.to(policy.dtype), t, *conditions), x, grid)
@@ -173,7 +175,9 @@ def merged_and_compiled(policy: Policy) -> dict[str, Draw]:
         return draw
 
     draws = {"compile": draw_by(None)}
-    if policy.device.type == "cuda":
+    heads = policy.transformer.config.num_attention_heads
+    chosen = attention.select("native", (1, 1024, heads, 64), policy.dtype, policy.device)
+    if policy.device.type == "cuda" and chosen != "cudnn":
         draws["compile, cudnn"] = draw_by(SDPBackend.CUDNN_ATTENTION)
     return draws
 
