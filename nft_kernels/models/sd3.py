@@ -183,11 +183,11 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
     if attn.norm_q is not None:
         weights = attn.norm_q.weight, attn.norm_k.weight
         more = (*joined[:2], attn.norm_added_q.weight, attn.norm_added_k.weight) if joined else ()
-        q, k = qk_norm(q, k, *weights, *more, eps=attn.norm_q.eps, backend=path.backend)
+        values = {"v": v, "context_v": joined[2]} if joined else {}
+        q, k, *joint = qk_norm(q, k, *weights, *more, **values, eps=attn.norm_q.eps, backend=path.backend)
+        v = joint[0] if joint else v
     elif joined:
-        q, k = torch.cat([q, joined[0]], 1), torch.cat([k, joined[1]], 1)
-    if joined:
-        v = torch.cat([v, joined[2]], 1)
+        q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), joined, strict=True))
     out = path.attend(q, k, v)
     results = _project([attn.to_out[0]], out[:, : x.shape[1]], path.product)
     if context is not None and not attn.context_pre_only:
