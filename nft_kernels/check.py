@@ -201,7 +201,10 @@ _CHECKS: dict[str, Check] = {
         lambda x, y, *rest, backend: layer_norm_modulate(x, *rest[1:], y=y, gate=rest[0], backend=backend),
         [(2, 7, 96)] * 2 + [(2, 96)] * 5,
     ),
-    "qk_norm": _check_rows(qk_norm, [(2, 7, 3, 32)] * 2 + [(32,)] * 2 + [(2, 5, 3, 32)] * 2 + [(32,)] * 2),
+    "qk_norm": _check_rows(
+        lambda *x, backend: qk_norm(*x[:8], v=x[8], context_v=x[9], backend=backend),
+        [*[(2, 7, 3, 32)] * 2, *[(32,)] * 2, *[(2, 5, 3, 32)] * 2, *[(32,)] * 2, (2, 7, 3, 32), (2, 5, 3, 32)],
+    ),
     "quantize_rows": _check_quantize,
 }
 # These have no C++ kernels.

@@ -11,10 +11,20 @@ from nft_kernels.ops.quantize_rows import quantize_rows
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def kernels():
+    pytest.importorskip("triton")
+    if reason := module.why_not(DEVICE):
+        pytest.skip(reason)
+
+
 @pytest.fixture(params=["reference", "triton"])
 def backend(request):
     if request.param == "triton":
-        pytest.importorskip("triton")
+        request.getfixturevalue("kernels")
     return request.param
 
 
@@ -70,10 +80,8 @@ def test_all_numbers_and_their_midpoints(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_backends_agree_bitwise(dtype):
-    pytest.importorskip("triton")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(3, 5, 700, device=device).mul(3).to(dtype)
+def test_backends_agree_bitwise(dtype, kernels):
+    x = torch.randn(3, 5, 700, device=DEVICE).mul(3).to(dtype)
     plain, fused = (quantize_rows(x, backend=backend) for backend in ("reference", "triton"))
     assert torch.equal(codes(fused[0]), codes(plain[0])) and torch.equal(fused[1], plain[1])
 
