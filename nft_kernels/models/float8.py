@@ -26,8 +26,9 @@ def why_not(x: Tensor) -> str | None:
     """Why torch's row-wise product cannot take x, or None when it can."""
     if x.device.type == "cpu":
         return _on_cpu()
-    on_a_gpu = None if x.dtype == torch.bfloat16 else f"on a GPU it takes bfloat16, not {x.dtype}"
-    return no_float8(x.device) or on_a_gpu
+    if reason := no_float8(x.device):
+        return reason
+    return None if x.dtype == torch.bfloat16 else f"on a GPU it takes bfloat16, not {x.dtype}"
 
 
 def linear(

@@ -79,11 +79,13 @@ class FastPath:
             if reason is not None:
                 raise RuntimeError(f"float8: cannot run: {reason}")
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-        """F.linear of x or of its GELU, in float8 if so wanted. A weight is quantized once, and kept so that its
-        address stays its own."""
-        if self._quantized is None:
-            return F.linear(F.gelu(x, approximate="tanh") if gelu else x, weight, bias)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear, in float8 if so wanted."""
+        return F.linear(x, weight, bias) if self._quantized is None else self.float8_product(x, weight, bias)
+
+    def float8_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """F.linear of x or of its GELU. A weight is quantized once, and kept so that its address stays its own."""
+        assert self._quantized is not None
         key = weight.data_ptr(), len(weight)
         if key not in self._quantized:
             self._quantized[key] = weight, quantize_rows(weight, backend=self.backend)
@@ -203,7 +205,7 @@ def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
         return _project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
     (hidden,) = _project([first], x, path.product)
     if path._quantized is not None and _adapters(last) == []:
-        return _project([last], hidden, functools.partial(path.product, gelu=True))[0]
+        return _project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
     # Adapters, and layers that are called as they are, take the GELU itself.
     return _project([last], F.gelu(hidden, approximate="tanh"), path.product)[0]
 
