@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..ops import _validate
 from ..ops.layer_norm_modulate import layer_norm_modulate
 from ..ops.qk_norm import qk_norm
+from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
 
@@ -79,13 +80,16 @@ class FastPath:
                 raise RuntimeError(f"float8: cannot run: {reason}")
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear, in float8 if so wanted. A weight is quantized once, and kept so that its address stays its own."""
-        if self._quantized is None:
-            return F.linear(x, weight, bias)
+        """F.linear, in float8 if so wanted."""
+        return F.linear(x, weight, bias) if self._quantized is None else self.float8_product(x, weight, bias)
+
+    def float8_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """F.linear of x or of its GELU. A weight is quantized once, and kept so that its address stays its own."""
+        assert self._quantized is not None
         key = weight.data_ptr(), len(weight)
         if key not in self._quantized:
-            self._quantized[key] = weight, float8.quantize(weight)
-        return float8.linear(x, self._quantized[key][1], bias)
+            self._quantized[key] = weight, quantize_rows(weight, backend=self.backend)
+        return float8.linear(x, self._quantized[key][1], bias, gelu=gelu, backend=self.backend)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
@@ -181,11 +185,11 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
     if attn.norm_q is not None:
         weights = attn.norm_q.weight, attn.norm_k.weight
         more = (*joined[:2], attn.norm_added_q.weight, attn.norm_added_k.weight) if joined else ()
-        q, k = qk_norm(q, k, *weights, *more, eps=attn.norm_q.eps, backend=path.backend)
+        values = {"v": v, "context_v": joined[2]} if joined else {}
+        q, k, *joint = qk_norm(q, k, *weights, *more, **values, eps=attn.norm_q.eps, backend=path.backend)
+        v = joint[0] if joint else v
     elif joined:
-        q, k = torch.cat([q, joined[0]], 1), torch.cat([k, joined[1]], 1)
-    if joined:
-        v = torch.cat([v, joined[2]], 1)
+        q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), joined, strict=True))
     out = path.attend(q, k, v)
     results = _project([attn.to_out[0]], out[:, : x.shape[1]], path.product)
     if context is not None and not attn.context_pre_only:
@@ -194,14 +198,16 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
 
 
 def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
-    linear = ff.net[0].proj
-    plain = type(linear) is nn.Linear and path._quantized is None
+    first, last = ff.net[0].proj, ff.net[2]
+    plain = type(first) is nn.Linear and path._quantized is None
     if path._in_rollout and plain and x.device.type in _TANH_EPILOGUE:
-        hidden = torch._addmm_activation(linear.bias, x.flatten(0, 1), linear.weight.T, use_gelu=True)
-        hidden = hidden.unflatten(0, x.shape[:2])
-    else:
-        hidden = F.gelu(_project([linear], x, path.product)[0], approximate="tanh")
-    return _project([ff.net[2]], hidden, path.product)[0]
+        hidden = torch._addmm_activation(first.bias, x.flatten(0, 1), first.weight.T, use_gelu=True)
+        return _project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
+    (hidden,) = _project([first], x, path.product)
+    if path._quantized is not None and _adapters(last) == []:
+        return _project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
+    # Adapters, and layers that are called as they are, take the GELU itself.
+    return _project([last], F.gelu(hidden, approximate="tanh"), path.product)[0]
 
 
 def _block(

@@ -1,7 +1,8 @@
-"""``qk_norm``: queries and keys of one or two streams, normalized and written into one sequence."""
+"""``qk_norm``: queries and keys of one or two streams, normalized and written into one sequence, and values."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,22 +30,29 @@ def _run(
     context_k: Tensor | None,
     context_weight_q: Tensor | None,
     context_weight_k: Tensor | None,
+    v: Tensor | None,
+    context_v: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    joint = _fake(q, k, weight_q, weight_k, context_q)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, which may be empty."""
+    outputs = _fake(q, k, weight_q, weight_k, context_q, context_k, context_weight_q, context_weight_k, v)
+    joint = outputs if v is not None else outputs[:2]
     kernel, heads, length = load("triton").qk_norm, q.shape[2], q.shape[1]
-    kernel(_rows(q, k), (dense(weight_q), dense(weight_k)), _rows(*(x[:, :length] for x in joint)), heads, eps)
-    if context_q is not None and context_k is not None:
-        assert context_weight_q is not None and context_weight_k is not None
-        weights = dense(context_weight_q), dense(context_weight_k)
-        kernel(_rows(context_q, context_k), weights, _rows(*(x[:, length:] for x in joint)), heads, eps)
-    return joint
+
+    def write(part: slice, weights: Sequence[Tensor | None], *streams: Tensor | None) -> None:
+        inputs, outs = _rows(*(x for x in streams if x is not None)), _rows(*(x[:, part] for x in joint))
+        kernel(inputs, [dense(weight) for weight in weights], outs, heads, eps)
+
+    write(slice(None, length), (weight_q, weight_k), q, k, v)
+    if context_q is not None:
+        write(slice(length, None), (context_weight_q, context_weight_k), context_q, context_k, context_v)
+    return outputs
 
 
-def _fake(q, k, weight_q, weight_k, context_q, *_):
+def _fake(q, k, weight_q, weight_k, context_q, context_k, context_weight_q, context_weight_k, v, *_):
     batch, length, heads, dim = q.shape
     shape = (batch, length + (0 if context_q is None else context_q.shape[1]), heads, dim)
-    return q.new_empty(shape), k.new_empty(shape)
+    return q.new_empty(shape), k.new_empty(shape), q.new_empty(0) if v is None else v.new_empty(shape)
 
 
 def _gradient(
@@ -69,7 +77,8 @@ _gradient_op.register_fake(_fake_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, v, _, ctx.eps = inputs
+    ctx.joins_values = v is not None
     ctx.save_for_backward(*tensors)
 
 
@@ -87,13 +96,14 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
         if q is None:
             results += [None] * 4
             continue
-        parts = [grad[:, part] for grad in grads]
+        parts = [grad[:, part] for grad in grads[:2]]
         results += gradient(q, k, *weights, *parts, ctx.eps)
         # Training of adapters leaves the weights frozen, so plain PyTorch will do.
         for x, weight, grad, i in zip((q, k), weights, parts, (2, 3), strict=True):
             wanted = ctx.needs_input_grad[first + i]
             results.append(_weight_gradient(x, weight, grad, ctx.eps) if wanted else None)
-    return (*results, None)
+    values = (grads[2][:, :length], grads[2][:, length:]) if ctx.joins_values else (None, None)
+    return (*results, *values, None)
 
 
 _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), setup_context=_setup_context)
@@ -119,9 +129,11 @@ def qk_norm(
     context_weight_q: Tensor | None = None,
     context_weight_k: Tensor | None = None,
     *,
+    v: Tensor | None = None,
+    context_v: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """RMS norm of queries and keys over each head (Zhang and Sennrich, arXiv 1910.07467), written straight into the
     joint sequence of a stream and its context, as the joint attention of Esser et al. (arXiv 2403.03206) takes it.
 
@@ -132,11 +144,12 @@ def qk_norm(
         weight_q, weight_k: (d,).
         context_q, context_k: (B, S', H, d), appended to the sequence.
         context_weight_q, context_weight_k: (d,). All four of the context or none.
+        v, context_v: (B, S, H, d) and (B, S', H, d) of one dtype, joined unchanged by the same kernel. Both or neither.
         eps: added to the mean square.
         backend: ``auto``, ``triton`` or ``reference``.
 
     Returns:
-        Queries and keys, (B, S + S', H, d), of the dtype of ``q`` and ``k``.
+        Queries and keys, (B, S + S', H, d), of the dtype of ``q`` and ``k``, and the values if there are any.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
@@ -154,12 +167,20 @@ def qk_norm(
         _validate.latents("context_q", context_q)
         matching("context_q", context_q, q, (q.shape[0], *context_q.shape[1:2], *q.shape[2:]), "(B, S', H, d)")
         _validate.tensor_like("context_k", context_k, context_q, "context_q")
+    if (v is None) != (context_v is None) or (v is not None and context_q is None):
+        raise ValueError("v, context_v: got one of them or no context, accepted are both with a context or neither")
+    if v is not None and context_v is not None and context_q is not None:
+        _validate.tensor_like("v", v, q, "q")
+        _validate.tensor_like("context_v", context_v, context_q, "context_q")
+        if v.dtype != context_v.dtype:
+            raise TypeError(f"context_v: got {context_v.dtype}, accepted is the dtype of v, {v.dtype}")
     names = "weight_q", "weight_k", "context_weight_q", "context_weight_k"
     for name, weight in zip(names, (weight_q, weight_k, *context[2:]), strict=True):
         if weight is not None or not name.startswith("context"):
             matching(name, weight, q, q.shape[-1:], "(d,)")
     _validate.number("eps", eps, positive=True)
-    args = (q, k, weight_q, weight_k, *context, float(eps))
+    args = (q, k, weight_q, weight_k, *context, v, context_v, float(eps))
     if backend_of("qk_norm", backend, q) == "reference":
         return reference.qk_norm(*args)
-    return call(_op, _Fused, *args)
+    normed_q, normed_k, values = call(_op, _Fused, *args)
+    return (normed_q, normed_k) if v is None else (normed_q, normed_k, values)

@@ -24,12 +24,15 @@ def qk_norm(
     context_k: Tensor | None,
     context_weight_q: Tensor | None,
     context_weight_k: Tensor | None,
+    v: Tensor | None,
+    context_v: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, S + S', H, d) of streams (B, S, H, d) and (B, S', H, d), each with its own weights (d,)."""
+) -> tuple[Tensor, ...]:
+    """Queries and keys (B, S + S', H, d) of streams (B, S, H, d) and (B, S', H, d), each with its own weights (d,), and
+    if given the values of both, unchanged."""
     q, k = rms_norm(q, weight_q, eps), rms_norm(k, weight_k, eps)
     if context_q is not None and context_k is not None:
         assert context_weight_q is not None and context_weight_k is not None
         q = torch.cat([q, rms_norm(context_q, context_weight_q, eps)], 1)
         k = torch.cat([k, rms_norm(context_k, context_weight_k, eps)], 1)
-    return q, k
+    return (q, k) if v is None or context_v is None else (q, k, torch.cat([v, context_v], 1))

@@ -20,6 +20,7 @@ else:
         from .layer_norm_modulate import layer_norm_modulate, layer_norm_modulate_gradient
         from .nft_loss import nft_loss, nft_loss_gradient
         from .qk_norm import qk_norm, qk_norm_gradient
+        from .quantize_rows import quantize_rows
         from .solver_step import solver_step
 
 # The backward computes the loss' gradient, and holds no buffer until then.
@@ -34,6 +35,7 @@ __all__ = [
     "nft_loss_gradient",
     "qk_norm",
     "qk_norm_gradient",
+    "quantize_rows",
     "solver_step",
     "why_not",
 ]

@@ -1,4 +1,4 @@
-"""RMS norm of every head of queries and keys, written to where the joint sequence wants them."""
+"""RMS norm of every head of queries and keys, written to where the joint sequence wants them, and values with them."""
 
 from collections.abc import Sequence
 
@@ -48,8 +48,9 @@ def _qk_norm(
     lane, inside = _heads(heads, head_dim, HEADS, DIM)
     for i in tl.static_range(len(inputs)):
         x = load_row(inputs[i], sample, position, lane, inside, dtype)
-        normed = x * _inverse(x, head_dim, eps, dtype)
-        store_row(outputs[i], sample, position, lane, inside, normed * _weight(weights[i], head_dim, dtype, DIM))
+        if i < len(weights):
+            x = x * _inverse(x, head_dim, eps, dtype) * _weight(weights[i], head_dim, dtype, DIM)
+        store_row(outputs[i], sample, position, lane, inside, x)
 
 
 @triton.jit
@@ -103,7 +104,8 @@ def _launch(
 def qk_norm(
     inputs: Sequence[Tensor], weights: Sequence[Tensor], outputs: Sequence[Tensor], heads: int, eps: float
 ) -> None:
-    """Write each of the ``inputs`` (B, S, H d), normalized with its weight (d,), into its output."""
+    """Write each of the ``inputs`` (B, S, H d), normalized with its weight (d,), into its output; unchanged those
+    beyond the weights."""
     _launch(_qk_norm, weights, heads, eps, inputs, outputs)
 
 
