@@ -198,8 +198,10 @@ _CHECKS: dict[str, Check] = {
     "nft_loss": _check_loss,
     "solver_step": _check_step,
     "layer_norm_modulate": _check_rows(
-        lambda x, y, *rest, backend: layer_norm_modulate(x, *rest[1:], y=y, gate=rest[0], backend=backend),
-        [(2, 7, 96)] * 2 + [(2, 96)] * 5,
+        lambda x, y, y2, y_bias, gate, gate2, *modulations, backend: layer_norm_modulate(
+            x, *modulations, y=y, gate=gate, y_bias=y_bias, y2=y2, gate2=gate2, backend=backend
+        ),
+        [(2, 7, 96)] * 3 + [(96,)] + [(2, 96)] * 6,
     ),
     "qk_norm": _check_rows(
         lambda *x, backend: qk_norm(*x[:8], v=x[8], context_v=x[9], backend=backend),

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,7 +171,23 @@ def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> list[
     return outs
 
 
-def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = None) -> list[Tensor]:
+Unbiased = tuple[Tensor, Tensor | None]
+"""What a layer makes of its input without its bias, and that bias; None where it is in the first or there is none."""
+
+
+def _unbiased(path: FastPath, layer: Any, x: Tensor) -> Unbiased:
+    biases = []
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        biases.append(bias)
+        return path.product(x, weight, None)
+
+    # Only a layer that is not called as it is comes to the product, so only its bias is left.
+    (y,) = _project([layer], x, product)
+    return y, biases[0] if biases else None
+
+
+def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = None) -> list[Unbiased]:
     """Outputs of the attention for x (B, S, D) and, if given and wanted by the block, for the context (B, S', D)."""
 
     def qkv(names: tuple[str, ...], stream: Tensor) -> list[Tensor]:
@@ -191,9 +207,13 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
     elif joined:
         q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), joined, strict=True))
     out = path.attend(q, k, v)
-    results = _project([attn.to_out[0]], out[:, : x.shape[1]], path.product)
-    if context is not None and not attn.context_pre_only:
-        results += _project([attn.to_add_out], out[:, x.shape[1] :], path.product)
+    if context is None:
+        (y,) = _project([attn.to_out[0]], out, path.product)
+        return [(y, None)]
+    # A product of rows that are not contiguous has no epilogue, and would add its bias in a pass of its own.
+    results = [_unbiased(path, attn.to_out[0], out[:, : x.shape[1]])]
+    if not attn.context_pre_only:
+        results.append(_unbiased(path, attn.to_add_out, out[:, x.shape[1] :]))
     return results
 
 
@@ -210,27 +230,35 @@ def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
     return _project([last], F.gelu(hidden, approximate="tanh"), path.product)[0]
 
 
+class Stream(NamedTuple):
+    """x (B, S, D), to which the norm that reads it next adds the residual gate y."""
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+
+
 def _block(
-    path: FastPath, block: Any, x: Tensor, context: Tensor, mod: Sequence[Tensor], context_mod: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """One joint block: x (B, S, D) and context (B, S', D) under modulations (B, D), in the order of their linears."""
+    path: FastPath, block: Any, sample: Stream, context: Stream, mod: Sequence[Tensor], context_mod: Sequence[Tensor]
+) -> tuple[Stream, Stream]:
+    """One joint block: sample and context under modulations (B, D), in the order of their linears."""
     norm = functools.partial(layer_norm_modulate, eps=block.norm1.norm.eps, backend=path.backend)
     shift, scale, gate, ff_shift, ff_scale, ff_gate, *dual = mod
     last = block.context_pre_only
     context_scale, context_shift = context_mod if last else (context_mod[1], context_mod[0])
-    _, normed, *second = norm(x, scale, shift, *((dual[1], dual[0]) if dual else ()))
-    _, normed_context = norm(context, context_scale, context_shift)
-    y, *context_y = _attention(path, block.attn, normed, normed_context)
-    if dual:
-        x = torch.addcmul(x, gate[:, None], y)
-        (y,), gate = _attention(path, block.attn2, second[0]), dual[2]
-    x, normed = norm(x, ff_scale, ff_shift, y=y, gate=gate)
-    x = torch.addcmul(x, ff_gate[:, None], _feed_forward(path, block.ff, normed))
-    if not last:
-        _, _, gate, ff_shift, ff_scale, ff_gate = context_mod
-        context, normed = norm(context, ff_scale, ff_shift, y=context_y[0], gate=gate)
-        context = torch.addcmul(context, ff_gate[:, None], _feed_forward(path, block.ff_context, normed))
-    return context, x
+    modulations = (scale, shift, dual[1], dual[0]) if dual else (scale, shift)
+    x, normed, *second = norm(sample.x, *modulations, y=sample.y, gate=sample.gate)
+    context_x, normed_context = norm(context.x, context_scale, context_shift, y=context.y, gate=context.gate)
+    (y, bias), *context_y = _attention(path, block.attn, normed, normed_context)
+    y2, gate2 = (_attention(path, block.attn2, second[0])[0][0], dual[2]) if dual else (None, None)
+    x, normed = norm(x, ff_scale, ff_shift, y=y, gate=gate, y_bias=bias, y2=y2, gate2=gate2)
+    sample = Stream(x, _feed_forward(path, block.ff, normed), ff_gate)
+    if last:
+        return sample, Stream(context_x)
+    ((y, bias),) = context_y
+    _, _, gate, ff_shift, ff_scale, ff_gate = context_mod
+    x, normed = norm(context_x, ff_scale, ff_shift, y=y, gate=gate, y_bias=bias)
+    return sample, Stream(x, _feed_forward(path, block.ff_context, normed), ff_gate)
 
 
 def _modulations(transformer: Any, temb: Tensor) -> list[tuple[Tensor, ...]]:
@@ -269,20 +297,21 @@ def _forward(
     path = self._fast_path
     path.check(hidden_states)
     height, width = hidden_states.shape[-2:]
-    x = self.pos_embed(hidden_states).contiguous()
-    context = self.context_embedder(encoder_hidden_states)
+    sample = Stream(self.pos_embed(hidden_states).contiguous())
+    context = Stream(self.context_embedder(encoder_hidden_states))
     *mods, out_mod = _modulations(self, self.time_text_embed(timestep, pooled_projections))
     for block, mod, context_mod in zip(self.transformer_blocks, mods[::2], mods[1::2], strict=True):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            context, x = self._gradient_checkpointing_func(_block, path, block, x, context, mod, context_mod)
+            sample, context = self._gradient_checkpointing_func(_block, path, block, sample, context, mod, context_mod)
         else:
-            context, x = _block(path, block, x, context, mod, context_mod)
+            sample, context = _block(path, block, sample, context, mod, context_mod)
+    x, y, gate = sample
     scale, shift = out_mod
-    _, x = layer_norm_modulate(x, scale, shift, eps=self.norm_out.norm.eps, backend=path.backend)
+    _, x = layer_norm_modulate(x, scale, shift, y=y, gate=gate, eps=self.norm_out.norm.eps, backend=path.backend)
     p = self.config.patch_size
     patches = self.proj_out(x).unflatten(-1, (p, p, self.out_channels)).unflatten(1, (height // p, width // p))
-    sample = torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)
-    return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+    out = torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)
+    return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
 
 def _check(transformer: SD3Transformer2DModel) -> None:

@@ -1,4 +1,4 @@
-"""``layer_norm_modulate``: a gated residual, LayerNorm and one or two modulations of it."""
+"""``layer_norm_modulate``: gated residuals, LayerNorm and one or two modulations of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from ._rows import backend_of, call, dense, matching
 def _run(
     x: Tensor,
     y: Tensor | None,
+    y2: Tensor | None,
+    y_bias: Tensor | None,
     gate: Tensor | None,
+    gate2: Tensor | None,
     scale: Tensor,
     shift: Tensor,
     scale2: Tensor | None,
@@ -27,12 +30,13 @@ def _run(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, which is empty without ``y``, and the outputs, of which the second may be empty."""
-    outputs = _fake(x, y, gate, scale, shift, scale2, shift2, eps)
-    load("triton").layer_norm_modulate(*map(dense, (x, y, gate, scale, shift, scale2, shift2)), *outputs, eps)
+    inputs = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2)
+    outputs = _fake(*inputs, eps)
+    load("triton").layer_norm_modulate(*map(dense, inputs), *outputs, eps)
     return outputs
 
 
-def _fake(x, y, gate, scale, shift, scale2, shift2, eps):
+def _fake(x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps):
     wanted = (y is not None, True, scale2 is not None)
     h, out, out2 = (x.new_empty(x.shape if want else 0) for want in wanted)
     return h, out, out2
@@ -41,22 +45,25 @@ def _fake(x, y, gate, scale, shift, scale2, shift2, eps):
 def _gradient(
     h: Tensor,
     gate: Tensor | None,
+    gate2: Tensor | None,
     scale: Tensor,
     scale2: Tensor | None,
     grad_h: Tensor | None,
     grad_out: Tensor | None,
     grad_out2: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and, if there is a gate, of y."""
-    grad_x, grad_y = _fake_gradient(h, gate, scale, scale2, grad_h, grad_out, grad_out2, eps)
-    inputs = map(dense, (h, gate, scale, scale2, grad_h, grad_out, grad_out2))
-    load("triton").layer_norm_modulate_gradient(*inputs, grad_x, grad_y, eps)
-    return grad_x, grad_y
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and y2, of which those without a gate are empty."""
+    inputs = (h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2)
+    outputs = _fake_gradient(*inputs, eps)
+    load("triton").layer_norm_modulate_gradient(*map(dense, inputs), *outputs, eps)
+    return outputs
 
 
-def _fake_gradient(h, gate, scale, scale2, grad_h, grad_out, grad_out2, eps):
-    return h.new_empty(h.shape), h.new_empty(0 if gate is None else h.shape)
+def _fake_gradient(h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, eps):
+    wanted = (True, gate is not None, gate2 is not None)
+    grad_x, grad_y, grad_y2 = (h.new_empty(h.shape if want else 0) for want in wanted)
+    return grad_x, grad_y, grad_y2
 
 
 _op = torch.library.custom_op("nft_kernels::layer_norm_modulate", _run, mutates_args=())
@@ -66,10 +73,11 @@ _gradient_op.register_fake(_fake_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, gate, scale, _, scale2, _, ctx.eps = inputs
+    x, y, y2, y_bias, gate, gate2, scale, _, scale2, _, ctx.eps = inputs
     h = x if y is None else output[0]
-    # y is only needed for the gradient of the gate, which frozen modulations have no use for.
-    ctx.save_for_backward(h, y if ctx.needs_input_grad[2] else None, gate, scale, scale2)
+    # The residuals are only needed for the gradients of their gates, which frozen modulations have no use for.
+    residual = (y, y_bias) if ctx.needs_input_grad[4] else (None, None)
+    ctx.save_for_backward(h, *residual, y2 if ctx.needs_input_grad[5] else None, gate, gate2, scale, scale2)
 
 
 def _modulation(grad: Tensor | None, normed: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -80,16 +88,22 @@ def _modulation(grad: Tensor | None, normed: Tensor) -> tuple[Tensor | None, Ten
 
 
 def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    h, y, gate, scale, scale2 = ctx.saved_tensors
-    grad_x, grad_y = gradient(h, gate, scale, scale2, *grads, ctx.eps)
-    results: list[Tensor | None] = [grad_x, None if gate is None else grad_y, *[None] * 6]
-    if any(ctx.needs_input_grad[2:]):
+    h, y, y_bias, y2, gate, gate2, scale, scale2 = ctx.saved_tensors
+    grad_x, grad_y, grad_y2 = gradient(h, gate, gate2, scale, scale2, *grads, ctx.eps)
+    residuals = (None if gate is None else grad_y, None if gate2 is None else grad_y2)
+    results: list[Tensor | None] = [grad_x, *residuals, *[None] * 8]
+    if any(ctx.needs_input_grad[3:]):
         # Training of adapters leaves these frozen, so plain PyTorch will do.
-        dtype = compute_dtype(h, gate, scale, scale2)
+        dtype = compute_dtype(h, gate, gate2, scale, scale2)
+        grad_h = grad_x.to(dtype)
+        if ctx.needs_input_grad[3]:
+            results[3] = (gate * grad_h.sum(1)).sum(0)
         if y is not None:
-            results[2] = (grad_x.to(dtype) * y.to(dtype)).sum(1)
+            results[4] = (grad_h * (y.to(dtype) if y_bias is None else y.to(dtype) + y_bias)).sum(1)
+        if y2 is not None:
+            results[5] = (grad_h * y2).sum(1)
         normed = F.layer_norm(h.to(dtype), h.shape[-1:], eps=ctx.eps)
-        results[3:7] = (*_modulation(grads[1], normed), *_modulation(grads[2], normed))
+        results[6:10] = (*_modulation(grads[1], normed), *_modulation(grads[2], normed))
     return tuple(results)
 
 
@@ -115,11 +129,15 @@ def layer_norm_modulate(
     *,
     y: Tensor | None = None,
     gate: Tensor | None = None,
+    y_bias: Tensor | None = None,
+    y2: Tensor | None = None,
+    gate2: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """(1 + scale) LayerNorm(h) + shift with h = x + gate y, the step between two layers of a diffusion transformer
-    (adaLN-Zero of Peebles and Xie, arXiv 2212.09748; two modulations as in Stable Diffusion 3.5's dual attention).
+    """(1 + scale) LayerNorm(h) + shift with h = x + gate (y + y_bias) + gate2 y2, the step between two layers of a
+    diffusion transformer (adaLN-Zero of Peebles and Xie, arXiv 2212.09748; two residuals and two modulations as in
+    Stable Diffusion 3.5's dual attention).
 
     Computed in float32, or in float64 if any tensor is; h is rounded to x's dtype before it is normalized.
 
@@ -128,6 +146,8 @@ def layer_norm_modulate(
         scale, shift: (B, D).
         scale2, shift2: (B, D), a second modulation of the same normalized rows.
         y, gate: (B, S, D) and (B, D), both or neither; without them h is x.
+        y_bias: (D,), the bias of the layer that made y without it.
+        y2, gate2: as y and gate, a second residual.
         eps: added to the variance.
         backend: ``auto``, ``triton`` or ``reference``.
 
@@ -143,16 +163,24 @@ def layer_norm_modulate(
         raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is (B, S, D)")
     if (y is None) != (gate is None):
         raise ValueError("y, gate: got one of them, accepted are both or neither")
+    if (y2 is None) != (gate2 is None):
+        raise ValueError("y2, gate2: got one of them, accepted are both or neither")
+    for name, addition in (("y_bias", y_bias), ("y2", y2)):
+        if addition is not None and y is None:
+            raise ValueError(f"{name}: got one without y, accepted is one with y and gate")
     if (scale2 is None) != (shift2 is None):
         raise ValueError("scale2, shift2: got one of them, accepted are both or neither")
     _validate.number("eps", eps, positive=True)
-    if y is not None:
-        _validate.tensor_like("y", y, x, "x")
-    named = {"scale": scale, "shift": shift, "gate": gate, "scale2": scale2, "shift2": shift2}
+    for name, residual in (("y", y), ("y2", y2)):
+        if residual is not None:
+            _validate.tensor_like(name, residual, x, "x")
+    if y_bias is not None:
+        matching("y_bias", y_bias, x, (x.shape[2],), "(D,)")
+    named = {"scale": scale, "shift": shift, "gate": gate, "gate2": gate2, "scale2": scale2, "shift2": shift2}
     for name, modulation in named.items():
         if modulation is not None or name in ("scale", "shift"):
             matching(name, modulation, x, (x.shape[0], x.shape[2]), "(B, D)")
-    args = (x, y, gate, scale, shift, scale2, shift2, float(eps))
+    args = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, float(eps))
     if backend_of("layer_norm_modulate", backend, x) == "reference":
         return reference.layer_norm_modulate(*args)
     h, out, out2 = call(_op, _Fused, *args)

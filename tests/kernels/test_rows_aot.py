@@ -24,11 +24,14 @@ def launch_all(backend, dtype, _):
     none = torch.empty(0, dtype=dtype)
     for width, full in ((1536, True), (2432, False)):
         row, x = torch.zeros(2, 9 * width, dtype=dtype).split(width, -1)[0], tensor(width)
-        dual, y = (row, tensor(width)) if full else (None, None)
+        dual, y, y2 = (row, tensor(width), tensor(width)) if full else (None, None, None)
+        bias = torch.zeros(width, dtype=dtype) if full else None
         h, out2 = (tensor(width), tensor(width)) if full else (none, none)
-        backend.layer_norm_modulate(x, y, dual, row, row, dual, dual, h, tensor(width), out2, 1e-6)
+        inputs = (x, y, y2, bias, dual, dual, row, row, dual, dual)
+        backend.layer_norm_modulate(*inputs, h, tensor(width), out2, 1e-6)
         grads = (tensor(width) if full else None, tensor(width), tensor(width) if full else None)
-        backend.layer_norm_modulate_gradient(x, dual, row, dual, *grads, tensor(width), out2, 1e-6)
+        outputs = (tensor(width), out2, tensor(width) if full else none)
+        backend.layer_norm_modulate_gradient(x, dual, dual, row, dual, *grads, *outputs, 1e-6)
         pair, weights = [tensor(width), tensor(width)], [torch.zeros(64, dtype=dtype)] * 2
         streams = [*pair, tensor(width)] if full else pair
         backend.qk_norm(streams, weights, streams, width // 64, 1e-6)

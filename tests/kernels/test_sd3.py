@@ -157,6 +157,18 @@ def test_projections_and_modulations_are_single_products(model):
     assert fused.count("cat") <= plain.count("cat")
 
 
+def test_blocks_add_their_residuals_and_the_biases_of_parts_in_the_norms():
+    pytest.importorskip("triton")
+    counts = []
+    for layers in (1, 2):
+        model = build("sd35", layers).to("cuda" if torch.cuda.is_available() else "cpu")
+        accelerate(model, backend="triton")
+        with Products() as seen:
+            run(model)
+        counts.append(seen.count("add", "add_", "addcmul"))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_swapped_weights_are_followed(model, order):
     """As nft's ``merged`` does: every weight gets other memory, twice, with and without an evaluation in between."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """A (B, S, D) tensor whose rows are dense, or (B, D), which is the same row for all of a sample."""
+    """A (B, S, D) tensor whose rows are dense, (B, D), which is the same row for all of a sample, or (D,), for all."""
 
     data: Tensor
     batch_stride: int
@@ -19,7 +19,8 @@ def rows(x: Tensor | None) -> Rows | None:
     """Rows of a tensor that may be missing: None, or one without elements."""
     if x is None or not x.numel():
         return None
-    return Rows(x, x.stride(0), x.stride(1) if x.ndim == 3 else 0)
+    batch_stride, row_stride = (*x.stride()[:-1], 0, 0)[:2]
+    return Rows(x, batch_stride, row_stride)
 
 
 def warps(elements: int) -> int:

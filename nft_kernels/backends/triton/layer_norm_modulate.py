@@ -1,4 +1,4 @@
-"""Gate and residual, layer normalization and one or two modulations in one pass over each row."""
+"""Gated residuals, layer normalization and one or two modulations in one pass over each row."""
 
 import torch
 import triton
@@ -27,15 +27,37 @@ def _modulate(normed, scale, shift, out, sample, position, lane, inside, dtype: 
 
 @triton.jit
 def _layer_norm_modulate(
-    x, y, gate, scale, shift, scale2, shift2, h, out, out2, eps, length, width, dtype: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    y,
+    y2,
+    y_bias,
+    gate,
+    gate2,
+    scale,
+    shift,
+    scale2,
+    shift2,
+    h,
+    out,
+    out2,
+    eps,
+    length,
+    width,
+    dtype: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sample, position = row_of(length)
     lane = tl.arange(0, BLOCK)
     inside = lane < width
     value = load_row(x, sample, position, lane, inside, dtype)
     if y is not None:
-        opened = load_row(gate, sample, 0, lane, inside, dtype)
-        value += opened * load_row(y, sample, position, lane, inside, dtype)
+        residual = load_row(y, sample, position, lane, inside, dtype)
+        if y_bias is not None:
+            residual += load_row(y_bias, sample, 0, lane, inside, dtype)
+        value += load_row(gate, sample, 0, lane, inside, dtype) * residual
+        if y2 is not None:
+            opened2 = load_row(gate2, sample, 0, lane, inside, dtype)
+            value += opened2 * load_row(y2, sample, position, lane, inside, dtype)
         # What is normalized is what the backward will find in memory.
         value = rounded(value, h.data.dtype.element_ty).to(dtype)
         store_row(h, sample, position, lane, inside, value)
@@ -49,6 +71,7 @@ def _layer_norm_modulate(
 def _differentiate(
     h,
     gate,
+    gate2,
     scale,
     scale2,
     grad_h,
@@ -56,6 +79,7 @@ def _differentiate(
     grad_out2,
     grad_x,
     grad_y,
+    grad_y2,
     eps,
     length,
     width,
@@ -81,6 +105,9 @@ def _differentiate(
     if grad_y is not None:
         opened = load_row(gate, sample, 0, lane, inside, dtype)
         store_row(grad_y, sample, position, lane, inside, opened * grad)
+    if grad_y2 is not None:
+        opened2 = load_row(gate2, sample, 0, lane, inside, dtype)
+        store_row(grad_y2, sample, position, lane, inside, opened2 * grad)
 
 
 def _launch(kernel, x: Tensor, tensors: tuple[Tensor | None, ...], eps: float) -> None:
@@ -96,7 +123,10 @@ def _launch(kernel, x: Tensor, tensors: tuple[Tensor | None, ...], eps: float) -
 def layer_norm_modulate(
     x: Tensor,
     y: Tensor | None,
+    y2: Tensor | None,
+    y_bias: Tensor | None,
     gate: Tensor | None,
+    gate2: Tensor | None,
     scale: Tensor,
     shift: Tensor,
     scale2: Tensor | None,
@@ -107,12 +137,14 @@ def layer_norm_modulate(
     eps: float,
 ) -> None:
     """Write ``out``, and those of ``h`` and ``out2`` that are not empty. Rows are dense."""
-    _launch(_layer_norm_modulate, x, (x, y, gate, scale, shift, scale2, shift2, h, out, out2), eps)
+    tensors = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, h, out, out2)
+    _launch(_layer_norm_modulate, x, tensors, eps)
 
 
 def layer_norm_modulate_gradient(
     h: Tensor,
     gate: Tensor | None,
+    gate2: Tensor | None,
     scale: Tensor,
     scale2: Tensor | None,
     grad_h: Tensor | None,
@@ -120,7 +152,9 @@ def layer_norm_modulate_gradient(
     grad_out2: Tensor | None,
     grad_x: Tensor,
     grad_y: Tensor,
+    grad_y2: Tensor,
     eps: float,
 ) -> None:
-    """Write ``grad_x``, and ``grad_y`` unless it is empty. Rows are dense."""
-    _launch(_differentiate, h, (h, gate, scale, scale2, grad_h, grad_out, grad_out2, grad_x, grad_y), eps)
+    """Write ``grad_x``, and those of ``grad_y`` and ``grad_y2`` that are not empty. Rows are dense."""
+    tensors = (h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, grad_x, grad_y, grad_y2)
+    _launch(_differentiate, h, tensors, eps)
