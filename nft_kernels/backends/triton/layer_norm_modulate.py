@@ -27,7 +27,21 @@ def _modulate(normed, scale, shift, out, sample, position, lane, inside, dtype: 
 
 @triton.jit
 def _layer_norm_modulate(
-    x, y, gate, scale, shift, scale2, shift2, h, out, out2, eps, length, width, dtype: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    y,
+    gate,
+    scale,
+    shift,
+    scale2,
+    shift2,
+    h,
+    out,
+    out2,
+    eps,
+    length: tl.int32,
+    width: tl.int32,
+    dtype: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     sample, position = row_of(length)
     lane = tl.arange(0, BLOCK)
@@ -57,8 +71,8 @@ def _differentiate(
     grad_x,
     grad_y,
     eps,
-    length,
-    width,
+    length: tl.int32,
+    width: tl.int32,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
