@@ -33,7 +33,7 @@ from ._common import (
 
 _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
 # Samples times slices that ``_finish`` takes at once.
-CELLS = 2048
+CELLS = 1024
 
 
 @triton.jit
@@ -566,7 +566,7 @@ def nft_loss(
             general,
             rows,
             columns,
-            num_warps=max(1, rows * columns // 256),
+            num_warps=max(1, rows * columns // 128),
             **OPTIONS,
         )
     if grad_dtype is None:
