@@ -137,9 +137,14 @@ def nft_loss(
     return loss, details, grad
 
 
-def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
-    """d loss / d v_theta. The per-sample values ``details`` are computed anew, in the same visit."""
-    grad = nft_loss(inputs, options, grad_dtype=grad_dtype)[2]
+def nft_loss_gradient(
+    inputs: LossInputs, options: Options, *, details: Tensor, grad_dtype: torch.dtype, grad_loss: Tensor
+) -> Tensor:
+    """d loss / d v_theta times the scalar ``grad_loss``. The values in ``details`` are computed anew on the way."""
+    batch = len(inputs.t)
+    outer = grad_loss.double().expand(batch)
+    outer = outer / batch if inputs.outer is None else outer * inputs.outer
+    grad = nft_loss(inputs._replace(outer=outer), options, grad_dtype=grad_dtype)[2]
     assert grad is not None
     return grad
 

@@ -41,11 +41,6 @@ class NFTLossOutput(NamedTuple):
     """Largest |v_theta - v_old|."""
 
 
-def _scaled(outer: Tensor | None, grad_loss: Tensor, samples: Tensor) -> Tensor:
-    grad_loss = grad_loss.double().expand(len(samples))
-    return grad_loss / len(samples) if outer is None else grad_loss * outer
-
-
 class _Fused(torch.autograd.Function):
     """The inputs are saved beside the gradient: autograd then notices if one is overwritten, and a second backward
     can compute the gradient anew after the first has given its buffer away. A backend computes the gradient ahead
@@ -74,10 +69,13 @@ class _Fused(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         *saved, details = ctx.saved_tensors
         kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None
+        grad_loss = grad_loss.resolve_neg()
         if grad is None:
             inputs = LossInputs._make(x if kept is None else kept for x, kept in zip(saved, ctx.kept, strict=True))
-            inputs = inputs._replace(outer=_scaled(inputs.outer, grad_loss, details[0]))
-            grad = kernels.nft_loss_gradient(inputs, ctx.options, details=details, grad_dtype=inputs.v_theta.dtype)
+            dtype = inputs.v_theta.dtype
+            grad = kernels.nft_loss_gradient(
+                inputs, ctx.options, details=details, grad_dtype=dtype, grad_loss=grad_loss
+            )
         else:
             kernels.scale(grad, grad_loss)
         return grad, None, None, None, None

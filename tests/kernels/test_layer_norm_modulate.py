@@ -43,7 +43,8 @@ def inputs(dtype, dual=True, residual="all"):
     generator = torch.Generator().manual_seed(3)
 
     def leaf(*shape):
-        return torch.randn(shape, generator=generator).to(torch.get_default_device(), dtype).requires_grad_()
+        x = torch.randn(shape, generator=generator, device="cpu")
+        return x.to(torch.get_default_device(), dtype).requires_grad_()
 
     named = {"x": leaf(*SHAPE), "scale": leaf(2, 37), "shift": leaf(2, 37)}
     if dual:

@@ -20,7 +20,7 @@ def backend(request):
 
 def inputs(dtype, context=True):
     generator = torch.Generator().manual_seed(5)
-    tensors = [torch.randn(shape, generator=generator) for shape in SHAPES[: 8 if context else 4]]
+    tensors = [torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES[: 8 if context else 4]]
     device = torch.get_default_device()
     return {n: x.to(device, dtype).requires_grad_() for n, x in zip(NAMES, tensors, strict=False)}
 

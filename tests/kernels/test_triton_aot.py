@@ -3,6 +3,7 @@
 The compiler and the interpreter exclude each other in a process, so the kernels are compiled in one of their own.
 """
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -45,13 +48,13 @@ def launch_all(backend, dtype, strided):
     from nft_kernels.reference.solver_step import Coefficients
 
     def tensor():
-        x = torch.zeros(4, 16, 64, 64, dtype=dtype)
+        x = torch.zeros(24, 16, 64, 64, dtype=dtype)
         return x.transpose(1, 3).contiguous().transpose(1, 3) if strided else x
 
     x, v, u, h, g = (tensor() for _ in range(5))
-    t, seeds, none = torch.ones(4), torch.zeros(4, dtype=torch.int64), x.new_empty(0)
+    t, seeds, none = torch.ones(24), torch.zeros(24, dtype=torch.int64), x.new_empty(0)
     plain = LossInputs(x, v, u, h, t, t, t.double(), v_ref=g)
-    mask, segments = torch.ones(4, 1, 64, 64), torch.tensor([0, 1, 4])
+    mask, segments = torch.ones(24, 1, 64, 64), torch.tensor([0, 1, 24])
     for inputs, options in (
         (plain, Options(kl_weight=0.1)),
         (plain._replace(outer=t.double()), Options(prediction="eps", weighting="t")),
@@ -66,8 +69,42 @@ def launch_all(backend, dtype, strided):
     backend.solver_step(x, v, None, None, [], None, None, euler, tensor(), none, none, none)
 
 
+def launch_every_combination(backend):
+    """The loss with and without all that may be missing, in sizes and strides that Triton makes constants of or not."""
+    from nft_kernels.reference.nft_loss import LossInputs, Options
+
+    dense = [torch.zeros(shape) for shape in ((1, 2, 1), (1, 16, 16), (3, 2, 5))]
+    # Five layouts, so that neighbours in the product below do not always have the same. The last are windows.
+    layouts = itertools.cycle([*dense, dense[2].transpose(1, 2), torch.zeros(16).as_strided((3, 2, 5), (1, 8, 1))])
+    for outer, masked, each, reference, packed in itertools.product((False, True), repeat=5):
+        x = next(layouts)
+        t = torch.ones(1 if packed else len(x))
+        inputs = LossInputs(
+            *[x] * 4,
+            t,
+            r=x if each else t,
+            beta=t.double(),
+            v_ref=x if reference else None,
+            mask=x[:, :1] if masked else None,
+            segments=torch.tensor([0, len(x)]) if packed else None,
+            outer=t.double() if outer else None,
+        )
+        options = Options(kl_weight=0.1 if reference else 0.0, detach_weight=not masked)
+        loss, details, _ = backend.nft_loss(inputs, options)
+        backend.nft_loss_gradient(inputs, options, details=details, grad_dtype=x.dtype, grad_loss=loss)
+
+
+class Parsed(Exception):
+    """The Python code of a kernel has become Triton's own representation."""
+
+
+def stop(*_):
+    raise Parsed
+
+
 def main(target):
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -84,11 +121,18 @@ def main(target):
             self.get_current_stream = lambda device: 0
 
     def compile_only(self, *args, grid, warmup, **options):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+        with suppress(Parsed):
+            compiled.append(run(self, *args, grid=grid, warmup=True, **options))
 
     JITFunction.run = compile_only
-    driver.set_active(Driver(target))
     report = []
+    if target == "combinations":
+        # Only there does it matter what is missing or constant, and all of it for that many would take minutes.
+        CUDABackend.make_ttir = stop
+        driver.set_active(Driver("sm_90"))
+        launch_every_combination(load("triton"))
+        return
+    driver.set_active(Driver(target))
     for dtype, layout in CASES:
         compiled.clear()
         launch_all(load("triton"), getattr(torch, dtype), layout == "strided")
@@ -106,18 +150,19 @@ def main(target):
     print(json.dumps(report))
 
 
-def reports(script):
-    """What ``script`` prints for every target, each in a process of its own."""
-    pytest.importorskip("triton")
+def compile_for(script, target):
+    """What ``script`` prints, run without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    def compile_for(target):
-        done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
+def reports(script):
+    """What ``script`` reports for every target, each in a process of its own."""
+    pytest.importorskip("triton")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [row for report in pool.map(compile_for, TARGETS) for row in report]
+        return [row for report in pool.map(partial(compile_for, script), TARGETS) for row in json.loads(report)]
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +178,11 @@ def test_kernels_compile_without_spills(report, target, dtype, layout):
     assert {name: names.count(name) for name in sorted(names)} == KERNELS
     assert all(row["spilled"] == 0 for row in rows)
     assert layout == "strided" or all(row["vectorized"] for row in rows)
+
+
+def test_whatever_may_be_missing_or_constant_in_the_loss_is_understood():
+    pytest.importorskip("triton")
+    compile_for(__file__, "combinations")
 
 
 if __name__ == "__main__":

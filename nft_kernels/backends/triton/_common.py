@@ -22,6 +22,9 @@ class View(NamedTuple):
     batch_stride: int
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
+    end: int = 1
+    """Triton makes constants of numbers that are 1, and up to 3.6 loops take those of inner tuples to be None unless
+    the outer tuple has a constant of its own after them."""
 
 
 def view(x: Tensor) -> View:

@@ -41,8 +41,8 @@ def _layer_norm_modulate(
     out,
     out2,
     eps,
-    length,
-    width,
+    length: tl.int32,
+    width: tl.int32,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -81,8 +81,8 @@ def _differentiate(
     grad_y,
     grad_y2,
     eps,
-    length,
-    width,
+    length: tl.int32,
+    width: tl.int32,
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

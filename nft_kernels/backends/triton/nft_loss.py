@@ -33,7 +33,7 @@ from ._common import (
 
 _MIN_WEIGHT = tl.constexpr(MIN_WEIGHT)
 # Samples times slices that ``_finish`` takes at once.
-CELLS = 512
+CELLS = 1024
 
 
 @triton.jit
@@ -58,6 +58,8 @@ class _Views(NamedTuple):
     mask: View | None
     segments: Tensor | None
     outer: View | None
+    end: int = 1
+    """As in ``View``."""
 
 
 @triton.jit
@@ -160,12 +162,6 @@ def _time_weighting(t, WEIGHTING: tl.constexpr):
 
 
 @triton.jit
-def _of(kind: tl.constexpr, table):
-    """One row of a table."""
-    return tl.sum(tl.where((tl.arange(0, table.shape[0]) == kind)[:, None], table, 0), 0)
-
-
-@triton.jit
 def _at_least(bound: tl.constexpr, x):
     """A maximum that keeps NaN."""
     return tl.where(x < bound, tl.full(x.shape, bound, x.dtype), x)
@@ -262,66 +258,84 @@ def _finish(
     GENERAL adds three rows to ``details`` for the gradient: the sum of the mask, and the means of r e+^2, (1-r) e-^2.
     """
     dtype: tl.constexpr = loss.dtype.element_ty
-    kinds: tl.constexpr = 10 if GENERAL else 7
-    table_rows: tl.constexpr = 16 if GENERAL else 8
-    kind = tl.arange(0, table_rows)
+    plane = batch * slices
     clip = number(adv_clip_max, tl.float64)
     total = tl.zeros((ROWS,), tl.float64)
     for first in range(0, batch, ROWS):
         row = first + tl.arange(0, ROWS)
+        wanted = row < batch
         # Rows past the end repeat the last sample.
         sample = tl.minimum(row, batch - 1)
-        table = tl.zeros((table_rows, ROWS, COLUMNS), tl.float64)
+        # Blocks are reduced after the loop, so that no load waits for the threads to exchange what they have.
+        positive_abs = tl.zeros((ROWS, COLUMNS), tl.float64)
+        negative_abs = positive_abs
+        positive_square = positive_abs
+        negative_square = positive_abs
+        kl = positive_abs
+        deviation = positive_abs
+        largest = positive_abs
+        size = positive_abs
+        positive_share = positive_abs
+        negative_share = positive_abs
         for column in range(0, slices, COLUMNS):
             slice = column + tl.arange(0, COLUMNS)
-            at = (kind[:, None, None] * batch + sample[None, :, None]) * slices + slice[None, None, :]
-            inside = (kind < kinds)[:, None, None] & (slice < slices)[None, None, :]
-            value = tl.load(sums + at, inside, other=0).to(tl.float64)
-            table = tl.where(kind[:, None, None] == 6, tl.maximum(table, value), table + value)
-        largest = _of(6, tl.max(table, 2))
-        table = tl.sum(table, 2)
+            at = (sample * slices)[:, None] + slice[None, :]
+            inside = (slice < slices)[None, :]
+            positive_abs += tl.load(sums + at, inside, other=0)
+            negative_abs += tl.load(sums + plane + at, inside, other=0)
+            positive_square += tl.load(sums + 2 * plane + at, inside, other=0)
+            negative_square += tl.load(sums + 3 * plane + at, inside, other=0)
+            kl += tl.load(sums + 4 * plane + at, inside, other=0)
+            deviation += tl.load(sums + 5 * plane + at, inside, other=0)
+            largest = tl.maximum(largest, tl.load(sums + 6 * plane + at, inside, other=0))
+            if GENERAL:
+                size += tl.load(sums + 7 * plane + at, inside, other=0)
+                positive_share += tl.load(sums + 8 * plane + at, inside, other=0)
+                negative_share += tl.load(sums + 9 * plane + at, inside, other=0)
         t = scalar(inputs.t, sample, tl.float64)
         if GENERAL:
+            n = tl.sum(size, 1)
             # A sample whose mask is empty counts as nothing, not as NaN.
-            n = tl.where(_of(7, table) > 0, _of(7, table), 1)
+            n = tl.where(n > 0, n, 1)
         else:
             n = elements.to(tl.float64)
+        # One division instead of one for every mean.
+        mean = 1 / n
         positive_weight = tl.full((ROWS,), 1, tl.float64)
         negative_weight = positive_weight
         if WEIGHTING == "adaptive":
-            positive_weight = _at_least(_MIN_WEIGHT, _of(0, table) / n)
-            negative_weight = _at_least(_MIN_WEIGHT, _of(1, table) / n)
-        factor = _time_weighting(t, WEIGHTING) / n
-        positive = factor * _of(2, table) / positive_weight
-        negative = factor * _of(3, table) / negative_weight
+            positive_weight = _at_least(_MIN_WEIGHT, tl.sum(positive_abs, 1) * mean)
+            negative_weight = _at_least(_MIN_WEIGHT, tl.sum(negative_abs, 1) * mean)
+        factor = _time_weighting(t, WEIGHTING) * mean
+        positive = factor * tl.sum(positive_square, 1) / positive_weight
+        negative = factor * tl.sum(negative_square, 1) / negative_weight
         if GENERAL:
-            positive_share = _of(8, table) / n
-            negative_share = _of(9, table) / n
-            tl.store(details + 8 * batch + row, n.to(dtype), row < batch)
-            tl.store(details + 9 * batch + row, positive_share.to(dtype), row < batch)
-            tl.store(details + 10 * batch + row, negative_share.to(dtype), row < batch)
-            policy = positive_share / positive_weight + negative_share / negative_weight
+            positive_part = tl.sum(positive_share, 1) * mean
+            negative_part = tl.sum(negative_share, 1) * mean
+            tl.store(details + 8 * batch + row, n.to(dtype), wanted)
+            tl.store(details + 9 * batch + row, positive_part.to(dtype), wanted)
+            tl.store(details + 10 * batch + row, negative_part.to(dtype), wanted)
+            policy = positive_part / positive_weight + negative_part / negative_weight
             policy *= _time_weighting(t, WEIGHTING)
         else:
             r = scalar(inputs.r, sample, tl.float64)
             policy = r * positive + (1 - r) * negative
         policy = clip * policy / scalar(inputs.beta, sample, tl.float64)
-        kl = _of(4, table) / n
+        mean_kl = tl.sum(kl, 1) * mean
         if inputs.v_ref is not None:
-            kl *= _kl_factor(t, PREDICTION, KL_SPACE)
-        deviation = _of(5, table) / n
+            mean_kl *= _kl_factor(t, PREDICTION, KL_SPACE)
+        mean_deviation = tl.sum(deviation, 1) * mean
         # A maximum may drop NaN, a sum does not.
-        largest = tl.where(deviation == deviation, largest, deviation)
-        wanted = row < batch
+        maximum = tl.where(mean_deviation == mean_deviation, tl.max(largest, 1), mean_deviation)
         tl.store(details + row, policy.to(dtype), wanted)
         tl.store(details + batch + row, positive.to(dtype), wanted)
         tl.store(details + 2 * batch + row, negative.to(dtype), wanted)
         tl.store(details + 3 * batch + row, positive_weight.to(dtype), wanted)
         tl.store(details + 4 * batch + row, negative_weight.to(dtype), wanted)
-        tl.store(details + 5 * batch + row, kl.to(dtype), wanted)
-        tl.store(details + 6 * batch + row, deviation.to(dtype), wanted)
-        tl.store(details + 7 * batch + row, largest.to(dtype), wanted)
-        total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * kl) * _outer(inputs, sample, batch), 0)
+        tl.store(details + 5 * batch + row, mean_kl.to(dtype), wanted)
+        tl.store(details + 6 * batch + row, mean_deviation.to(dtype), wanted)
+        tl.store(details + 7 * batch + row, maximum.to(dtype), wanted)
+        total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * mean_kl) * _outer(inputs, sample, batch), 0)
     tl.store(loss, tl.sum(total, 0).to(dtype))
 
 
@@ -340,6 +354,7 @@ def _through_weight(factor, share, weight):
 def _coefficients(
     inputs,
     details,
+    grad_loss,
     policy_factor,
     kl_factor,
     batch,
@@ -351,7 +366,10 @@ def _coefficients(
     dtype: tl.constexpr,
 ):
     """Factors in one sample's gradient: of e+ and e-, before r if GENERAL; of v_theta - v_ref; of the errors' signs."""
-    outer = _outer(inputs, sample, batch).to(dtype)
+    outer = _outer(inputs, sample, batch)
+    if grad_loss is not None:
+        outer *= tl.load(grad_loss)
+    outer = outer.to(dtype)
     t = scalar(inputs.t, sample, dtype)
     _, push = _affine(t, PREDICTION)
     positive_weight = tl.load(details + 3 * batch + sample)
@@ -409,6 +427,7 @@ def _differentiate(
     inputs,
     details,
     grad,
+    grad_loss,
     policy_factor,
     kl_factor,
     batch: tl.int64,
@@ -435,7 +454,18 @@ def _differentiate(
     else:
         sample, row, first, end = _slice(inputs, program, slices, 0, elements)
     coefficients = _coefficients(
-        inputs, details, policy_factor, kl_factor, batch, sample, WEIGHTING, PREDICTION, KL_SPACE, GENERAL, dtype
+        inputs,
+        details,
+        grad_loss,
+        policy_factor,
+        kl_factor,
+        batch,
+        sample,
+        WEIGHTING,
+        PREDICTION,
+        KL_SPACE,
+        GENERAL,
+        dtype,
     )
     if inputs.segments is None:
         value = _gradient(inputs, coefficients, sample, row, first, inside, PREDICTION, GENERAL, DETACHED, dtype, BLOCK)
@@ -507,6 +537,7 @@ def nft_loss(
     details, loss = x0.new_empty((11 if general else 8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
     views = _views(inputs, inputs.v_ref)
     columns = min(CELLS, triton.next_power_of_2(slices))
+    rows = min(CELLS // columns, triton.next_power_of_2(batch))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](
             views,
@@ -533,9 +564,9 @@ def nft_loss(
             options.prediction,
             options.kl_space,
             general,
-            min(CELLS // columns, triton.next_power_of_2(batch)),
+            rows,
             columns,
-            num_warps=8,
+            num_warps=max(1, rows * columns // 128),
             **OPTIONS,
         )
     if grad_dtype is None:
@@ -543,8 +574,15 @@ def nft_loss(
     return loss, details, nft_loss_gradient(inputs, options, details=details, grad_dtype=grad_dtype)
 
 
-def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, grad_dtype: torch.dtype) -> Tensor:
-    """d loss / d v_theta, from the per-sample values of the loss."""
+def nft_loss_gradient(
+    inputs: LossInputs,
+    options: Options,
+    *,
+    details: Tensor,
+    grad_dtype: torch.dtype,
+    grad_loss: Tensor | None = None,
+) -> Tensor:
+    """d loss / d v_theta, from the per-sample values of the loss, times the scalar ``grad_loss`` if given."""
     grad, x0, batch = torch.empty_like(inputs.v_theta, dtype=grad_dtype), inputs.x0, len(inputs.t)
     v_ref, general = inputs.v_ref if options.kl_weight > 0 else None, _general(inputs, options)
     slices, elements = _slices(inputs)[0], x0.numel() // len(x0)
@@ -555,6 +593,7 @@ def nft_loss_gradient(inputs: LossInputs, options: Options, *, details: Tensor, 
             _views(inputs, v_ref),
             details,
             _view(grad, inputs),
+            grad_loss,
             exact(2 * options.adv_clip_max / n),
             exact(2 * options.kl_weight / n),
             batch,
