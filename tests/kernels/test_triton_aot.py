@@ -83,7 +83,7 @@ def launch_every_combination(backend):
             *[x] * 4,
             t,
             r=x if each else t,
-            beta=t.double(),
+            beta=t.double() if each else None,
             v_ref=x if reference else None,
             mask=x[:, :1] if masked else None,
             segments=torch.tensor([0, len(x)]) if packed else None,

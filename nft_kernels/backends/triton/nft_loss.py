@@ -51,7 +51,8 @@ class _Views(NamedTuple):
     x_t: View
     x0: View
     t: View
-    beta: View
+    beta: View | None
+    constant_beta: tuple[float, float, float]
     r: View | None
     r_elements: View | None
     v_ref: View | None
@@ -92,6 +93,14 @@ def _kl_factor(t, PREDICTION: tl.constexpr, KL_SPACE: tl.constexpr):
 
 
 @triton.jit
+def _beta(inputs, sample, dtype: tl.constexpr):
+    if inputs.beta is None:
+        return tl.zeros(sample.shape, dtype) + number(inputs.constant_beta, dtype)
+    else:
+        return scalar(inputs.beta, sample, dtype)
+
+
+@triton.jit
 def _outer(inputs, sample, batch):
     """What a sample counts in the loss."""
     if inputs.outer is None:
@@ -111,7 +120,7 @@ def _errors(inputs, sample, row, start, inside, dtype: tl.constexpr, PREDICTION:
     d = p_theta - p_old
     if PREDICTION != "v":
         x_t = keep * x_t
-    return p_theta, d, (x_t - x0) + push * p_old, (push * scalar(inputs.beta, sample, dtype)) * d
+    return p_theta, d, (x_t - x0) + push * p_old, (push * _beta(inputs, sample, dtype)) * d
 
 
 @triton.jit
@@ -320,7 +329,7 @@ def _finish(
         else:
             r = scalar(inputs.r, sample, tl.float64)
             policy = r * positive + (1 - r) * negative
-        policy = clip * policy / scalar(inputs.beta, sample, tl.float64)
+        policy = clip * policy / _beta(inputs, sample, tl.float64)
         mean_kl = tl.sum(kl, 1) * mean
         if inputs.v_ref is not None:
             mean_kl *= _kl_factor(t, PREDICTION, KL_SPACE)
@@ -484,7 +493,7 @@ def _view(x: Tensor, inputs: LossInputs) -> View:
     return view(x if inputs.segments is None else x[None])
 
 
-def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
+def _views(inputs: LossInputs, options: Options, v_ref: Tensor | None) -> _Views:
     v_theta, v_old, x_t, x0 = (_view(x, inputs) for x in inputs[:4])
     one_r = inputs.r.ndim == 1
     return _Views(
@@ -493,7 +502,8 @@ def _views(inputs: LossInputs, v_ref: Tensor | None) -> _Views:
         x_t,
         x0,
         view(inputs.t),
-        view(torch.ones_like(inputs.t) if inputs.beta is None else inputs.beta),
+        maybe(inputs.beta),
+        exact(options.beta),
         view(inputs.r) if one_r else None,
         None if one_r else _view(inputs.r.expand(inputs.x0.shape), inputs),
         None if v_ref is None else _view(v_ref, inputs),
@@ -535,7 +545,7 @@ def nft_loss(
     slices, length = _slices(inputs)
     sums = x0.new_empty((10 if general else 7) * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((11 if general else 8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
-    views = _views(inputs, inputs.v_ref)
+    views = _views(inputs, options, inputs.v_ref)
     columns = min(CELLS, triton.next_power_of_2(slices))
     rows = min(CELLS // columns, triton.next_power_of_2(batch))
     with torch.cuda.device_of(x0):
@@ -590,7 +600,7 @@ def nft_loss_gradient(
     n = 1 if general else elements
     with torch.cuda.device_of(x0):
         _differentiate[blocks_of(x0) if inputs.segments is None else (batch * slices,)](
-            _views(inputs, v_ref),
+            _views(inputs, options, v_ref),
             details,
             _view(grad, inputs),
             grad_loss,
