@@ -167,12 +167,6 @@ def _known(layer: Any) -> _Layer | None:
     return _Layer(weight, bias, adapters)
 
 
-def _views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """What lies one after another in a flat tensor."""
-    parts = flat.split_with_sizes([shape.numel() for shape in shapes])
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
 class _Adapted(torch.autograd.Function):
     """A product with the weights of several layers, and the low-rank products of their adapters added to it in place.
 
@@ -201,49 +195,46 @@ class _Adapted(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         out = product(rows, weight, bias)
         rows = rows.to(out.dtype)
-        shapes, count = [p.shape for p in masters], len(places)
-        low_weights = out.new_empty(sum(shape.numel() for shape in shapes))
-        parts = _views(low_weights, shapes)
-        torch._foreach_copy_(parts, masters)
-        ranks = [shape[0] for shape in shapes[:count]]
-        low = torch.mm(rows, _rows_of(low_weights, sum(ranks), rows.shape[1]).t())
-        outs = out.split_with_sizes(sizes, 1)
-        for (i, scaling), part, up in zip(places, low.split_with_sizes(ranks, 1), parts[count:], strict=True):
+        ranks = [a.shape[0] for a in masters[: len(places)]]
+        down = rows.new_empty(sum(ranks), rows.shape[1])
+        ups = [rows.new_empty(b.shape) for b in masters[len(places) :]]
+        torch._foreach_copy_([*down.split_with_sizes(ranks), *ups], masters)
+        low = torch.mm(rows, down.t())
+        outs, lows = out.split_with_sizes(sizes, 1), low.split_with_sizes(ranks, 1)
+        for (i, scaling), part, up in zip(places, lows, ups, strict=True):
             outs[i].addmm_(part, up.t(), alpha=scaling)
-        ctx.save_for_backward(rows, weight, low, low_weights)
-        ctx.sizes, ctx.places, ctx.ranks, ctx.shapes = sizes, places, ranks, shapes
-        ctx.like, ctx.dtype = (x.shape, x.dtype), masters[0].dtype
+        ctx.save_for_backward(rows, weight, low, down, *ups)
+        ctx.sizes, ctx.places, ctx.ranks = sizes, places, ranks
+        ctx.shape, ctx.dtype, ctx.masters_dtype = x.shape, x.dtype, masters[0].dtype
         return out.view(*x.shape[:-1], -1).split_with_sizes(sizes, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        rows, weight, low, low_weights = ctx.saved_tensors
+        rows, weight, low, down, *ups = ctx.saved_tensors
         outs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        count, rank, width = len(ctx.places), low.shape[1], rows.shape[1]
-        ups = _views(low_weights, ctx.shapes)[count:]
         grad_low = torch.empty_like(low)
         for (i, scaling), part, up in zip(ctx.places, grad_low.split_with_sizes(ctx.ranks, 1), ups, strict=True):
             part.addmm_(outs[i], up, beta=0, alpha=scaling)
-        grad_x, grad_masters = None, [None] * len(ctx.shapes)
+        grad_x, grad_masters = None, [None] * (2 * len(ups))
         if ctx.needs_input_grad[1]:
-            grad_x = torch.mm(grad_low, _rows_of(low_weights, rank, width))
+            grad_x = torch.mm(grad_low, down)
             for out, part in zip(outs, weight.to(rows.dtype).split_with_sizes(ctx.sizes), strict=True):
                 grad_x.addmm_(out, part)
-            grad_x = grad_x.view(ctx.like[0]).to(ctx.like[1])
+            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
         if any(ctx.needs_input_grad[6:]):
-            flat = torch.empty_like(low_weights)
-            torch.mm(grad_low.t(), rows, out=_rows_of(flat, rank, width))
-            ups = _views(flat, ctx.shapes)[count:]
-            for (i, scaling), part, up in zip(ctx.places, low.split_with_sizes(ctx.ranks, 1), ups, strict=True):
-                up.addmm_(outs[i].t(), part, beta=0, alpha=scaling)
-            grad_masters = _views(flat.to(ctx.dtype), ctx.shapes)
+            lows = low.split_with_sizes(ctx.ranks, 1)
+            narrow = [
+                torch.mm(grad_low.t(), rows),
+                *(
+                    torch.empty_like(up).addmm_(outs[i].t(), part, beta=0, alpha=scaling)
+                    for (i, scaling), part, up in zip(ctx.places, lows, ups, strict=True)
+                ),
+            ]
+            wide = [torch.empty_like(grad, dtype=ctx.masters_dtype) for grad in narrow]
+            torch._foreach_copy_(wide, narrow)
+            grad_masters = [*wide[0].split_with_sizes(ctx.ranks), *wide[1:]]
         return None, grad_x, None, None, None, None, *grad_masters
-
-
-def _rows_of(flat: Tensor, count: int, width: int) -> Tensor:
-    """The first rows of a flat tensor: of the adapters' joined A."""
-    return flat[: count * width].view(count, width)
 
 
 def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Sequence[Tensor]:
