@@ -216,7 +216,8 @@ class _Adapted(torch.autograd.Function):
         grad_low = torch.empty_like(low)
         for (i, scaling), part, up in zip(ctx.places, grad_low.split_with_sizes(ctx.ranks, 1), ups, strict=True):
             part.addmm_(outs[i], up, beta=0, alpha=scaling)
-        grad_x, grad_masters = None, [None] * (2 * len(ups))
+        grad_x: Tensor | None = None
+        grad_masters: tuple[Tensor | None, ...] = (None,) * (2 * len(ups))
         if ctx.needs_input_grad[1]:
             grad_x = torch.mm(grad_low, down)
             for out, part in zip(outs, weight.to(rows.dtype).split_with_sizes(ctx.sizes), strict=True):
@@ -233,7 +234,7 @@ class _Adapted(torch.autograd.Function):
             ]
             wide = [torch.empty_like(grad, dtype=ctx.masters_dtype) for grad in narrow]
             torch._foreach_copy_(wide, narrow)
-            grad_masters = [*wide[0].split_with_sizes(ctx.ranks), *wide[1:]]
+            grad_masters = (*wide[0].split_with_sizes(ctx.ranks), *wide[1:])
         return None, grad_x, None, None, None, None, *grad_masters
 
 
