@@ -20,6 +20,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..ops import _validate
 from ..ops.layer_norm_modulate import layer_norm_modulate
@@ -101,74 +102,166 @@ class FastPath:
 
 def _one_after_another(parameters: Sequence[Tensor]) -> bool:
     """Whether they lie in one storage as a single tensor of all their rows would."""
-    storage, offset = parameters[0].untyped_storage().data_ptr(), parameters[0].storage_offset()
+    # Asked at every forward: these are faster than the storage itself, whose address they tell.
+    address, offset = parameters[0].data_ptr(), parameters[0].storage_offset()
     for p in parameters:
-        if p.untyped_storage().data_ptr() != storage or p.storage_offset() != offset or not p.is_contiguous():
+        if p.data_ptr() != address or p.storage_offset() != offset or not p.is_contiguous():
             return False
-        offset += p.numel()
+        elements = p.numel()
+        address, offset = address + elements * p.itemsize, offset + elements
     return True
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:
     """One tensor of the rows of all parameters, which share its memory: whoever changes a parameter in place changes it
     too, and parameters that were given other memory since, as by a merge of adapters, are moved together anew."""
+    first = parameters[0]
+    if len(parameters) == 1:
+        return first.detach()
     if not _one_after_another(parameters):
         # The parameters may outlive a caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             together = torch.cat(list(parameters))
         for p, part in zip(parameters, together.split([len(p) for p in parameters]), strict=True):
             p.data = part
-    first = parameters[0].detach()
-    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
+    return first.as_strided((sum(p.shape[0] for p in parameters), *first.shape[1:]), first.stride())
 
 
-Adapter = tuple[nn.Linear, nn.Linear, float]
+@dataclass(slots=True)
+class _Layer:
+    """A frozen nn.Linear, and the low-rank products (A, B, scaling) that are added to it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[tuple[Tensor, Tensor, float]]
 
 
-def _adapters(layer: Any) -> list[Adapter] | None:
-    """Active LoRA products of a layer; None if it is not a frozen nn.Linear with or without plain LoRA around it."""
+def _plain(layer: Any) -> bool:
+    """Whether it is an nn.Linear that does nothing else."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def _known(layer: Any) -> _Layer | None:
+    """What a layer computes; None if it is not a frozen nn.Linear with or without plain LoRA around it."""
     wrapped = LoraLinear is not None and type(layer) is LoraLinear
     linear = layer.base_layer if wrapped else layer
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or linear._forward_hooks or linear._forward_pre_hooks
-    if type(linear) is not nn.Linear or hooked:
+    if not _plain(linear):
         return None
-    if any(type(p) is not nn.Parameter or p.requires_grad for p in linear.parameters()):
+    weight, bias = linear.weight, linear.bias
+    if any(p is not None and (type(p) is not nn.Parameter or p.requires_grad) for p in (weight, bias)):
         return None
     if not wrapped:
-        return []
-    if layer.disable_adapters or layer.merged:
-        # PEFT takes a merged adapter out of the weights when it is disabled.
-        return None if layer.disable_adapters and layer.merged else []
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if any(name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity for name in active):
+        return _Layer(weight, bias, [])
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return None
-    return [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in active]
+    merged = layer.merged
+    if merged or layer.disable_adapters:
+        # PEFT takes a merged adapter out of the weights when it is disabled.
+        return None if merged and layer.disable_adapters else _Layer(weight, bias, [])
+    adapters = []
+    downs, ups = layer.lora_A, layer.lora_B
+    for name in layer.active_adapters:
+        if name not in downs:
+            continue
+        down, up = downs[name], ups[name]
+        identity = type(layer.lora_dropout[name]) is nn.Identity and name not in layer.lora_variant
+        if not (identity and _plain(down) and _plain(up) and up.bias is None):
+            return None
+        adapters.append((down.weight, up.weight, layer.scaling[name]))
+    return _Layer(weight, bias, adapters)
 
 
-def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> list[Tensor]:
+class _Adapted(torch.autograd.Function):
+    """A product with the weights of several layers, and the low-rank products of their adapters added to it in place.
+
+    It is computed in one dtype, that of the product, to which a single launch casts the adapters' own weights, and by
+    the same kernels whether or not a gradient is wanted. Of the sizes of activations only x is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sizes: list[int],
+        places: list[tuple[int, float]],
+        *masters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The outputs of every layer.
+
+        Args:
+            sizes: numbers of outputs of the layers.
+            places: which layer each adapter belongs to, and its scaling.
+            masters: the A of all adapters, then every B.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        out = product(rows, weight, bias)
+        rows = rows.to(out.dtype)
+        ranks = [a.shape[0] for a in masters[: len(places)]]
+        down = rows.new_empty(sum(ranks), rows.shape[1])
+        ups = [rows.new_empty(b.shape) for b in masters[len(places) :]]
+        torch._foreach_copy_([*down.split_with_sizes(ranks), *ups], masters)
+        low = torch.mm(rows, down.t())
+        outs, lows = out.split_with_sizes(sizes, 1), low.split_with_sizes(ranks, 1)
+        for (i, scaling), part, up in zip(places, lows, ups, strict=True):
+            outs[i].addmm_(part, up.t(), alpha=scaling)
+        ctx.save_for_backward(rows, weight, low, down, *ups)
+        ctx.sizes, ctx.places, ctx.ranks = sizes, places, ranks
+        ctx.shape, ctx.dtype, ctx.masters_dtype = x.shape, x.dtype, masters[0].dtype
+        return out.view(*x.shape[:-1], -1).split_with_sizes(sizes, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, weight, low, down, *ups = ctx.saved_tensors
+        outs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_low = torch.empty_like(low)
+        for (i, scaling), part, up in zip(ctx.places, grad_low.split_with_sizes(ctx.ranks, 1), ups, strict=True):
+            part.addmm_(outs[i], up, beta=0, alpha=scaling)
+        grad_x: Tensor | None = None
+        grad_masters: tuple[Tensor | None, ...] = (None,) * (2 * len(ups))
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.mm(grad_low, down)
+            for out, part in zip(outs, weight.to(rows.dtype).split_with_sizes(ctx.sizes), strict=True):
+                grad_x.addmm_(out, part)
+            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
+        if any(ctx.needs_input_grad[6:]):
+            lows = low.split_with_sizes(ctx.ranks, 1)
+            narrow = [
+                torch.mm(grad_low.t(), rows),
+                *(
+                    torch.empty_like(up).addmm_(outs[i].t(), part, beta=0, alpha=scaling)
+                    for (i, scaling), part, up in zip(ctx.places, lows, ups, strict=True)
+                ),
+            ]
+            wide = [torch.empty_like(grad, dtype=ctx.masters_dtype) for grad in narrow]
+            torch._foreach_copy_(wide, narrow)
+            grad_masters = (*wide[0].split_with_sizes(ctx.ranks), *wide[1:])
+        return None, grad_x, None, None, None, None, *grad_masters
+
+
+def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Sequence[Tensor]:
     """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
 
     Layers of another kind are called one by one, and so are all under torch.compile, which must not move weights.
     """
-    adapters = [_adapters(layer) for layer in layers]
-    linears = [getattr(layer, "base_layer", layer) for layer in layers]
-    if None in adapters or torch.compiler.is_compiling():
+    known = [] if torch.compiler.is_compiling() else [_known(layer) for layer in layers]
+    found = [layer for layer in known if layer is not None]
+    kinds = {(layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in found}
+    if len(found) < len(layers) or len(kinds) > 1:
         return [layer(x) for layer in layers]
-    kinds = {(linear.bias is None, linear.weight.dtype, linear.weight.device) for linear in linears}
-    if len(kinds) > 1 or len({a.weight.dtype for found in adapters for a, _, _ in found or ()}) > 1:
-        return [layer(x) for layer in layers]
-    weight = _joined([linear.weight for linear in linears])
-    bias = None if linears[0].bias is None else _joined([linear.bias for linear in linears])
-    outs = list(product(x, weight, bias).split([linear.out_features for linear in linears], -1))
-    pairs = [(i, *adapter) for i, found in enumerate(adapters) for adapter in found or ()]
-    if pairs:
-        dtype = outs[0].dtype
-        down = torch.cat([a.weight for _, a, _, _ in pairs])
-        lows = F.linear(x.to(down.dtype), down).split([a.out_features for _, a, _, _ in pairs], -1)
-        for (i, _, b, scaling), low in zip(pairs, lows, strict=True):
-            outs[i] = outs[i] + b(low) * scaling
-        outs = [out.to(dtype) for out in outs]
-    return outs
+    weight = _joined([layer.weight for layer in found])
+    biases = [layer.bias for layer in found if layer.bias is not None]
+    bias = _joined(biases) if biases else None
+    sizes = [layer.weight.shape[0] for layer in found]
+    adapters = [(i, *adapter) for i, layer in enumerate(found) for adapter in layer.adapters]
+    if adapters:
+        places, downs, ups = zip(*(((i, scaling), down, up) for i, down, up, scaling in adapters), strict=True)
+        return _Adapted.apply(product, x, weight, bias, sizes, places, *downs, *ups)
+    out = product(x, weight, bias)
+    return [out] if len(layers) == 1 else out.split_with_sizes(sizes, -1)
 
 
 Unbiased = tuple[Tensor, Tensor | None]
@@ -224,7 +317,8 @@ def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
         hidden = torch._addmm_activation(first.bias, x.flatten(0, 1), first.weight.T, use_gelu=True)
         return _project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
     (hidden,) = _project([first], x, path.product)
-    if path._quantized is not None and _adapters(last) == []:
+    known = _known(last)
+    if path._quantized is not None and known is not None and not known.adapters:
         return _project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
     # Adapters, and layers that are called as they are, take the GELU itself.
     return _project([last], F.gelu(hidden, approximate="tanh"), path.product)[0]

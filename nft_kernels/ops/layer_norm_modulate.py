@@ -111,8 +111,12 @@ _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), s
 
 
 class _Fused(torch.autograd.Function):
-    forward = staticmethod(_run)
-    setup_context = staticmethod(_setup_context)
+    # With setup_context, apply would look up the signature of _run at every call, which takes longer than the rest.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _run(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable

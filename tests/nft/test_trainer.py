@@ -173,6 +173,33 @@ def test_a_resolution_that_the_transformer_does_not_take_is_named(pipeline, reso
         Policy(settings(pipeline, f"resolution={resolution}"))
 
 
+@pytest.mark.parametrize("before", ["set_adapter", "disable_adapters"])
+@pytest.mark.parametrize("adapter", ["default", "old", None])
+def test_an_adapter_is_chosen_as_by_peft_whatever_was_before(policy, adapter, before):
+    x, t, conditions = torch.randn(1, *policy.latent_shape), torch.tensor([0.4]), policy.embed(["a red circle"])
+    with torch.no_grad():
+        for parameter in (*policy.trained, *policy._old):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def switch(name):
+        if name is None:
+            policy.transformer.disable_adapters()
+        else:
+            policy.transformer.enable_adapters()
+            policy.transformer.set_adapter(name)
+
+    switch(adapter)
+    expected = policy.velocity(x, t, *conditions)
+    switch("old" if before == "set_adapter" else None)
+    policy.use(adapter)
+    assert torch.equal(policy.velocity(x, t, *conditions), expected)
+    assert all(parameter.requires_grad == (adapter == "default") for parameter in policy.trained)
+    assert not any(parameter.requires_grad for parameter in policy._old)
+    assert adapter is None or policy.transformer.active_adapters() == [adapter]
+    with pytest.raises(ValueError, match="adapter: got 'other', accepted are None, default, old"):
+        policy.use("other")
+
+
 def test_merged_weights_sample_as_the_adapter_does_and_leave_the_base_as_it_was(policy):
     x, t = torch.randn(2, *policy.latent_shape), torch.tensor([0.2, 0.8])
     embeds, pooled = policy.embed(["a red circle", "two blue squares"])
