@@ -7,9 +7,9 @@
 a training step three evaluations and the loss with float64 weights. ``compile`` puts torch.compile over that step; its
 rollouts have bfloat16 weights with the adapter merged, and those of ``compile, cudnn`` cuDNN's attention besides, where
 torch does not choose that by itself.
-``nft`` is the trainer with ``dtype=bfloat16 fused_transformer=true``. All have the same weights and take turns; their
-velocities are compared before anything is timed. Text encoders and VAE have no part in it. What is compiled is every
-block by itself, as diffusers advises: a block is compiled once for all of its kind.
+``nft`` is the trainer with ``dtype=bfloat16 fused_transformer=true``, on a GPU with ``cuda_graphs=true``. All have the
+same weights and take turns; their velocities are compared before anything is timed. Text encoders and VAE have no part
+in it. What is compiled is every block by itself, as diffusers advises: a block is compiled once for all of its kind.
 """
 
 from __future__ import annotations
@@ -188,17 +188,19 @@ def clear(policy: Policy) -> None:
         parameter.grad = None
 
 
-def measure(calls: Calls, device: torch.device, seconds: float) -> dict[str, dict[str, Any]]:
-    """Seconds of every call, in turns, after one that is not timed, and the most bytes that one allocates."""
+def measure(calls: Calls, device: torch.device, seconds: float) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Seconds of every call, in turns, and the most bytes that two calls before them allocate, what they compile and
+    record included; and what they give."""
     cuda = device.type == "cuda"
     results: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in calls}
+    outputs = {}
     for name, call in calls.items():
-        call()
         if cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            call()
+        for _ in range(2):
+            outputs[name] = call()
+        if cuda:
             torch.cuda.synchronize()
             results[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - before
     end = time.perf_counter() + seconds
@@ -211,7 +213,7 @@ def measure(calls: Calls, device: torch.device, seconds: float) -> dict[str, dic
             results[name]["seconds"].append(time.perf_counter() - begin)
     for result in results.values():
         result["median"] = statistics.median(result["seconds"])
-    return results
+    return results, outputs
 
 
 def flops(policy: Policy) -> int:
@@ -230,9 +232,9 @@ def draws_of(fused: Policy, official: Plain, compiled: dict[str, Draw], batch: i
     x = add_noise(torch.zeros(batch, *fused.latent_shape, device=device), torch.ones(batch, device=device), seed=keys)
     wide, narrow = official.policy.embed(prompts), fused.embed(prompts)
 
-    def ours(float8: bool) -> None:
+    def ours(float8: bool) -> Tensor:
         with fused.merged("old", float8=float8):
-            rollout(fused, prompts, seeds, grid, "euler", batch)
+            return rollout(fused, prompts, seeds, grid, "euler", batch)
 
     calls: Calls = {"official": partial(official.draw, x, grid, wide)}
     calls |= {name: partial(draw, x, grid, narrow) for name, draw in compiled.items()}
@@ -273,6 +275,10 @@ def steps_of(fused: Policy, plain: dict[str, Plain], size: int) -> Calls:
     return {**calls, "nft": ours, f"nft: {LOSSES} losses": losses}
 
 
+def relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
+
+
 def difference(fused: Policy, official: Plain) -> float:
     """Of the old policy's velocities, relative to their norm."""
     x, t = torch.randn(2, *fused.latent_shape, device=fused.device), torch.tensor([0.3, 0.8], device=fused.device)
@@ -280,7 +286,7 @@ def difference(fused: Policy, official: Plain) -> float:
         expected = official.velocity("old", x, t, *official.policy.embed(["a", "a"])).float()
         fused.use("old")
         got = fused.velocity(x, t, *fused.embed(["a", "a"])).float()
-    return ((got - expected).norm() / expected.norm()).item()
+    return relative(got, expected)
 
 
 def main() -> None:
@@ -298,7 +304,8 @@ def main() -> None:
     options = parser.parse_args()
     quieten_libraries()
     device = torch.device(options.device)
-    fused = make_policy(options, "dtype=bfloat16", "fused_transformer=true")
+    graphs = f"cuda_graphs={str(device.type == 'cuda').lower()}"
+    fused = make_policy(options, "dtype=bfloat16", "fused_transformer=true", graphs)
     plain = {"official": Plain(make_policy(options, "dtype=float32"), compiled=False)}
     size = 8192 if device.type == "cuda" else 1024
     evaluation, rate = flops(fused), 1e12 * matrix_rate(size, torch.bfloat16, device)
@@ -315,21 +322,25 @@ def main() -> None:
     compiled = {} if options.no_compile else merged_and_compiled(fused)
     for batch in options.rollout_batches:
         calls = draws_of(fused, plain["official"], compiled, batch, options.steps)
-        report["rollout"][batch] = results = measure(calls, device, options.seconds)
+        results, latents = measure(calls, device, options.seconds)
+        report["rollout"][batch] = results
         print(f"rollout of {batch} pictures, {options.steps} steps")
         for name, result in results.items():
             each = result["median"] / batch / options.steps
             result |= {"milliseconds_per_evaluation": 1e3 * each, "share_of_matrix_rate": evaluation / each / rate}
+            result["difference"] = relative(latents[name], latents["official"])
             print(
                 f"  {name:20} {1e3 * result['median'] / batch:9.2f} ms a picture, {1e3 * each:8.3f} ms an evaluation, "
-                f"{result['share_of_matrix_rate']:.0%} of the matrix rate, {result.get('peak_bytes', 0) / 1e9:.2f} GB"
+                f"{result['share_of_matrix_rate']:.0%} of the matrix rate, {result.get('peak_bytes', 0) / 1e9:.2f} GB, "
+                f"latents differ by {result['difference']:.1e}"
             )
     report["attention"] = sorted({*fused._fast_path.attention_used.values()})
     if compiled:
         del compiled, calls
         torch._dynamo.reset()
         plain["compile"] = Plain(make_policy(options, "dtype=float32"), compiled=True)
-    report["training_step"] = results = measure(steps_of(fused, plain, options.micro_batch), device, options.seconds)
+    results, _ = measure(steps_of(fused, plain, options.micro_batch), device, options.seconds)
+    report["training_step"] = results
     print(f"training step of {options.micro_batch} pairs")
     for name, result in results.items():
         print(f"  {name:20} {1e3 * result['median']:9.2f} ms, {result.get('peak_bytes', 0) / 1e9:.2f} GB")

@@ -38,7 +38,7 @@ _BUNDLED = Path(__file__).parent / "configs"
 _FIXED = {
     "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload", "adapter",
     "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
-    "preflight", "compile_rollout", "float8_rollout", "fused_transformer", "shard",
+    "preflight", "compile_rollout", "cuda_graphs", "float8_rollout", "fused_transformer", "shard",
 }  # fmt: skip
 # What does nothing without another setting.
 _PARTNERS = {
@@ -122,6 +122,8 @@ class Config(BaseModel):
     """Most pictures that a process samples at a time."""
     compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
+    cuda_graphs: bool = False
+    """Evaluations of full batches, in rollouts and in training, are replayed as CUDA graphs. Their memory is kept."""
     float8_rollout: bool = False
     """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU that has them."""
     max_sequence_length: int = Field(10, gt=0, le=4096)
@@ -261,6 +263,14 @@ class Config(BaseModel):
                 raise ValueError(f"{key}: got true, it needs fused_transformer=true and no compile_rollout")
             if getattr(self, key) and self.device != "cpu" and self.dtype != "bfloat16":
                 raise ValueError(f"{key}: got true with dtype={self.dtype}, on a GPU it needs bfloat16")
+        if self.cuda_graphs:
+            for key, plain in (
+                ("adapter", "lora"), ("gradient_checkpointing", False), ("compile_rollout", None), ("shard", False),
+            ):  # fmt: skip
+                if (came := getattr(self, key)) != plain:
+                    raise ValueError(f"cuda_graphs: got true with {key}={came}, accepted is {plain} then")
+            if self.device == "cpu":
+                raise ValueError("cuda_graphs: got true with device=cpu, accepted is a GPU")
         if self.fused_transformer and self.adapter == "full":
             # It joins the projections of frozen weights only, so that old and trained policy would round differently.
             raise ValueError("fused_transformer: got true with adapter=full, accepted is lora")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from .checkpoint import reading
 from .config import Config, usable_device
 from .distributed import several, shard
+from .graphs import Graphs
 from .models import MODELS, find
 from .models.base import check_resolution
 
@@ -161,6 +163,9 @@ class Policy:
         self._merged: list[Tensor] = []
         self._fast_path = kind.fast_path(self.transformer) if config.fused_transformer else None
         self._float8 = config.float8_rollout
+        self._graphs = Graphs() if config.cuda_graphs else None
+        if self._fast_path:
+            self._fast_path.keep_float8 = config.cuda_graphs
         self._forward = self.transformer
         self._rollout_forward = (
             torch.compile(self.transformer, mode=config.compile_rollout) if config.compile_rollout else self.transformer
@@ -200,6 +205,7 @@ class Policy:
         # takes as long as an evaluation, and a training step chooses four times.
         for layer in self._adapted:
             vars(layer).update(chosen)
+        self._evaluated: Any = adapter
         # Only ``default`` is ever trained.
         for parameter in self.trained:
             parameter.requires_grad_(adapter == "default")
@@ -245,9 +251,10 @@ class Policy:
     @contextmanager
     def _rollouts(self, float8: bool) -> Iterator[None]:
         """Evaluate by what only rollouts may use: a compiled transformer, GELU in an epilogue, float8."""
-        self._forward = self._rollout_forward
+        self._forward, float8 = self._rollout_forward, float8 or self._float8
+        self._evaluated = "merged", float8
         try:
-            with self._fast_path.rollout(float8=float8 or self._float8) if self._fast_path else nullcontext():
+            with self._fast_path.rollout(float8=float8) if self._fast_path else nullcontext():
                 yield
         finally:
             self._forward = self.transformer
@@ -281,8 +288,13 @@ class Policy:
 
     def velocity(self, x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
         """v(x_t, t) of the adapter in use in the pipeline's dtype; t (B,) in [0, 1], never rounded to an integer."""
-        v = self.model.velocity(self._forward, x_t.to(self.dtype), t, *conditions)
-        # A CUDA graph writes its next result over this one, which a multistep solver still needs.
+        inputs = (x_t.to(self.dtype), t, *conditions)
+        evaluate = partial(self.model.velocity, self._forward)
+        if self._graphs is not None:
+            trains = torch.is_grad_enabled() and self._evaluated == "default"
+            return self._graphs((self._evaluated, trains), evaluate, inputs, self.trained if trains else ())
+        v = evaluate(*inputs)
+        # torch.compile's CUDA graph writes its next result over this one, which a multistep solver still needs.
         return v if self._forward is self.transformer else v.clone()
 
     @property

@@ -50,7 +50,11 @@ class FastPath:
     backend: str
     attention_used: dict[tuple[Any, ...], str] = field(default_factory=dict)
     """Implementation that runs, by shape (B, S, H, d) of the queries, dtype and device."""
+    keep_float8: bool = False
+    """Whether float8 weights stay in memory after a rollout, and those of the next are written over them: for CUDA
+    graphs, which read them at their addresses."""
     _in_rollout: bool = False
+    _float8: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _quantized: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
 
     @contextmanager
@@ -65,11 +69,16 @@ class FastPath:
         Raises:
             RuntimeError: at an evaluation that cannot run so, with the reason.
         """
-        self._in_rollout, self._quantized = True, {} if float8 else None
+        for weight, held in self._float8.values() if float8 else ():
+            for here, new in zip(held, quantize_rows(weight, backend=self.backend), strict=True):
+                here.copy_(new)
+        self._in_rollout, self._quantized = True, self._float8 if float8 else None
         try:
             yield
         finally:
             self._in_rollout, self._quantized = False, None
+            if not self.keep_float8:
+                self._float8.clear()
 
     def check(self, x: Tensor) -> None:
         """Whether the evaluation of x can run."""

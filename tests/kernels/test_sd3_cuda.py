@@ -137,6 +137,24 @@ def test_float8(name):
     assert_same([after], [draw(model)], 4 * EPS)
 
 
+def test_float8_in_a_cuda_graph_follows_the_weights():
+    model = build_on_cpu("sd35", head_dim=16).cuda().bfloat16()
+    path = accelerate(model)
+    path.keep_float8 = True
+    x = inputs(torch.bfloat16, model.device)
+    with torch.no_grad(), path.rollout(float8=True):
+        draw(model)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(*x, return_dict=False)[0]
+    before = captured.clone()
+    for p in model.parameters():
+        p.data.mul_(1.1)
+    with torch.no_grad(), path.rollout(float8=True):
+        graph.replay()
+        assert torch.equal(captured, draw(model)) and not torch.equal(captured, before)
+
+
 def test_cuda_graph(model):
     path = accelerate(model)
     x = inputs(torch.bfloat16, model.device)

@@ -283,6 +283,21 @@ def test_rewards_are_checked():
         assert message in refused("sd35_pickscore", f"rewards.pickscore={setting}")
 
 
+@pytest.mark.parametrize(
+    ("setting", "accepted"),
+    [
+        ("gradient_checkpointing=true", "gradient_checkpointing=True, accepted is False"),
+        ("compile_rollout=default", "compile_rollout=default, accepted is None"),
+        ("adapter=full", "adapter=full, accepted is lora"),
+        ("shard=true", "shard=True, accepted is False"),
+        ("device=cpu", "device=cpu, accepted is a GPU"),
+    ],
+)
+def test_cuda_graphs_are_refused_with_what_they_cannot_record(setting, accepted):
+    message = refused("shapes", "device=cuda", "cuda_graphs=true", setting)
+    assert f"cuda_graphs: got true with {accepted}" in message
+
+
 def test_float8_and_full_fine_tuning_are_checked_against_the_rest():
     fused = ["fused_transformer=true", "float8_rollout=true"]
     assert "float8_rollout: got true with dtype=float32, on a GPU it needs bfloat16" in refused(

@@ -37,8 +37,13 @@ def draw(pipeline, *overrides, batch=4):
         return rollout(policy, [*PROMPTS, *PROMPTS, *PROMPTS], seeds, times(4, **policy.schedule), "dpm++2M", batch)
 
 
+FUSED = ["dtype=bfloat16", "fused_transformer=true"]
+
+
 @pytest.mark.parametrize(
-    "options", [[], ["dtype=bfloat16"], ["dtype=bfloat16", "fused_transformer=true"]], ids=["float32", "bf16", "fused"]
+    "options",
+    [[], ["dtype=bfloat16"], FUSED, [*FUSED, "cuda_graphs=true"]],
+    ids=["float32", "bf16", "fused", "graphs"],
 )
 def test_epochs_train_and_resume(pipeline, tmp_path, monkeypatch, options):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
@@ -62,13 +67,72 @@ def test_compiled_rollouts_draw_what_eager_ones_do(pipeline, mode):
 
 def test_fused_rollouts_are_as_accurate_as_plain_ones(pipeline):
     exact = draw(pipeline)
-    plain, fused = (draw(pipeline, "dtype=bfloat16", *extra) for extra in ([], ["fused_transformer=true"]))
+    plain, fused = draw(pipeline, "dtype=bfloat16"), draw(pipeline, *FUSED)
     assert (fused - exact).norm() <= 2 * (plain - exact).norm() <= 0.1 * exact.norm()
+
+
+def test_graphs_draw_what_eager_evaluations_do(pipeline):
+    pictures = []
+    for extra in ([], ["cuda_graphs=true"]):
+        torch.manual_seed(0)
+        policy = Policy(settings(pipeline, *FUSED, *extra))
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(2):
+            with torch.no_grad():
+                for parameter in policy._old:
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+            with policy.merged("old"):
+                grid = times(4, **policy.schedule)
+                pictures.append(rollout(policy, PROMPTS * 3, list(range(6)), grid, "dpm++2M", 4))
+    first, second, replayed_first, replayed_second = pictures
+    assert (first - second).norm() > 0.02 * first.norm()
+    assert (replayed_first - first).norm() <= 1e-3 * first.norm()
+    assert (replayed_second - second).norm() <= 1e-3 * second.norm()
+
+
+def test_graphs_give_the_gradients_of_eager_evaluations(pipeline):
+    """Of three micro-batches added up, of which the last is ragged, with steps of the optimizer between."""
+    results = []
+    for extra in ([], ["cuda_graphs=true"]):
+        torch.manual_seed(0)
+        policy = Policy(settings(pipeline, *FUSED, *extra))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in policy.trained:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+        optimizer, found = torch.optim.SGD(policy.trained, lr=0.1), []
+        for count in (4, 4, 2, 4, 4, 2):
+            x = torch.randn(count, *policy.latent_shape, generator=generator).cuda()
+            t = torch.rand(count, generator=generator).cuda()
+            conditions = policy.embed((PROMPTS * 2)[:count])
+            with torch.no_grad():
+                policy.use("old")
+                old = policy.velocity(x, t, *conditions)
+            policy.use("default")
+            v = policy.velocity(x, t, *conditions)
+            (v.float() - old.float()).square().mean().backward()
+            if count == 2:
+                found += [v.detach().flatten(), torch.cat([p.grad.flatten() for p in policy.trained])]
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(found)
+    for eager, replayed in zip(*results, strict=True):
+        assert (eager - replayed).norm() <= 0.01 * eager.norm()
+
+
+def test_a_backward_after_another_evaluation_is_refused(pipeline):
+    policy = Policy(settings(pipeline, *FUSED, "cuda_graphs=true"))
+    x, t, conditions = torch.randn(2, *policy.latent_shape).cuda(), torch.full((2,), 0.5).cuda(), policy.embed(PROMPTS)
+    first, second, third = (policy.velocity(x, t, *conditions) for _ in range(3))
+    assert torch.equal(second, third)
+    third.sum().backward()
+    with pytest.raises(RuntimeError, match="backward: it is of an evaluation that was followed by another"):
+        second.sum().backward()
+    first.sum().backward()
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_with_it(pipeline):
     """Batches of one size are the same shapes: the last one is filled up."""
-    options = ["dtype=bfloat16", "fused_transformer=true"]
-    by_four, by_six = draw(pipeline, *options, batch=4), draw(pipeline, *options, batch=6)
-    assert torch.equal(by_four, draw(pipeline, *options, batch=4))
+    by_four, by_six = draw(pipeline, *FUSED, batch=4), draw(pipeline, *FUSED, batch=6)
+    assert torch.equal(by_four, draw(pipeline, *FUSED, batch=4))
     assert (by_four - by_six).norm() <= 0.05 * by_six.norm()
