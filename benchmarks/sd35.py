@@ -132,13 +132,24 @@ class Plain:
 
     def __init__(self, policy: Policy, compiled: bool):
         self.policy = policy
+        self.used: str | None = "default"
         self.loss: Callable[..., Tensor] = plain_loss
         if compiled:
             compile_blocks(policy.transformer)
             self.loss = torch.compile(plain_loss)
 
+    def use(self, adapter: str | None) -> None:
+        """As diffusers does it."""
+        if adapter is None:
+            self.policy.transformer.disable_adapters()
+        else:
+            self.policy.transformer.enable_adapters()
+            self.policy.transformer.set_adapter(adapter)
+        self.used = adapter
+
     def velocity(self, adapter: str | None, x: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:
-        self.policy.use(adapter)
+        if adapter != self.used:
+            self.use(adapter)
         with torch.autocast(x.device.type, torch.float16):
             return self.policy.velocity(x, t, *conditions)
 
