@@ -1,0 +1,177 @@
+"""The CUDA kernels on the CPU, where `emulator/` stands in for CUDA: what they compute, not how they share memory."""
+
+import importlib.util
+import itertools
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from nft_kernels import add_noise, nft_loss, solver_step
+from nft_kernels.backends import native
+from nft_kernels.check import compare_nft_loss
+from nft_kernels.reference import add_noise as noise_reference
+from nft_kernels.solvers import schedule, table
+
+CXX = shutil.which("g++")
+HERE, CSRC = Path(__file__).parent, Path(__file__).parents[2] / "csrc"
+pytestmark = pytest.mark.skipif(CXX is None, reason="no g++")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SHAPES = [
+    (1, 1),
+    (3, 16),
+    (2, 5, 7, 9),  # no whole packs
+    (2, 4, 8, 16),  # in clusters of one block
+    (3, 4, 16, 32),  # of several blocks
+    (5, 4, 16, 32),  # more clusters than run at once
+    (2, 8, 33, 31),
+    (2, 20_000),  # in two launches
+    (300, 16),
+]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("emulated")
+    includes = [f"-I{HERE / 'emulator'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    command = [
+        CXX,
+        "-std=c++17",
+        "-O1",
+        "-w",
+        "-ffp-contract=off",
+        "-fPIC",
+        "-fopenmp",
+        "-fvisibility=hidden",
+        *includes,
+    ]
+    sources = {
+        "kernels": [HERE / "emulator" / "kernels.cpp"],
+        "bindings": [CSRC / "bindings.cpp", '-DNFT_CUDA_ARCHS="emulated"'],
+        "cpu": [CSRC / "cpu" / "kernels.cpp", "-DNFT_ISA=baseline"],
+        "cpu_solver": [CSRC / "cpu" / "solver.cpp", "-DNFT_ISA=baseline"],
+    }
+    objects = [folder / f"{name}.o" for name in sources]
+    with ThreadPoolExecutor() as pool:
+        compiling = [
+            pool.submit(subprocess.run, [*command, "-c", *source, "-o", target], check=True)
+            for source, target in zip(sources.values(), objects, strict=True)
+        ]
+        for each in compiling:
+            each.result()
+    subprocess.run([CXX, "-shared", "-fopenmp", *objects, "-o", folder / "_C.so", "-lpthread"], check=True)
+    spec = importlib.util.spec_from_file_location("emulated._C", folder / "_C.so")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@pytest.fixture(autouse=True)
+def emulated(module, monkeypatch):
+    """Tensors of the CPU are given to the CUDA kernels."""
+
+    def workspace(device, batch):
+        return torch.full((module.cuda_workspace_size(batch),), 255, dtype=torch.uint8)
+
+    def scale(grad, grad_loss):
+        flat = (grad.data_ptr(), native._CODES[grad.dtype], 0, [grad.numel()], [1])
+        module.cuda_scale((0, 0, 0), flat, grad.numel(), grad_loss.dtype == torch.float64, grad_loss.data_ptr())
+
+    monkeypatch.setattr(native, "_C", module)
+    monkeypatch.setattr(native, "_where", lambda device, held=None: (0, 0, 0 if held is None else held.data_ptr()))
+    monkeypatch.setattr(native, "_workspace", workspace)
+    monkeypatch.setattr(native, "scale", scale)
+
+
+def inputs(shape, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(shape, generator=g).to(dtype) for _ in range(5)]
+    t, r = (torch.rand(shape[0], generator=g) for _ in range(2))
+    return x, t, r
+
+
+def loss_and_gradient(x, t, r, scale=None, **options):
+    leaf = x[0].detach().requires_grad_()
+    out = nft_loss(leaf, *x[1:4], t, r, backend="native", **options)
+    out.loss.backward(scale)
+    return [*out, leaf.grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loss_against_the_float64_reference(shape, dtype):
+    x, t, r = inputs(shape, dtype)
+    compare_nft_loss(*x[:4], t, r, v_ref=x[4], kl_weight=0.1, backend="native")
+    compare_nft_loss(*x[:4], t, r, backend="native", beta=0.3, adv_clip_max=2.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 16, 32), (2, 8, 33, 31)], ids=str)
+def test_options(shape):
+    x, t, r = inputs(shape)
+    common = {"v_ref": x[4], "kl_weight": 0.1, "backend": "native"}
+    for prediction, weighting in itertools.product(("v", "x0", "eps"), ("adaptive", "none", "t")):
+        compare_nft_loss(*x[:4], 0.1 + 0.8 * t, r, prediction=prediction, weighting=weighting, **common)
+    compare_nft_loss(*x[:4], t, r, beta=0.5 + t, sample_weight=r, **common)
+    mask = torch.rand(shape[-1]) - 0.3
+    compare_nft_loss(*x[:4], t, x[4].sigmoid(), mask=mask.clamp_min(0), detach_weight=False, **common)
+    compare_nft_loss(*x[:4], t[:1], r[:1], segments=torch.tensor([0, shape[0]]), **common)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 16, 32), (2, 20_000)], ids=str)
+def test_reruns_give_the_same_bits(shape):
+    x, t, r = inputs(shape)
+    first = loss_and_gradient(x, t, r)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, loss_and_gradient(x, t, r), strict=True))
+    four = loss_and_gradient(x, t, r, torch.tensor(4.0))
+    assert torch.equal(four[-1], 4 * first[-1])
+    forward = nft_loss(*x[:4], t, r, backend="native")
+    assert all(torch.equal(a, b) for a, b in zip(first, forward, strict=False))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 16), (3, 4, 16, 32), (2, 20_000)], ids=str)
+def test_nan_is_not_hidden_and_nothing_to_learn_gives_no_gradient(shape):
+    x, t, _ = inputs(shape)
+    x[0] = x[1].clone()
+    assert loss_and_gradient(x, t, torch.full_like(t, 0.5))[-1].eq(0).all()
+    x[0][0].view(-1)[3] = float("nan")
+    out = nft_loss(*x[:4], t, t, backend="native")
+    assert all(value[0].isnan() and value[1].isfinite() for value in (out.policy_loss, out.old_deviation_max))
+    assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 103), (2, 4, 16, 32)], ids=str)
+def test_noise_is_that_of_the_reference(shape, dtype):
+    x, t, _ = inputs(shape, dtype)
+    seed = torch.arange(shape[0]) * 2**33 - 5
+    noise = noise_reference.normals(seed, torch.zeros_like(seed), x[0][0].numel()).view(shape)
+    x_t = add_noise(x[0], t, seed=seed, backend="native")
+    exact = noise_reference.add_noise(x[0].double(), t, noise.double(), torch.float64)
+    tolerance = 4 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    assert x_t.dtype == dtype and ((x_t.double() - exact).abs() <= tolerance * exact.abs().clamp_min(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["heun", "flow-sde", "dpm++3M", "unipc"])
+def test_solver_step_against_the_reference(name, dtype):
+    solver = table(name, schedule(5, shift=3.0))
+    x, _, _ = inputs((3, 4, 9, 11), dtype)
+    history = {"native": (), "reference": ()}
+    seed = torch.arange(3)
+    for i, row in enumerate(solver.rows):
+        noisy = {"seed": seed, "log_prob": True} if row.c > 0 else {}
+        options = {"v_uncond": x[2], "guidance": 4.5, "x0": True, **noisy}
+        outs = {b: solver_step(solver, i, x[0], x[1], history[b], **options, backend=b) for b in history}
+        ours, theirs = outs["native"], outs["reference"]
+        history = {b: out.history for b, out in outs.items()}
+        for a, b in ((ours.x, theirs.x), (ours.x0, theirs.x0)):
+            assert (a - b).abs().max() <= 8 * max(torch.finfo(dtype).eps, 1e-7) * b.abs().max().clamp_min(1)
+        if noisy:
+            assert torch.allclose(ours.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
