@@ -28,7 +28,7 @@ def inputs(dtype, context=True):
 def with_values(named):
     """Also values of both streams."""
     generator = torch.Generator().manual_seed(6)
-    values = {name: torch.randn(shape, generator=generator) for name, shape in VALUES.items()}
+    values = {name: torch.randn(shape, generator=generator, device="cpu") for name, shape in VALUES.items()}
     return named | {name: x.to(named["q"]).requires_grad_() for name, x in values.items()}
 
 
