@@ -84,6 +84,14 @@ def assert_same(got, wanted, tolerance=2e-5):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def assert_as_accurate(got, plain, exact):
+    """In bfloat16, in norm."""
+    for a, b, wanted in zip(got, plain, exact, strict=True):
+        error, allowed = ((x.double() - wanted).norm() for x in (a, b))
+        assert a.dtype == b.dtype
+        assert error <= max(2 * allowed, 4 * torch.finfo(torch.bfloat16).eps * wanted.norm())
+
+
 def run(model):
     with torch.no_grad():
         return model(*inputs(device=model.device), return_dict=False)[0]
@@ -120,11 +128,7 @@ def test_bfloat16_is_as_accurate_as_diffusers(model):
     exact = evaluate(copy.deepcopy(model).double(), torch.float64)
     plain = evaluate(model, torch.bfloat16)
     accelerate(model)
-    fused = evaluate(model, torch.bfloat16)
-    for got, want, reference in zip(fused, exact, plain, strict=True):
-        error, allowed = ((x.double() - want).norm() for x in (got, reference))
-        assert got.dtype == reference.dtype
-        assert error <= max(2 * allowed, 4 * torch.finfo(torch.bfloat16).eps * want.norm())
+    assert_as_accurate(evaluate(model, torch.bfloat16), plain, exact)
 
 
 class Products(TorchDispatchMode):

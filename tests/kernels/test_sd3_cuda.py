@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from test_sd3 import MODELS, Products, add_adapters, assert_same, evaluate, inputs, run
+from test_sd3 import MODELS, Products, add_adapters, assert_as_accurate, assert_same, evaluate, inputs, run
 from test_sd3 import build as build_on_cpu
 
 from nft_kernels.models import attention
@@ -66,11 +66,7 @@ def test_bfloat16_is_as_accurate_as_diffusers(model):
     exact = evaluate(copy.deepcopy(model).double(), torch.float64)
     plain = evaluate(model, torch.bfloat16)
     accelerate(model)
-    fused = evaluate(model, torch.bfloat16)
-    for got, want, reference in zip(fused, exact, plain, strict=True):
-        error, allowed = ((x.double() - want).norm() for x in (got, reference))
-        assert got.dtype == reference.dtype
-        assert error <= max(2 * allowed, 4 * EPS * want.norm())
+    assert_as_accurate(evaluate(model, torch.bfloat16), plain, exact)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -119,7 +115,7 @@ def test_rollouts_are_as_accurate_with_gelu_in_the_epilogue(model):
     with path.rollout(), Products() as seen:
         got = draw(model)
     assert seen.count("_addmm_activation") == 5
-    assert (got - exact).norm() <= max(2 * (plain - exact).norm(), 4 * EPS * exact.norm())
+    assert_as_accurate([got], [plain], [exact])
 
 
 @pytest.mark.parametrize("name", MODELS)
