@@ -231,9 +231,9 @@ class Policy:
         base = [weight.data for weight in weights]
         if not self._merged:
             self._merged = [torch.empty_like(weight) for weight in base]
-        for layer, weight, copy in zip(self._adapted, base, self._merged, strict=True):
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            with torch.no_grad():
+        with torch.no_grad():
+            for layer, weight, copy in zip(self._adapted, base, self._merged, strict=True):
+                down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
                 copy.copy_(torch.addmm(weight.float(), up, down, alpha=layer.scaling[adapter]))
         self.use(None)
         try:

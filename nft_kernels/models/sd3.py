@@ -326,8 +326,7 @@ def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
         hidden = torch._addmm_activation(first.bias, x.flatten(0, 1), first.weight.T, use_gelu=True)
         return _project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
     (hidden,) = _project([first], x, path.product)
-    known = _known(last)
-    if path._quantized is not None and known is not None and not known.adapters:
+    if path._quantized is not None and (known := _known(last)) is not None and not known.adapters:
         return _project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
     # Adapters, and layers that are called as they are, take the GELU itself.
     return _project([last], F.gelu(hidden, approximate="tanh"), path.product)[0]

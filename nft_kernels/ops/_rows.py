@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..backends import choose
 from . import _validate
@@ -47,6 +49,30 @@ def matching(name: str, x: Any, model: Tensor, shape: tuple[int, ...], kind: str
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {kind} = {shape}")
     if x.device != model.device:
         raise ValueError(f"{name}: got device {x.device}, accepted is {model.device}")
+
+
+def function(
+    run: Callable[..., tuple[Tensor, ...]],
+    setup_context: Callable[..., None],
+    backward: Callable[[Any, tuple[Any, ...]], tuple[Tensor | None, ...]],
+) -> type[torch.autograd.Function]:
+    """The op outside of torch.compile, which can be differentiated once."""
+
+    class Fused(torch.autograd.Function):
+        # With autograd's own setup_context, apply would look up the signature of ``run`` at every call, which takes
+        # longer than the rest.
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            output = run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return backward(ctx, grads)
+
+    return Fused
 
 
 def call(op: Any, function: Any, *args: Any) -> Any:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import load
 from ..reference import compute_dtype
 from ..reference import qk_norm as reference
 from . import _validate
-from ._rows import backend_of, call, dense, matching
+from ._rows import backend_of, call, dense, function, matching
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -109,18 +108,7 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
 _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), setup_context=_setup_context)
 
 
-class _Fused(torch.autograd.Function):
-    # With setup_context, apply would look up the signature of _run at every call, which takes longer than the rest.
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output = _run(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, _gradient, grads)
+_Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, grads))
 
 
 def qk_norm(

@@ -25,13 +25,17 @@ def settings(pipeline, *overrides):
     return load_config("shapes", [f"pipeline={pipeline}", "device=cuda", *SMALL, *overrides])
 
 
+@torch.no_grad()
+def disturb(parameters, generator):
+    for parameter in parameters:
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+
+
 def draw(pipeline, *overrides, batch=4):
     torch.manual_seed(0)
     policy = Policy(settings(pipeline, *overrides))
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy._old:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+    disturb(policy._old, generator)
     seeds = list(range(6))
     with policy.merged("old"):
         return rollout(policy, [*PROMPTS, *PROMPTS, *PROMPTS], seeds, times(4, **policy.schedule), "dpm++2M", batch)
@@ -78,9 +82,7 @@ def test_graphs_draw_what_eager_evaluations_do(pipeline):
         policy = Policy(settings(pipeline, *FUSED, *extra))
         generator = torch.Generator().manual_seed(1)
         for _ in range(2):
-            with torch.no_grad():
-                for parameter in policy._old:
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+            disturb(policy._old, generator)
             with policy.merged("old"):
                 grid = times(4, **policy.schedule)
                 pictures.append(rollout(policy, PROMPTS * 3, list(range(6)), grid, "dpm++2M", 4))
@@ -97,9 +99,7 @@ def test_graphs_give_the_gradients_of_eager_evaluations(pipeline):
         torch.manual_seed(0)
         policy = Policy(settings(pipeline, *FUSED, *extra))
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in policy.trained:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+        disturb(policy.trained, generator)
         optimizer, found = torch.optim.SGD(policy.trained, lr=0.1), []
         for count in (4, 4, 2, 4, 4, 2):
             x = torch.randn(count, *policy.latent_shape, generator=generator).cuda()
