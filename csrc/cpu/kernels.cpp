@@ -137,7 +137,7 @@ Coefficients finish_sample(const LossArgs& a, int64_t b, const WeightedSums<doub
 
 template <typename T, typename S, bool kElementwise, bool kRef>
 void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_t count, const Coefficients& c,
-                Buffers<T>& buf) {
+                bool passes, Buffers<T>& buf) {
   const Chunk<T, S> in = load_chunk<T, S, kElementwise, kRef>(a, b, row, start, count, buf);
   // c+ e+ + c- e- by base and d, so that what cancels, all of it where v_theta = v_old and r = 1/2, does so in double.
   const T of_base = static_cast<T>(c.positive + c.negative), of_kl = static_cast<T>(c.kl);
@@ -154,18 +154,25 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
     return value;
   };
   S* grad = target<T, S>(a.grad, row, start, buf.grad);
+  passes = passes && grad != static_cast<void*>(buf.grad) && reinterpret_cast<uintptr_t>(grad) % 32 == 0;
   int64_t k = 0;
-  for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+  auto write = [&](auto past_caches) {
+    alignas(32) S held[2 * kLanes];
+    for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
+      S* to = past_caches ? held : grad + k;
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      auto half = [&](int i) {
-        auto at = [&](const S* data) { return part(data + k, l, i); };
-        return one(k + place_of<S>(l, i), at(in.v_theta), at(in.v_old), at(in.x_t), at(in.x0),
-                   kRef ? at(in.v_ref) : T(0));
-      };
-      set_parts(grad + k, l, half(0), half(1));
+      for (int l = 0; l < kLanes; ++l) {
+        auto half = [&](int i) {
+          auto at = [&](const S* data) { return part(data + k, l, i); };
+          return one(k + place_of<S>(l, i), at(in.v_theta), at(in.v_old), at(in.x_t), at(in.x0),
+                     kRef ? at(in.v_ref) : T(0));
+        };
+        set_parts(to, l, half(0), half(1));
+      }
+      if (past_caches) pass_caches<sizeof held>(grad + k, held);
     }
-  }
+  };
+  passes ? write(std::true_type{}) : write(std::false_type{});
   for (; k < count; ++k)
     set(grad[k], one(k, get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]),
                      kRef ? get(in.v_ref[k]) : T(0)));
@@ -188,13 +195,14 @@ void reduce(const LossArgs& a) {
 // bits are the same.
 template <typename T, typename S, bool kElementwise, bool kRef>
 void loss(const LossArgs& a) {
+  const bool passes = a.want_grad && passes_caches(a.grad, a.batch, a.elements);
   auto chunks_of = [](const Part& part) { return (part.length + kChunk - 1) / kChunk; };
   auto length = [](const Part& part, int64_t c) { return std::min(kChunk, part.length - c * kChunk); };
   auto sums_of = [&](int64_t b, const Part& p, int64_t c, Buffers<T>& buf) {
     return chunk_sums<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), buf);
   };
   auto write_grad = [&](int64_t b, const Part& p, int64_t c, const Coefficients& coefficients, Buffers<T>& buf) {
-    chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, buf);
+    chunk_grad<T, S, kElementwise, kRef>(a, b, p.row, p.start + c * kChunk, length(p, c), coefficients, passes, buf);
   };
   int64_t most = 0;
   for (int64_t b = 0; b < (a.offsets ? a.batch : 1); ++b) most = std::max(most, chunks_of(part_of(a, b)));
@@ -231,6 +239,7 @@ void loss(const LossArgs& a) {
       }
       for (int64_t c = a.want_grad ? last : first; c-- > first;) write_grad(b, p, c, coefficients, buf);
     }
+    if (passes) finish_passing();
   }
   reduce<T>(a);
 }

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 #if defined(__linux__)
@@ -165,6 +165,31 @@ inline void expect_writes(const View& view, int64_t batch, int64_t elements) {
   const uintptr_t begin = (first + kPage - 1) / kPage * kPage;
   const uintptr_t end = (first + static_cast<uintptr_t>(batch * elements) * item_size(view.dtype)) / kPage * kPage;
   if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Whether a dense output is too large to stay in a cache until it is read. Then it is written past the caches, which
+// would first read from memory what is overwritten.
+inline bool passes_caches(const View& view, int64_t batch, int64_t elements) {
+#if defined(__AVX__)
+  return dense(view) && batch * elements * item_size(view.dtype) >= int64_t(16) << 20;
+#else
+  return false;
+#endif
+}
+
+// Copies kBytes past the caches to an address that is a multiple of 32; ``finish_passing`` must follow.
+template <size_t kBytes>
+inline void pass_caches(void* target, const void* source) {
+#if defined(__AVX__)
+  for (size_t i = 0; i < kBytes / sizeof(__m256i); ++i)
+    _mm256_stream_si256(static_cast<__m256i*>(target) + i, _mm256_load_si256(static_cast<const __m256i*>(source) + i));
+#endif
+}
+
+inline void finish_passing() {
+#if defined(__AVX__)
+  _mm_sfence();
 #endif
 }
 

@@ -239,6 +239,23 @@ def test_the_bits_are_the_same_for_any_number_of_threads(batch, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.skipif(native._C is None, reason="the compiled module is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gradient_larger_than_a_cache_has_the_bits_of_its_samples(dtype):
+    """It is written past the caches, where the addresses of odd samples allow it."""
+    x, t, r = inputs((5, 1_700_003), dtype)
+
+    def gradient(rows):
+        leaf = x[0][rows].clone().requires_grad_()
+        out = nft_loss(leaf, *(y[rows] for y in x[1:4]), t[rows], r[rows], reduction="sum", backend="native")
+        return torch.autograd.grad(out.loss, leaf)[0]
+
+    whole = gradient(slice(None))
+    assert whole.nbytes >= 2**24 > whole[:1].nbytes
+    for i in range(5):
+        assert torch.equal(gradient(slice(i, i + 1)), whole[i : i + 1])
+
+
 def test_nan_is_not_hidden(backend):
     x, t, r = inputs((2, 40))
     x[0][0, 3] = float("nan")
