@@ -15,7 +15,8 @@ class Graph:
     lives, and so are the addresses of all that it reads: weights may only be changed in place."""
 
     def __init__(self, evaluate: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()):
-        """Record.
+        """Record. No autograd graph of the parameters may be alive: it holds their nodes, and those belong to the stream
+        that it was made on, which may not wait for one that is recorded.
 
         Args:
             evaluate: takes ``inputs``, whose shapes are those of every replay.

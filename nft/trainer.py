@@ -288,6 +288,14 @@ class Trainer:
         batch = Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step)
         return self.objective.loss(batch, self.stage, verify), v_theta.detach()
 
+    def _differentiate(self, *batch: Any, share: float) -> Tensor:
+        """Add ``share`` of a micro-batch's gradients to the parameters', and return its means of ``_MEASURED``. It
+        leaves nothing of its autograd graph, beside which CUDA could not record another evaluation."""
+        out, v = self._loss(*batch)
+        (out.loss * share).backward()
+        rms = v.float().square().flatten(1).mean(1).sqrt()
+        return torch.stack([out.loss.detach().float(), out.kl.mean(), out.old_deviation.mean(), rms.mean()])
+
     def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
         """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
         over that share. Nothing waits for the device."""
@@ -306,14 +314,9 @@ class Trainer:
             seeds = torch.tensor([seed for _, _, seed in part], device=device)
             prompts = [data["prompts"][i] for i in index]
             states = None if data["states"] is None else data["states"][index]
-            out, v = self._loss(data["x0"][index], data["r"][index], prompts, t, seeds, states)
+            batch = data["x0"][index], data["r"][index], prompts, t, seeds, states
             # The mean over all pairs of all processes.
-            (out.loss * (count / len(pairs))).backward()
-            rms = v.float().square().flatten(1).mean(1).sqrt()
-            if count:
-                sums += torch.stack(
-                    [out.loss.detach().float() * count, out.kl.sum(), out.old_deviation.sum(), rms.sum()]
-                )
+            sums += count * self._differentiate(*batch, share=count / len(pairs))
         return sums
 
     def _update(self, sums: Tensor, count: int) -> dict[str, float]:
