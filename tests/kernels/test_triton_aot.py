@@ -27,19 +27,18 @@ CASES = [("bfloat16", "dense"), ("float32", "dense"), ("float32", "strided")]
 KERNELS = {"_add_noise": 2, "_differentiate": 4, "_finish": 4, "_solver_step": 2, "_sum_slices": 4}
 
 
-def spilled(kernel, arch):
-    """Bytes (or on AMD registers) that the compiler spilled to memory."""
+def spilled(kernel):
+    """Bytes (or on AMD registers) of memory that the compiler spilled to, or wanted for what no register holds."""
     if "amdgcn" in kernel.asm:
         return int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
-    from triton.backends.nvidia.compiler import get_ptxas
+    from triton import knobs
 
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
         file.flush()
-        gpu = re.search(r"\.target (\w+)", kernel.asm["ptx"])[1]
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={gpu}", file.name, "-o", os.devnull]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"(\d+) bytes spill stores", log)[1])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups())
 
 
 def launch_all(backend, dtype, strided):
@@ -142,7 +141,7 @@ def main(target):
                 {
                     "case": [target, dtype, layout],
                     "kernel": kernel.name,
-                    "spilled": spilled(kernel, TARGETS[target][1]),
+                    "spilled": spilled(kernel),
                     # 8 elements a thread, of which AMD's wider waves leave 4.
                     "vectorized": bool(re.search(r"ld\.global\.v4|load_dwordx[24]", text)),
                 }
