@@ -118,7 +118,9 @@ def load_policy(config: Config, checkpoint: Path | None) -> Policy:
         return Policy(config)
     weights = find_weights(checkpoint)
     if weights.name == WEIGHTS:
-        policy: Policy = FullPolicy(config)
+        # Without what the settings refuse together with it.
+        speed = {"fused_transformer": False, "cuda_graphs": False, "float8_rollout": False}
+        policy: Policy = FullPolicy(config.model_copy(update={"adapter": "full", **speed}))
     else:
         _, lora = read_lora(weights.parent)
         policy = Policy(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))

@@ -14,36 +14,44 @@ class Graph:
     """One evaluation, recorded once with its backward and then replayed. The memory of both is kept for as long as it
     lives, and so are the addresses of all that it reads: weights may only be changed in place."""
 
-    def __init__(self, evaluate: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor] = ()):
-        """Record. No autograd graph of the parameters may be alive: it holds their nodes, and those belong to the stream
-        that it was made on, which may not wait for one that is recorded.
+    def __init__(
+        self,
+        evaluate: Callable[..., Tensor],
+        inputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        stream: torch.cuda.Stream,
+    ):
+        """Record. No autograd graph of the parameters may be alive: it holds their nodes, which belong to the stream
+        that it was made on, and that may not wait for one that is recorded.
 
         Args:
             evaluate: takes ``inputs``, whose shapes are those of every replay.
             parameters: of which a gradient is wanted; none if there is no backward.
+            stream: of the inputs' device, to record on.
         """
         self._inputs, self.parameters = [x.clone() for x in inputs], tuple(parameters)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            # What first calls set up cannot be set up while recording.
-            for _ in range(2):
-                out = evaluate(*self._inputs)
-                if self.parameters:
-                    torch.autograd.grad(out, self.parameters, torch.zeros_like(out), materialize_grads=True)
-                del out
-        torch.cuda.current_stream().wait_stream(side)
         # Other threads may use the GPU meanwhile, for rewards say.
-        mode = {"capture_error_mode": "thread_local"}
-        self._forward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, **mode):
-            out = evaluate(*self._inputs)
-        self._out = out.detach()
-        if self.parameters:
-            self._grad_out, self._backward = torch.empty_like(self._out), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **mode):
-                grads = torch.autograd.grad(out, self.parameters, self._grad_out, materialize_grads=True)
-                self._grads = torch.cat([grad.flatten() for grad in grads])
+        mode: Any = {"stream": stream, "capture_error_mode": "thread_local"}
+        # Recording is of the current device.
+        with torch.cuda.device_of(self._inputs[0]):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # What first calls set up cannot be set up while recording.
+                for _ in range(2):
+                    out = evaluate(*self._inputs)
+                    if self.parameters:
+                        torch.autograd.grad(out, self.parameters, torch.zeros_like(out), materialize_grads=True)
+                    del out
+            torch.cuda.current_stream().wait_stream(stream)
+            self._forward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._forward, **mode):
+                out = evaluate(*self._inputs)
+            self._out = out.detach()
+            if self.parameters:
+                self._grad_out, self._backward = torch.empty_like(self._out), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._backward, pool=self._forward.pool(), **mode):
+                    grads = torch.autograd.grad(out, self.parameters, self._grad_out, materialize_grads=True)
+                    self._grads = torch.cat([grad.flatten() for grad in grads])
         self.replays = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -83,20 +91,25 @@ class _Replay(torch.autograd.Function):
 
 
 class Graphs:
-    """Graphs of a function, one for each kind of evaluation and shapes. One is recorded when both come a second time in
-    a row: a ragged last batch would keep memory for the rest of the run."""
+    """Graphs of a function, one for each kind of evaluation and shapes. One is recorded the second time that the
+    largest batch of a kind so far comes: a ragged last one would keep memory for the rest of the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
         self._graphs: dict[Any, Graph] = {}
-        self._last: dict[Any, Any] = {}
+        self._largest: dict[Any, tuple[int, Any]] = {}
 
     def __call__(
         self, kind: Any, evaluate: Callable[..., Tensor], inputs: Sequence[Tensor], parameters: Sequence[Tensor]
     ) -> Tensor:
         """``evaluate(*inputs)``, by a graph if there is one; ``kind`` is all that it depends on besides."""
         shapes = tuple((x.shape, x.dtype) for x in inputs)
-        graph = self._graphs.get((kind, shapes))
-        if graph is None and self._last.get(kind) == shapes:
-            graph = self._graphs[kind, shapes] = Graph(evaluate, inputs, parameters)
-        self._last[kind] = shapes
-        return evaluate(*inputs) if graph is None else graph(*inputs)
+        if (graph := self._graphs.get((kind, shapes))) is not None:
+            return graph(*inputs)
+        largest, batch = self._largest.get(kind), (len(inputs[0]), shapes)
+        if largest == batch:
+            graph = self._graphs[kind, shapes] = Graph(evaluate, inputs, parameters, self._stream)
+            return graph(*inputs)
+        if largest is None or batch[0] >= largest[0]:
+            self._largest[kind] = batch
+        return evaluate(*inputs)

@@ -70,7 +70,8 @@ class Plan(NamedTuple):
     rollout_flops: int
     training_flops: int
     memory: dict[str, int]
-    """Bytes by what they hold; ``activations`` are the most that a rollout or a backward has at once."""
+    """Bytes by what they hold; ``activations`` are the most that a rollout or a backward has at once, and with
+    ``cuda_graphs`` those of all evaluations, which keep them."""
     seconds: float
     """Of the transformer alone, with ``tflops``."""
 
@@ -234,6 +235,11 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         "latents of an epoch": 4 * max(c.pictures * kept, c.candidates) * latents,
         "activations": max(step.peak, (adapted if parts > 1 else merged).peak),
     }
+    if c.cuda_graphs:
+        # Every kind of evaluation keeps its own.
+        kinds = [OBJECTIVES[c.objective].needs_old, c.kl_weight > 0]
+        others = sum(kinds) * _measure(model, c, c.micro_batch, train=False).peak
+        memory["activations"] = step.peak + merged.peak + others
     if parts > 1:
         # A block, the one after it that is fetched meanwhile, and what is outside of them.
         memory["weights put together"] = (parameters - sum(blocks) + 2 * max(blocks)) * size

@@ -124,11 +124,13 @@ class Policy:
         try:
             # The index alone tells a wrong name; the rest is checked before gigabytes are read.
             kind = find(source)
-            if config.fused_transformer and kind.fast_path is None:
-                able = ", ".join(name for name, other in MODELS.items() if other.fast_path)
-                raise ValueError(
-                    f"fused_transformer: got true for a {kind.pipeline_class.__name__}, accepted is {able}"
-                )
+            for key, takes in (
+                ("fused_transformer", lambda model: model.fast_path is not None),
+                ("cuda_graphs", lambda model: model.recordable),
+            ):
+                if getattr(config, key) and not takes(kind):
+                    able = ", ".join(name for name, other in MODELS.items() if takes(other))
+                    raise ValueError(f"{key}: got true for a {kind.pipeline_class.__name__}, accepted is {able}")
             self.device = usable_device(config.device)
             if config.resolution:
                 outline = kind.read_outline(source, self.dtype)
@@ -163,7 +165,7 @@ class Policy:
         self._merged: list[Tensor] = []
         self._fast_path = kind.fast_path(self.transformer) if config.fused_transformer else None
         self._float8 = config.float8_rollout
-        self._graphs = Graphs() if config.cuda_graphs else None
+        self._graphs = Graphs(self.device) if config.cuda_graphs else None
         if self._fast_path:
             self._fast_path.keep_float8 = config.cuda_graphs
         self._forward = self.transformer

@@ -405,7 +405,7 @@ class Trainer:
         prompts = [entry["prompt"] for entry in entries]
         with self.policy.merged("old"):
             options = solver_options(c, self.epoch)
-            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, 2, **options)
+            x0 = rollout(self.policy, prompts, [0, 1], self.grid, c.rollout_solver, c.rollout_batch, **options)
         pictures = self.policy.decode(x0)
         return x0, pictures, self.task.score(pictures, entries)
 

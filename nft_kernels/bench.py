@@ -295,9 +295,7 @@ def peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[fl
     return max(held, default=0) / 1e6, None
 
 
-def measure(
-    case: Case, device: torch.device, seconds: float, wanted: Sequence[str] = PROVIDERS
-) -> list[Result]:
+def measure(case: Case, device: torch.device, seconds: float, wanted: Sequence[str] = PROVIDERS) -> list[Result]:
     """Check and time every provider of one case, and a copy between them."""
     work = build(case, device, wanted)
     moved, eps = work.gigabytes, torch.finfo(getattr(torch, case.dtype)).eps

@@ -31,6 +31,8 @@ class Model(ABC):
     """Ends of the names of the layers that LoRA adapts."""
     fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
     """What ``fused_transformer`` puts in place of the transformer's forward."""
+    recordable: ClassVar[bool] = True
+    """Whether ``cuda_graphs`` can record an evaluation, which may make no tensor of numbers that Python holds."""
 
     def __init__(self, source: str, dtype: torch.dtype):
         """Load the pipeline from a folder or the hub.

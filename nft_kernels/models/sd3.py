@@ -29,8 +29,13 @@ from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
 
+# What may stand where the transformer has a linear layer.
+_LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
 try:
     from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _LINEAR = (nn.Linear, BaseTunerLayer)
 except ImportError:
     LoraLinear = None  # type: ignore[assignment, misc]
 
@@ -145,9 +150,14 @@ class _Layer:
     adapters: list[tuple[Tensor, Tensor, float]]
 
 
+def _untouched(module: nn.Module) -> bool:
+    """Whether calling it runs its class' forward and nothing else. Hooks of accelerate and diffusers replace that."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _plain(layer: Any) -> bool:
     """Whether it is an nn.Linear that does nothing else."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    return type(layer) is nn.Linear and _untouched(layer)
 
 
 def _known(layer: Any) -> _Layer | None:
@@ -161,7 +171,7 @@ def _known(layer: Any) -> _Layer | None:
         return None
     if not wrapped:
         return _Layer(weight, bias, [])
-    if layer._forward_hooks or layer._forward_pre_hooks:
+    if not _untouched(layer):
         return None
     merged = layer.merged
     if merged or layer.disable_adapters:
@@ -321,7 +331,7 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
 
 def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
     first, last = ff.net[0].proj, ff.net[2]
-    plain = type(first) is nn.Linear and path._quantized is None
+    plain = _plain(first) and path._quantized is None
     if path._in_rollout and plain and x.device.type in _TANH_EPILOGUE:
         hidden = torch._addmm_activation(first.bias, x.flatten(0, 1), first.weight.T, use_gelu=True)
         return _project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
@@ -428,6 +438,11 @@ def _check(transformer: SD3Transformer2DModel) -> None:
                 raise ValueError(
                     f"transformer: got {type(norm).__name__} in {name}, accepted is qk_norm='rms_norm' or None"
                 )
+    for part in ("transformer_blocks", "norm_out"):
+        for name, module in getattr(transformer, part).named_modules(prefix=part):
+            # Linear layers that have hooks are called, the modules around them are not.
+            if not isinstance(module, _LINEAR) and not _untouched(module):
+                raise ValueError(f"transformer: got hooks on {name}, accepted are those of linear layers")
     if any(block._chunk_size is not None for block in transformer.transformer_blocks):
         raise ValueError("transformer: got forward chunking, accepted is none: call disable_forward_chunking() first")
 

@@ -238,7 +238,10 @@ def test_joined_parameters_keep_working_after_inference_mode_and_a_change_of_dty
     assert_same([out], [model(*inputs(torch.float64), return_dict=False)[0]], 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["trained base", "trained biases", "dora", "dropout", "hook", "some"])
+@pytest.mark.parametrize(
+    "kind",
+    ["trained base", "trained biases", "dora", "dropout", "hook", "replaced forward", "layerwise casting", "some"],
+)
 def test_other_layers_are_called_as_they_are(model, kind):
     if kind == "trained base":
         model.requires_grad_(True)
@@ -252,8 +255,15 @@ def test_other_layers_are_called_as_they_are(model, kind):
         add_adapters(model, lora_dropout=0.5, target_modules=["to_q", "to_k", "to_v", "add_q_proj"]).train()
     elif kind == "some":
         model.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "add_v_proj"]))
-    else:
+    elif kind == "hook":
         model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "replaced forward":
+        # As accelerate's and diffusers' hooks do.
+        for layer in (model.transformer_blocks[0].norm1.linear, model.transformer_blocks[1].ff.net[0].proj):
+            layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
+    else:
+        # Weights in float16 but for a product.
+        model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
     torch.manual_seed(5)
     wanted = evaluate(model)
     accelerate(model)
@@ -516,3 +526,24 @@ def test_bad_input_is_named(model):
     model.fuse_qkv_projections()
     with pytest.raises(ValueError, match="transformer: got FusedJointAttnProcessor2_0 in transformer_blocks"):
         accelerate(model)
+
+
+@pytest.mark.parametrize("name", ["transformer_blocks.1", "transformer_blocks.0.attn", "transformer_blocks.0.ff",
+                                  "transformer_blocks.0.norm1", "norm_out"])  # fmt: skip
+def test_hooks_that_would_not_be_called_are_refused(model, name):
+    add_adapters(model)
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, out: out)
+    with pytest.raises(ValueError, match=f"transformer: got hooks on {name}, accepted are those of linear layers"):
+        accelerate(model)
+    handle.remove()
+    accelerate(model)
+
+
+def test_a_rollout_calls_a_feed_forward_layer_that_has_hooks(model, monkeypatch):
+    """Its product would have the GELU in its epilogue on a GPU."""
+    monkeypatch.setattr("nft_kernels.models.sd3._TANH_EPILOGUE", ("cpu",))
+    model.transformer_blocks[0].ff.net[0].proj.register_forward_hook(lambda module, args, out: 2 * out)
+    wanted = run(model)
+    path = accelerate(model)
+    with torch.no_grad(), path.rollout():
+        assert_same([run(model)], [wanted], 1e-3)

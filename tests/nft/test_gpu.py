@@ -111,8 +111,10 @@ def test_graphs_give_the_gradients_of_eager_evaluations(pipeline):
             policy.use("default")
             v = policy.velocity(x, t, *conditions)
             (v.float() - old.float()).square().mean().backward()
+            # Its graph may not be alive when the next evaluation is recorded.
+            v = v.detach()
             if count == 2:
-                found += [v.detach().flatten(), torch.cat([p.grad.flatten() for p in policy.trained])]
+                found += [v.flatten(), torch.cat([p.grad.flatten() for p in policy.trained])]
                 optimizer.step()
                 optimizer.zero_grad()
         results.append(found)
@@ -123,12 +125,12 @@ def test_graphs_give_the_gradients_of_eager_evaluations(pipeline):
 def test_a_backward_after_another_evaluation_is_refused(pipeline):
     policy = Policy(settings(pipeline, *FUSED, "cuda_graphs=true"))
     x, t, conditions = torch.randn(2, *policy.latent_shape).cuda(), torch.full((2,), 0.5).cuda(), policy.embed(PROMPTS)
-    first, second, third = (policy.velocity(x, t, *conditions) for _ in range(3))
-    assert torch.equal(second, third)
-    third.sum().backward()
+    eager = policy.velocity(x, t, *conditions).detach()
+    first, second = (policy.velocity(x, t, *conditions) for _ in range(2))
+    assert torch.equal(first, second) and (first - eager).norm() <= 1e-3 * eager.norm()
+    second.sum().backward()
     with pytest.raises(RuntimeError, match="backward: it is of an evaluation that was followed by another"):
-        second.sum().backward()
-    first.sum().backward()
+        first.sum().backward()
 
 
 def test_a_picture_does_not_depend_on_what_is_drawn_with_it(pipeline):

@@ -256,6 +256,10 @@ def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, t
         monkeypatch.setattr(kind, "__init__", None)
     with pytest.raises(ValueError, match=r"fused_transformer: got true for a .*, accepted is StableDiffusion3Pipeline"):
         Policy(settings(pipeline, "fused_transformer=true"))
+    if find(pipeline).__name__ == "QwenImage":
+        accepted = "StableDiffusion3Pipeline, FluxPipeline$"
+        with pytest.raises(ValueError, match=f"cuda_graphs: got true for a QwenImagePipeline, accepted is {accepted}"):
+            Policy(settings(pipeline, "device=cuda", "cuda_graphs=true"))
     with pytest.raises(ValueError, match=r"resolution: got 24, accepted are multiples of 16$"):
         Policy(settings(pipeline, "resolution=24"))
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtSigmaPipeline"}')

@@ -94,6 +94,20 @@ def test_time_and_memory_follow_from_the_settings(pipeline):
     assert larger.memory["activations"] > 10 * one.memory["activations"]
 
 
+def test_what_cuda_graphs_keep_is_added(pipeline):
+    """A rollout, a backward, and an evaluation each of the old and of the reference policy."""
+
+    def activations(*overrides):
+        settings = [f"pipeline={pipeline}", "device=cuda", "micro_batch=8", *overrides]
+        return plan(load_config("shapes", settings)).memory["activations"]
+
+    step, graphs = activations("rollout_batch=1"), activations("rollout_batch=1", "cuda_graphs=true")
+    rollout = activations("rollout_batch=4000")
+    assert activations("rollout_batch=4000", "cuda_graphs=true") == pytest.approx(rollout + graphs, rel=0.01)
+    old, both = graphs - step, activations("rollout_batch=1", "cuda_graphs=true", "kl_weight=0.1") - step
+    assert 0 < old < step and both == pytest.approx(2 * old, rel=0.2)
+
+
 def test_what_is_sharded_is_divided_and_what_is_put_together_is_added(pipeline):
     def memory(gpus, *overrides):
         return plan(load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides]), gpus).memory
