@@ -30,7 +30,7 @@ from . import attention as attention_kernels
 from . import float8
 
 # What may stand where the transformer has a linear layer.
-_LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
+_LINEAR: tuple[type, ...] = (nn.Linear,)
 try:
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
