@@ -68,7 +68,7 @@ struct LossArgs {
   // Sample b is [offsets[b], offsets[b + 1]) times `elements` of packed tensors, seen as one sample; null without.
   const int64_t* offsets;
   Vector t, r, beta;
-  Vector outer;  // what a sample counts in the loss
+  Vector outer;  // what a sample counts in the loss, in float64
   double adv_clip_max, kl_weight;
   void* loss;             // scalar of the compute type
   void* details;          // (8, batch) of the compute type: policy, l+, l-, w+, w-, kl, mean |d|, max |d|

@@ -47,15 +47,17 @@ __device__ Affine<T> affine_of(const LossArgs& a, int64_t b) {
   return affine<T>(a.prediction, value(a.t, b), value(a.beta, b));
 }
 
-// Past the end of the sample all inputs are zero, and so is what they add to the sums.
-template <typename T, bool kPacked, bool kGeneral>
-__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& place, const Affine<T>& f,
+// Past the end of the sample all inputs are zero, and so is what they add to the sums. The numbers of the sample are
+// asked for when the elements are on their way, so that nothing waits for one load before it starts the next.
+template <typename T, bool kPacked, bool kGeneral, typename AskAffine>
+__device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& place, const AskAffine& ask_affine,
                                  SumsOf<T, kGeneral>& sums) {
   auto fetch_of = [&](const View& view) { return fetch<T, kPacked>(view, place); };
   const Bits v_theta_bits = fetch_of(a.v_theta), v_old_bits = fetch_of(a.v_old), x_t_bits = fetch_of(a.x_t);
   const Bits x0_bits = fetch_of(a.x0);
   Bits v_ref_bits{};
   if (a.has_ref) v_ref_bits = fetch_of(a.v_ref);
+  const Affine<T> f = ask_affine();
   const Pack<T> v_theta = unpack<T>(v_theta_bits, a.v_theta.dtype), v_old = unpack<T>(v_old_bits, a.v_old.dtype);
   const Pack<T> x_t = unpack<T>(x_t_bits, a.x_t.dtype), x0 = unpack<T>(x0_bits, a.x0.dtype);
   const Pack<T> v_ref = unpack<T>(v_ref_bits, a.v_ref.dtype);
@@ -125,11 +127,14 @@ template <typename T>
 __device__ void add_losses(const LossArgs& a) {
   __shared__ Sum<double> warps[kWarps];
   const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
+  const double* outer = static_cast<const double*>(a.outer.data);
   Sum<double> sum{};
-  // Past the first-level cache, which knows nothing of what other blocks wrote.
+  // Tokens may be many samples, whose loads should not wait for each other.
+#pragma unroll 4
   for (int64_t b = threadIdx.x; b < a.batch; b += blockDim.x)
+    // Past the first-level cache, which knows nothing of what other blocks wrote.
     sum.value += (static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b))) *
-                 value(a.outer, b);
+                 (outer ? outer[b * a.outer.stride] : a.outer.constant);
   sum = block_total(sum, warps);
   if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value);
 }
@@ -149,7 +154,7 @@ __device__ void count_sample(const LossArgs& a, unsigned long long* finished) {
   add_losses<T>(a);
 }
 
-// Blocks that share a processor, as registers allow without spills.
+// Blocks that share a processor where the elements are packed, as registers allow without spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kClusterBlocks = 2;
 #else
@@ -189,17 +194,18 @@ __global__ void __launch_bounds__(kThreads, kPacked ? kClusterBlocks : 1)
   auto place_of_pack = [&](int pack) { return Place{b, (first + pack) * kPack<T>, a.elements}; };
   const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 
-  if (me == 0) sample = sample_of(a, b);
-  const Affine<T> f = affine_of<T>(a, b);
+  Affine<T> f;
   Sums<T> sums{};
   for (int pack = me; pack < count; pack += threads) {
-    const Errors<T> e = load_errors<T, kPacked, false>(a, b, place_of_pack(pack), f, sums);
+    auto ask_affine = [&] { return f = pack == me ? affine_of<T>(a, b) : f; };
+    const Errors<T> e = load_errors<T, kPacked, false>(a, b, place_of_pack(pack), ask_affine, sums);
     if (!a.want_grad) continue;
     hold(0, pack, e.positive);
     hold(1, pack, e.negative);
     if (with_kl(a)) hold(2, pack, e.delta);
   }
   cudaTriggerProgrammaticLaunchCompletion();
+  if (me == 0) sample = sample_of(a, b);
   sums = warp_total(sums);
   if (me % 32 == 0) warps[me / 32] = sums;
   cluster.sync();
@@ -212,8 +218,9 @@ __global__ void __launch_bounds__(kThreads, kPacked ? kClusterBlocks : 1)
     if (me == 0) coefficients = finish_sample<T, false>(a, b, sample, total, rank == 0);
   }
   __syncthreads();
-  // A block must not end, and its shared memory with it, while others read its sums.
-  cluster.barrier_arrive();
+  // A block must not end, and its shared memory with it, while others read its sums. Nothing is handed over by it, so
+  // that the gradient need not wait until all that was written is seen by everyone.
+  __cluster_barrier_arrive_relaxed();
   if (a.want_grad) {
     const Coefficients c = coefficients;
     for (int pack = me; pack < count; pack += threads) {
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
     const Affine<T> f = affine_of<T>(a, b);
     SumsOf<T, kGeneral> sums{};
     for (int64_t pack = mine.first(split) + threadIdx.x; pack < mine.last(split); pack += blockDim.x)
-      load_errors<T, kPacked, kGeneral>(a, b, place_of<T>(part, pack), f, sums);
+      load_errors<T, kPacked, kGeneral>(a, b, place_of<T>(part, pack), [&] { return f; }, sums);
     const SumsOf<double, kGeneral> total = block_total(sums, warps);
     if (threadIdx.x == 0) partial[item] = total;
   }
@@ -294,7 +301,8 @@ __global__ void __launch_bounds__(kThreads, kPacked && !kGeneral ? 2 : 1)
       for (int64_t pack = mine.first(split) + threadIdx.x; pack < mine.last(split); pack += blockDim.x) {
         const Place place = place_of<T>(part, pack);
         SumsOf<T, kGeneral> unused{};
-        store_gradient<T, kPacked, kGeneral>(a, place, load_errors<T, kPacked, kGeneral>(a, b, place, f, unused), c);
+        const Errors<T> e = load_errors<T, kPacked, kGeneral>(a, b, place, [&] { return f; }, unused);
+        store_gradient<T, kPacked, kGeneral>(a, place, e, c);
       }
     }
     if (split == 0) count_sample<T>(a, finished);
@@ -318,9 +326,10 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
   }
 }
 
-// What a device allows the cluster kernel: blocks per cluster (0: no clusters), dynamic shared memory per block.
+// What a device allows the cluster kernel: blocks per cluster (0: no clusters), blocks that share a processor as far as
+// registers go, dynamic shared memory per block.
 struct ClusterLimits {
-  int blocks = 0;
+  int blocks = 0, together = 1;
   int64_t shared_bytes = 0;
 };
 
@@ -349,6 +358,8 @@ ClusterLimits ask_cluster_limits(Kernel kernel, int device) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(limits.shared_bytes)));
   // More than 8 blocks is not portable: not every device, nor every part of one, has room for them.
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&limits.together, kernel, kThreads, 0));
+  limits.together = std::max(limits.together, 1);
   const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
   cudaGetLastError();
   for (int blocks = large ? 16 : 8; blocks > 0 && limits.blocks == 0; blocks /= 2) {
@@ -369,7 +380,7 @@ Shape ask_cluster_shape(Kernel kernel, int64_t batch, int64_t packs, int64_t byt
     if (bytes > limits.shared_bytes || batch > 0x7fffffff / blocks) continue;
     const Shape larger{batch * blocks, threads_for(length), blocks, static_cast<size_t>(bytes)};
     // A larger cluster reads a sample sooner, but its blocks wait for each other where not all clusters run at once.
-    const bool enough = static_cast<int64_t>(shape.shared_bytes) <= limits.shared_bytes / kClusterBlocks;
+    const bool enough = static_cast<int64_t>(shape.shared_bytes) <= limits.shared_bytes / limits.together;
     if (shape.blocks > 0 && enough && active_clusters(kernel, larger) < batch) break;
     shape = larger;
     if (length <= kThreads) break;
@@ -420,8 +431,10 @@ void nft_loss(const LossArgs& a, const Queue& queue) {
       return loss_in_slices<T, kPacked, true>(a, queue, a.offsets ? most : slices);
     }
     const auto in_clusters = loss_in_clusters<T, kPacked>;
-    const Shape clusters = cluster_shape(in_clusters, queue.device, a.batch, packs, 32 * (with_kl(a) ? 3 : 2));
+    Shape clusters = cluster_shape(in_clusters, queue.device, a.batch, packs, 32 * (with_kl(a) ? 3 : 2));
     if (clusters.blocks == 0) return loss_in_slices<T, kPacked, false>(a, queue, slices);
+    // Without a gradient nothing is held.
+    if (!a.want_grad) clusters.shared_bytes = 0;
     launch(in_clusters, clusters, queue, a, packs);
     Shape last{1, threads_for(a.batch)};
     last.early = true;
