@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import compute_dtype
-from ._common import OPTIONS, compute, exact, number
+from ._common import OPTIONS, compute, exact, next_power_of_2, number
 from ._rows import load_row, rounded, row_of, rows, store_row, warps
 
 
@@ -112,7 +112,7 @@ def _differentiate(
 
 def _launch(kernel, x: Tensor, tensors: tuple[Tensor | None, ...], eps: float) -> None:
     batch, length, width = x.shape
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     dtype = compute(compute_dtype(*tensors))
     with torch.cuda.device_of(x):
         kernel[(batch * length,)](

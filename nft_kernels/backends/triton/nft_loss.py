@@ -18,11 +18,13 @@ from ._common import (
     OPTIONS,
     View,
     blocks_of,
+    cdiv,
     compute,
     exact,
     item_bytes,
     load,
     maybe,
+    next_power_of_2,
     number,
     place,
     scalar,
@@ -527,9 +529,9 @@ def _slices(inputs: LossInputs) -> tuple[int, int]:
 
     The slices of a segment, of which only the device knows the length, have that length on average.
     """
-    batch, elements = len(inputs.t), triton.cdiv(inputs.x0.numel(), len(inputs.t))
-    length = 1024 * min(32, triton.cdiv(batch * elements, 2048 * 1024))
-    return triton.cdiv(elements, length), length
+    batch, elements = len(inputs.t), cdiv(inputs.x0.numel(), len(inputs.t))
+    length = 1024 * min(32, cdiv(batch * elements, 2048 * 1024))
+    return cdiv(elements, length), length
 
 
 def nft_loss(
@@ -546,8 +548,8 @@ def nft_loss(
     sums = x0.new_empty((10 if general else 7) * batch * slices, dtype=dtype)
     details, loss = x0.new_empty((11 if general else 8, batch), dtype=dtype), x0.new_empty((), dtype=dtype)
     views = _views(inputs, options, inputs.v_ref)
-    columns = min(CELLS, triton.next_power_of_2(slices))
-    rows = min(CELLS // columns, triton.next_power_of_2(batch))
+    columns = min(CELLS, next_power_of_2(slices))
+    rows = min(CELLS // columns, next_power_of_2(batch))
     with torch.cuda.device_of(x0):
         _sum_slices[(batch * slices,)](
             views,

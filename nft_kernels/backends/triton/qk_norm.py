@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import compute_dtype
-from ._common import OPTIONS, compute, exact, number
+from ._common import OPTIONS, compute, exact, next_power_of_2, number
 from ._rows import load_row, row_of, rows, store_row, warps
 
 
@@ -82,7 +82,7 @@ def _launch(
     kernel, weights: Sequence[Tensor], heads: int, eps: float, inputs: Sequence[Tensor], *others: Sequence[Tensor]
 ) -> None:
     batch, length, width = inputs[0].shape
-    blocks = triton.next_power_of_2(heads), triton.next_power_of_2(width // heads)
+    blocks = next_power_of_2(heads), next_power_of_2(width // heads)
     dtype = compute(compute_dtype(*inputs, *weights, *others[0]))
     first, *rest = (tuple(map(rows, group)) for group in (inputs, *others))
     with torch.cuda.device_of(inputs[0]):

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference.quantize_rows import LARGEST
-from ._common import INTERPRETED, OPTIONS
+from ._common import INTERPRETED, OPTIONS, next_power_of_2
 from ._rows import load_row, row_of, rows, store_row, warps
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -52,7 +52,7 @@ def _quantize_rows(x, out, scales, length, width, GELU: tl.constexpr, BLOCK: tl.
 def quantize_rows(x: Tensor, out: Tensor, scales: Tensor, gelu: bool) -> None:
     """Write the rows of x (B, S, D), or of its GELU, into ``out`` and what to multiply them with into ``scales``."""
     batch, length, width = x.shape
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     with torch.cuda.device_of(x):
         _quantize_rows[(batch * length,)](
             rows(x), rows(out), scales, length, width, gelu, block, num_warps=warps(block), **OPTIONS

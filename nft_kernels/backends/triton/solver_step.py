@@ -9,7 +9,21 @@ from torch import Tensor
 
 from ...reference import compute_dtype
 from ...reference.solver_step import Coefficients
-from ._common import blocks_of, compute, exact, item_bytes, load, maybe, normals, number, place, store, tuned, view
+from ._common import (
+    blocks_of,
+    cdiv,
+    compute,
+    exact,
+    item_bytes,
+    load,
+    maybe,
+    normals,
+    number,
+    place,
+    store,
+    tuned,
+    view,
+)
 
 # Elements per partial sum of z^2, which so does not depend on the size of a block.
 _UNIT = tl.constexpr(256)
@@ -88,7 +102,7 @@ def solver_step(
     dtype = compute_dtype(x, v, v_uncond, noise, *history)
     used = history[: len(b) - 1]
     elements = x.numel() // len(x)
-    squares = x.new_empty((len(x), triton.cdiv(elements, _UNIT.value)), dtype=dtype) if square.numel() else None
+    squares = x.new_empty((len(x), cdiv(elements, _UNIT.value)), dtype=dtype) if square.numel() else None
     with torch.cuda.device_of(x):
         _solver_step[blocks_of(x)](
             view(x),
