@@ -7,7 +7,8 @@ import os
 import shlex
 import shutil
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,18 @@ def _fail(error: Exception | str) -> typer.Exit:
     return typer.Exit(2)
 
 
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Say what needs less, where a GPU has not enough."""
+    from torch import OutOfMemoryError
+
+    try:
+        yield
+    except OutOfMemoryError as error:
+        less = "smaller rollout_batch and micro_batch, gradient_checkpointing=true and offload=true need less"
+        raise _fail(f"{str(error).partition('. ')[0]}: {less}, and `nft plan` says how much") from None
+
+
 @app.command()
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings, such as epochs=20")] = None,
@@ -86,7 +99,8 @@ def train(
     from .trainer import Trainer
 
     try:
-        trainer = Trainer(settings, folder, resume=resume)
+        with _enough_memory():
+            trainer = Trainer(settings, folder, resume=resume)
     except (CheckpointError, RewardError, OSError, ValueError, TypeError) as error:
         raise _fail(error) from None
     main = trainer.processes.main
@@ -112,7 +126,8 @@ def train(
                 shutil.copy(grid, folder / ("after.png" if epoch else "before.png"))
 
         try:
-            trainer.train(on_epoch, on_eval)
+            with _enough_memory():
+                trainer.train(on_epoch, on_eval)
         except KeyboardInterrupt:
             progress.stop()
             command = ["nft", "train", "--output", str(folder), "--resume", *(overrides or [])]
@@ -321,7 +336,8 @@ def sample(
             raise ValueError(f"guidance: got {guidance}, accepted are finite numbers of at least 0")
         if seed + per_prompt > 2**63:
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
-        policy = load_policy(settings, checkpoint)
+        with _enough_memory():
+            policy = load_policy(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
         raise _fail(error) from None
     from PIL import Image
@@ -336,7 +352,7 @@ def sample(
     weights = nullcontext() if reference else policy.merged("default")
     options: dict[str, Any] = {"guidance": guidance, "reference": reference}
     batch = min(settings.rollout_batch, len(entries))
-    with _console.status(f"drawing {len(entries)} pictures"), weights:
+    with _enough_memory(), _console.status(f"drawing {len(entries)} pictures"), weights:
         pictures = policy.decode(rollout(policy, entries, seeds, grid, solver, batch, **options)).cpu()
     output.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):

@@ -198,6 +198,22 @@ def test_an_interrupt_names_the_epoch_that_is_saved_and_a_command_that_can_be_pa
     assert (tmp_path / "run" / "checkpoints" / "epoch-000002").is_dir()
 
 
+def test_a_full_gpu_is_told_what_needs_less(pipeline, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    for name, arguments in (
+        ("nft.trainer.Trainer.sample", ["train", pipeline, *TINY]),
+        ("nft.policy.Policy.update_old", ["train", pipeline, *TINY]),
+        ("nft.policy.Policy.decode", ["sample", "a red circle", "--set", pipeline, "--steps", "1"]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, full)
+            result = run(app, [*arguments, "--output", str(tmp_path / name)])
+        text = " ".join(result.output.split())
+        assert result.exit_code == 2 and "CUDA out of memory: smaller rollout_batch and micro_batch" in text, text
+
+
 def test_pictures_and_reports_survive_odd_prompts_and_a_line_that_was_cut_off(tmp_path):
     save_grid(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ['a sign "$5" beside "$10"'], tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width > 100

@@ -299,7 +299,7 @@ def test_a_run_ends_once_its_evaluation_has_reached_the_target(tiny, tmp_path, m
 def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_after_another_does(
     tiny, tmp_path, monkeypatch
 ):
-    options = {"objectives": ["sft"], "seeds": 1, "epochs": 2, "tune": True, "overrides": tiny}
+    options = {"objectives": ["sft"], "seeds": 1, "epochs": 1, "tune": True, "overrides": tiny}
     seen = []
     compare("shapes", tmp_path / "two", jobs=2, on_run=lambda *progress: seen.append(progress), **options)
     assert seen == [(i, 6) for i in range(6)] + [(0, 2), (1, 2)]
@@ -309,13 +309,13 @@ def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_aft
     compare("shapes", tmp_path / "one", **options)
     for name, rate in best.items():
         config = load_config(str(tmp_path / "one" / "runs" / name / "seed-0" / "config.yaml"))
-        assert (config.learning_rate, config.epochs, config.seed) == (rate, 2, 0)
+        assert (config.learning_rate, config.epochs, config.seed) == (rate, 1, 0)
         for rate in SUITES["shapes"]().rates:
             folders = [tmp_path / jobs / "tuning" / name / f"{rate:g}" for jobs in ("one", "two")]
             config = load_config(str(folders[0] / "config.yaml"))
-            assert (config.learning_rate, config.epochs, config.seed) == (rate, 2, 1000)
+            assert (config.learning_rate, config.epochs, config.seed) == (rate, 1, 1000)
             logs = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
-            assert len(logs[0]) == 4
+            assert len(logs[0]) == 3
             assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
 
 
