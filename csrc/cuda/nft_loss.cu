@@ -357,9 +357,9 @@ ClusterLimits ask_cluster_limits(Kernel kernel, int device) {
   limits.shared_bytes = shared_bytes - static_cast<int64_t>(attributes.sharedSizeBytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(limits.shared_bytes)));
-  // More than 8 blocks is not portable: not every device, nor every part of one, has room for them.
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&limits.together, kernel, kThreads, 0));
   limits.together = std::max(limits.together, 1);
+  // More than 8 blocks is not portable: not every device, nor every part of one, has room for them.
   const bool large = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess;
   cudaGetLastError();
   for (int blocks = large ? 16 : 8; blocks > 0 && limits.blocks == 0; blocks /= 2) {
