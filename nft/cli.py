@@ -7,8 +7,7 @@ import os
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 from .evaluate_cli import evaluate
 from .rewards.cli import reward_server, rewards
@@ -23,10 +23,33 @@ from .rewards.cli import reward_server, rewards
 if TYPE_CHECKING:
     from torch import Tensor
 
-app = typer.Typer(help="DiffusionNFT: online reinforcement learning on the forward process.", no_args_is_help=True)
+_console = Console()
+
+
+def _fail(error: Exception | str) -> typer.Exit:
+    # A message may hold brackets, which the console would take for markup and leave out.
+    _console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run a command, and say what needs less where a GPU has not enough memory."""
+        try:
+            return super().invoke(ctx)
+        except RuntimeError as error:
+            # By name, as most commands do without torch.
+            if type(error).__name__ != "OutOfMemoryError":
+                raise
+            less = "smaller rollout_batch and micro_batch, gradient_checkpointing=true and offload=true need less"
+            raise _fail(f"{str(error).partition('. ')[0]}: {less}, and `nft plan` says how much") from None
+
+
+app = typer.Typer(
+    cls=_Commands, help="DiffusionNFT: online reinforcement learning on the forward process.", no_args_is_help=True
+)
 _configs = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(_configs, name="config")
-_console = Console()
 app.command("eval")(evaluate)
 app.command()(rewards)
 app.command()(reward_server)
@@ -44,24 +67,6 @@ def quieten_libraries() -> None:
         library.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-
-
-def _fail(error: Exception | str) -> typer.Exit:
-    # A message may hold brackets, which the console would take for markup and leave out.
-    _console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-    return typer.Exit(2)
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Say what needs less, where a GPU has not enough."""
-    from torch import OutOfMemoryError
-
-    try:
-        yield
-    except OutOfMemoryError as error:
-        less = "smaller rollout_batch and micro_batch, gradient_checkpointing=true and offload=true need less"
-        raise _fail(f"{str(error).partition('. ')[0]}: {less}, and `nft plan` says how much") from None
 
 
 @app.command()
@@ -99,8 +104,7 @@ def train(
     from .trainer import Trainer
 
     try:
-        with _enough_memory():
-            trainer = Trainer(settings, folder, resume=resume)
+        trainer = Trainer(settings, folder, resume=resume)
     except (CheckpointError, RewardError, OSError, ValueError, TypeError) as error:
         raise _fail(error) from None
     main = trainer.processes.main
@@ -126,8 +130,7 @@ def train(
                 shutil.copy(grid, folder / ("after.png" if epoch else "before.png"))
 
         try:
-            with _enough_memory():
-                trainer.train(on_epoch, on_eval)
+            trainer.train(on_epoch, on_eval)
         except KeyboardInterrupt:
             progress.stop()
             command = ["nft", "train", "--output", str(folder), "--resume", *(overrides or [])]
@@ -336,8 +339,7 @@ def sample(
             raise ValueError(f"guidance: got {guidance}, accepted are finite numbers of at least 0")
         if seed + per_prompt > 2**63:
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
-        with _enough_memory():
-            policy = load_policy(settings, checkpoint)
+        policy = load_policy(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
         raise _fail(error) from None
     from PIL import Image
@@ -352,7 +354,7 @@ def sample(
     weights = nullcontext() if reference else policy.merged("default")
     options: dict[str, Any] = {"guidance": guidance, "reference": reference}
     batch = min(settings.rollout_batch, len(entries))
-    with _enough_memory(), _console.status(f"drawing {len(entries)} pictures"), weights:
+    with _console.status(f"drawing {len(entries)} pictures"), weights:
         pictures = policy.decode(rollout(policy, entries, seeds, grid, solver, batch, **options)).cpu()
     output.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):

@@ -27,31 +27,29 @@ class Graph:
         Args:
             evaluate: takes ``inputs``, whose shapes are those of every replay.
             parameters: of which a gradient is wanted; none if there is no backward.
-            stream: of the inputs' device, to record on.
+            stream: to record on, of the inputs' device, which has to be the current one.
         """
         self._inputs, self.parameters = [x.clone() for x in inputs], tuple(parameters)
         # Other threads may use the GPU meanwhile, for rewards say.
         mode: Any = {"stream": stream, "capture_error_mode": "thread_local"}
-        # Recording is of the current device.
-        with torch.cuda.device_of(self._inputs[0]):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                # What first calls set up cannot be set up while recording.
-                for _ in range(2):
-                    out = evaluate(*self._inputs)
-                    if self.parameters:
-                        torch.autograd.grad(out, self.parameters, torch.zeros_like(out), materialize_grads=True)
-                    del out
-            torch.cuda.current_stream().wait_stream(stream)
-            self._forward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._forward, **mode):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # What first calls set up cannot be set up while recording.
+            for _ in range(2):
                 out = evaluate(*self._inputs)
-            self._out = out.detach()
-            if self.parameters:
-                self._grad_out, self._backward = torch.empty_like(self._out), torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._backward, pool=self._forward.pool(), **mode):
-                    grads = torch.autograd.grad(out, self.parameters, self._grad_out, materialize_grads=True)
-                    self._grads = torch.cat([grad.flatten() for grad in grads])
+                if self.parameters:
+                    torch.autograd.grad(out, self.parameters, torch.zeros_like(out), materialize_grads=True)
+                del out
+        torch.cuda.current_stream().wait_stream(stream)
+        self._forward = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward, **mode):
+            out = evaluate(*self._inputs)
+        self._out = out.detach()
+        if self.parameters:
+            self._grad_out, self._backward = torch.empty_like(self._out), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._backward, pool=self._forward.pool(), **mode):
+                grads = torch.autograd.grad(out, self.parameters, self._grad_out, materialize_grads=True)
+                self._grads = torch.cat([grad.flatten() for grad in grads])
         self.replays = 0
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -104,12 +102,13 @@ class Graphs:
     ) -> Tensor:
         """``evaluate(*inputs)``, by a graph if there is one; ``kind`` is all that it depends on besides."""
         shapes = tuple((x.shape, x.dtype) for x in inputs)
-        if (graph := self._graphs.get((kind, shapes))) is not None:
+        graph, batch = self._graphs.get((kind, shapes)), (len(inputs[0]), shapes)
+        largest = self._largest.get(kind, (0, None))
+        if graph is None and batch == largest:
+            with torch.cuda.device_of(inputs[0]):
+                graph = self._graphs[kind, shapes] = Graph(evaluate, inputs, parameters, self._stream)
+        if graph is not None:
             return graph(*inputs)
-        largest, batch = self._largest.get(kind), (len(inputs[0]), shapes)
-        if largest == batch:
-            graph = self._graphs[kind, shapes] = Graph(evaluate, inputs, parameters, self._stream)
-            return graph(*inputs)
-        if largest is None or batch[0] >= largest[0]:
+        if batch[0] >= largest[0]:
             self._largest[kind] = batch
         return evaluate(*inputs)

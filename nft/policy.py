@@ -124,12 +124,9 @@ class Policy:
         try:
             # The index alone tells a wrong name; the rest is checked before gigabytes are read.
             kind = find(source)
-            for key, takes in (
-                ("fused_transformer", lambda model: model.fast_path is not None),
-                ("cuda_graphs", lambda model: model.recordable),
-            ):
-                if getattr(config, key) and not takes(kind):
-                    able = ", ".join(name for name, other in MODELS.items() if takes(other))
+            for key, needed in (("fused_transformer", "fast_path"), ("cuda_graphs", "recordable")):
+                if getattr(config, key) and not getattr(kind, needed):
+                    able = ", ".join(name for name, other in MODELS.items() if getattr(other, needed))
                     raise ValueError(f"{key}: got true for a {kind.pipeline_class.__name__}, accepted is {able}")
             self.device = usable_device(config.device)
             if config.resolution:

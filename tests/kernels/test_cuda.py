@@ -277,6 +277,22 @@ def test_noise_is_that_of_the_reference(shape, dtype):
         assert x_t.dtype == dtype and ((x_t.double() - exact).abs() <= tolerance * exact.abs().clamp_min(1)).all()
 
 
+def compare_steps(solver, x):
+    """All rows of a table in a row, by the compiled module and by the reference."""
+    history = {"native": (), "reference": ()}
+    seed, eps = torch.arange(len(x[0]), device=x[0].device), torch.finfo(x[0].dtype).eps
+    for i, row in enumerate(solver.rows):
+        noisy = {"seed": seed, "log_prob": True} if row.c > 0 else {}
+        options = {"v_uncond": x[2], "guidance": 4.5, "x0": True, **noisy}
+        outs = {b: solver_step(solver, i, x[0], x[1], history[b], **options, backend=b) for b in history}
+        ours, theirs = outs["native"], outs["reference"]
+        history = {b: out.history for b, out in outs.items()}
+        for a, b in ((ours.x, theirs.x), (ours.x0, theirs.x0)):
+            assert (a.double() - b.double()).abs().max() <= 8 * max(eps, 1e-7) * b.double().abs().max().clamp_min(1)
+        if noisy:
+            assert torch.allclose(ours.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, "mixed"], ids=str)
 @pytest.mark.parametrize("shape", [(3, 4, 33, 31), (9, 16, 64, 64), (1, 2_000_000)], ids=str)
 @pytest.mark.parametrize("name", ["heun", "flow-sde", "dpm++3M", "deis", "unipc"])
@@ -285,19 +301,7 @@ def test_solver_step_against_the_reference(name, shape, dtype):
     x, _, _ = inputs(shape, torch.float32 if dtype == "mixed" else dtype)
     if dtype == "mixed":
         x[1], x[2] = x[1].bfloat16(), x[2].half()
-    history = {"native": (), "reference": ()}
-    seed = torch.arange(shape[0], device=DEVICE)
-    for i, row in enumerate(solver.rows):
-        noisy = {"seed": seed, "log_prob": True} if row.c > 0 else {}
-        options = {"v_uncond": x[2], "guidance": 4.5, "x0": True, **noisy}
-        outs = {b: solver_step(solver, i, x[0], x[1], history[b], **options, backend=b) for b in history}
-        native_out, reference_out = outs["native"], outs["reference"]
-        history = {b: out.history for b, out in outs.items()}
-        eps = torch.finfo(x[0].dtype).eps
-        for a, b in ((native_out.x, reference_out.x), (native_out.x0, reference_out.x0)):
-            assert (a.double() - b.double()).abs().max() <= 8 * max(eps, 1e-7) * b.double().abs().max().clamp_min(1)
-        if noisy:
-            assert torch.allclose(native_out.log_prob, reference_out.log_prob, rtol=1e-5, atol=1e-5)
+    compare_steps(solver, x)
 
 
 def test_more_than_two_to_the_31_elements():

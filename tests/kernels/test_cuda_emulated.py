@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda import DTYPES, equal, loss_and_gradient
+from test_cuda import DTYPES, compare_steps, equal, loss_and_gradient
 
-from nft_kernels import add_noise, nft_loss, solver_step
+from nft_kernels import add_noise, nft_loss
 from nft_kernels.backends import native
 from nft_kernels.check import compare_nft_loss
 from nft_kernels.reference import add_noise as noise_reference
@@ -154,17 +154,5 @@ def test_noise_is_that_of_the_reference(shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["heun", "flow-sde", "dpm++3M", "unipc"])
 def test_solver_step_against_the_reference(name, dtype):
-    solver = table(name, schedule(5, shift=3.0))
     x, _, _ = inputs((3, 4, 9, 11), dtype)
-    history = {"native": (), "reference": ()}
-    seed = torch.arange(3)
-    for i, row in enumerate(solver.rows):
-        noisy = {"seed": seed, "log_prob": True} if row.c > 0 else {}
-        options = {"v_uncond": x[2], "guidance": 4.5, "x0": True, **noisy}
-        outs = {b: solver_step(solver, i, x[0], x[1], history[b], **options, backend=b) for b in history}
-        ours, theirs = outs["native"], outs["reference"]
-        history = {b: out.history for b, out in outs.items()}
-        for a, b in ((ours.x, theirs.x), (ours.x0, theirs.x0)):
-            assert (a - b).abs().max() <= 8 * max(torch.finfo(dtype).eps, 1e-7) * b.abs().max().clamp_min(1)
-        if noisy:
-            assert torch.allclose(ours.log_prob, theirs.log_prob, rtol=1e-5, atol=1e-5)
+    compare_steps(table(name, schedule(5, shift=3.0)), x)

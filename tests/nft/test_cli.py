@@ -206,6 +206,7 @@ def test_a_full_gpu_is_told_what_needs_less(pipeline, tmp_path, monkeypatch):
         ("nft.trainer.Trainer.sample", ["train", pipeline, *TINY]),
         ("nft.policy.Policy.update_old", ["train", pipeline, *TINY]),
         ("nft.policy.Policy.decode", ["sample", "a red circle", "--set", pipeline, "--steps", "1"]),
+        ("nft.policy.Policy.velocity", ["eval", "--limit", "1", "--override", pipeline]),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(name, full)
