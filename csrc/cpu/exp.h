@@ -1,0 +1,37 @@
+// exp of floats in a loop that the compiler turns into vectors, which it cannot do with the library's.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../math.h"
+
+namespace nft {
+namespace NFT_ISA {
+
+// Within 2 ulp; below -87.3, where the result would be subnormal, it is that of -87.3, and above 88 that of 88.
+inline float exponential(float wanted) {
+  const float x = wanted < -87.3f ? -87.3f : wanted > 88.0f ? 88.0f : wanted;
+  // Adding 1.5 2^23 leaves the nearest integer in the low bits.
+  const float shifted = fused(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
+  // ln 2 in two parts, the first short enough for its multiples to be exact.
+  const float r = fused(n, -0x1.7f7d1cp-20f, fused(n, -0x1.62e4p-1f, x));
+  float p = 0.0013893894f;
+  p = fused(p, r, 0.008376321f);
+  p = fused(p, r, 0.041668788f);
+  p = fused(p, r, 0.16666524f);
+  p = fused(p, r, 0.4999999f);
+  p = fused(p, r, 1.0f);
+  p = fused(p, r, 1.0f);
+  uint32_t bits, power;
+  std::memcpy(&power, &shifted, 4);
+  std::memcpy(&bits, &p, 4);
+  bits += power << 23;
+  std::memcpy(&p, &bits, 4);
+  // The bits of a NaN would be added to as well.
+  return wanted == wanted ? p : wanted;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+}  // namespace NFT_ISA
+}  // namespace nft
