@@ -10,8 +10,8 @@ namespace nft {
 namespace NFT_ISA {
 
 // Within 2 ulp; below -87.3, where the result would be subnormal, it is that of -87.3, and above 88 that of 88.
-inline float exponential(float wanted) {
-  const float x = wanted < -87.3f ? -87.3f : wanted > 88.0f ? 88.0f : wanted;
+inline float exponential(float x) {
+  x = x < -87.3f ? -87.3f : x > 88.0f ? 88.0f : x;
   // Adding 1.5 2^23 leaves the nearest integer in the low bits.
   const float shifted = fused(x, 1.44269504f, 12582912.0f), n = shifted - 12582912.0f;
   // ln 2 in two parts, the first short enough for its multiples to be exact.
@@ -28,8 +28,8 @@ inline float exponential(float wanted) {
   std::memcpy(&bits, &p, 4);
   bits += power << 23;
   std::memcpy(&p, &bits, 4);
-  // The bits of a NaN would be added to as well.
-  return wanted == wanted ? p : wanted;
+  // The bits of a NaN were added to as well.
+  return p + (x - x);
 }
 inline double exponential(double x) { return std::exp(x); }
 
