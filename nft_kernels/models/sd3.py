@@ -261,6 +261,67 @@ class _Adapted(torch.autograd.Function):
         return None, grad_x, None, None, None, None, *grad_masters
 
 
+class _Added(torch.autograd.Function):
+    """As ``_Adapted``, with the adapters' products added to a copy of the weights before the one matrix product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        sizes: list[int],
+        places: list[tuple[int, float]],
+        *masters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The outputs of every layer; arguments as those of ``_Adapted``."""
+        weight = weight.clone()
+        parts, count = weight.split_with_sizes(sizes), len(places)
+        for (i, scaling), down, up in zip(places, masters[:count], masters[count:], strict=True):
+            parts[i].addmm_(up, down, alpha=scaling)
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows, weight, *masters)
+        ctx.sizes, ctx.places, ctx.shape = sizes, places, x.shape
+        return product(rows, weight, bias).view(*x.shape[:-1], -1).split_with_sizes(sizes, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, weight, *masters = ctx.saved_tensors
+        outs, count = [grad.reshape(-1, grad.shape[-1]) for grad in grads], len(ctx.places)
+        grad_x: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.empty_like(rows)
+            for i, (out, part) in enumerate(zip(outs, weight.split_with_sizes(ctx.sizes), strict=True)):
+                grad_x.addmm_(out, part, beta=min(i, 1))
+            grad_x = grad_x.view(ctx.shape)
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        whole: dict[int, Tensor] = {}
+        for (i, scaling), down, up in zip(ctx.places, masters[:count], masters[count:], strict=True):
+            if i not in whole:
+                whole[i] = torch.mm(outs[i].t(), rows)
+            downs.append(scaling * torch.mm(up.t(), whole[i]))
+            ups.append(scaling * torch.mm(whole[i], down.t()))
+        return None, grad_x, None, None, None, None, *downs, *ups
+
+
+def _worth_adding(layers: Sequence[_Layer], rows: int) -> bool:
+    """Whether adapters are better added to the weights: where that rounds nothing away that the product would keep, as
+    a float32 adapter does in a bfloat16 weight, and where it takes fewer multiplications, as the gradient of a whole
+    weight does beside the products of a rank that is not small to it."""
+    for layer in layers:
+        outputs, inputs = layer.weight.shape
+        rank = sum(len(down) for down, _, _ in layer.adapters)
+        masters = [master for down, up, _ in layer.adapters for master in (down, up)]
+        if any(master.dtype != layer.weight.dtype or master.dtype.itemsize < 4 for master in masters):
+            return False
+        if rank and inputs * outputs > min(rows, 4 * rank) * (inputs + outputs) / 2:
+            return False
+    return True
+
+
 def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Sequence[Tensor]:
     """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
 
@@ -278,7 +339,8 @@ def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Seque
     adapters = [(i, *adapter) for i, layer in enumerate(found) for adapter in layer.adapters]
     if adapters:
         places, downs, ups = zip(*(((i, scaling), down, up) for i, down, up, scaling in adapters), strict=True)
-        return _Adapted.apply(product, x, weight, bias, sizes, places, *downs, *ups)
+        function = _Added if x.dtype == weight.dtype and _worth_adding(found, x.numel() // x.shape[-1]) else _Adapted
+        return function.apply(product, x, weight, bias, sizes, places, *downs, *ups)
     out = product(x, weight, bias)
     return [out] if len(layers) == 1 else out.split_with_sizes(sizes, -1)
 

@@ -14,6 +14,7 @@ from . import COLORS, SHAPES
 from .render import template
 
 _PALETTE = np.array([(255, 255, 255), *COLORS.values()], dtype=np.float32)
+_FROM_WHITE = np.square(_PALETTE - _PALETTE[0]).sum(-1)
 _NAMES = (None, *COLORS)
 _MIN_SIDE = 8
 _MIN_OVERLAP = 0.78
@@ -48,11 +49,12 @@ def detect(image: np.ndarray) -> list[Detection]:
     Returns:
         one detection per object, with box (left, top, right, bottom) in pixels and the overlap as confidence.
     """
-    distance = np.linalg.norm(image[:, :, None].astype(np.float32) - _PALETTE, axis=-1)
-    nearest = distance.argmin(-1)
+    # Squared distances, exact as these are integers below 2^24.
+    pixels = image.reshape(-1, 3).astype(np.float32)
+    distance = np.square(pixels) @ np.ones((3, 1), np.float32) - 2 * pixels @ _PALETTE.T + np.square(_PALETTE).sum(-1)
+    nearest, to_white = (part.reshape(image.shape[:2]) for part in (distance.argmin(-1), distance[:, 0]))
     # A blurred edge mixes with white: half-way to the nearest colour it still belongs to the object.
-    foreground = distance[..., 0] > 0.5 * np.linalg.norm(_PALETTE[0] - _PALETTE[nearest], axis=-1)
-    foreground &= distance[..., 0] > 60
+    foreground = (to_white > 0.5**2 * _FROM_WHITE[nearest]) & (to_white > 60**2)
     regions, _ = ndimage.label(foreground)
     found = []
     for index, window in enumerate(ndimage.find_objects(regions), start=1):
