@@ -96,6 +96,9 @@ class FastPath:
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """F.linear, in float8 if so wanted."""
+        if x.is_cpu:
+            # There rows with gaps between samples would be multiplied sample by sample.
+            x = x.contiguous()
         return F.linear(x, weight, bias) if self._quantized is None else self.float8_product(x, weight, bias)
 
     def float8_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
@@ -307,19 +310,15 @@ class _Added(torch.autograd.Function):
         return None, grad_x, None, None, None, None, *downs, *ups
 
 
-def _worth_adding(layers: Sequence[_Layer], rows: int) -> bool:
-    """Whether adapters are better added to the weights: where that rounds nothing away that the product would keep, as
-    a float32 adapter does in a bfloat16 weight, and where it takes fewer multiplications, as the gradient of a whole
-    weight does beside the products of a rank that is not small to it."""
-    for layer in layers:
-        outputs, inputs = layer.weight.shape
-        rank = sum(len(down) for down, _, _ in layer.adapters)
-        masters = [master for down, up, _ in layer.adapters for master in (down, up)]
-        if any(master.dtype != layer.weight.dtype or master.dtype.itemsize < 4 for master in masters):
-            return False
-        if rank and inputs * outputs > min(rows, 4 * rank) * (inputs + outputs) / 2:
-            return False
-    return True
+def _worth_adding(layer: _Layer) -> bool:
+    """Whether the adapters of a layer are better added to its weight: where nothing is rounded away, as it would be of
+    float32 adapters in a bfloat16 weight, and the gradient of the whole weight takes no more multiplications than the
+    products of the adapters beside it, forward and backward. How many rows there are does not count, so that a sample's
+    result does not depend on its batch."""
+    (outputs, inputs), dtype = layer.weight.shape, layer.weight.dtype
+    exact = all(master.dtype == dtype for down, up, _ in layer.adapters for master in (down, up))
+    rank = sum(len(down) for down, _, _ in layer.adapters)
+    return exact and dtype.itemsize >= 4 and inputs * outputs <= 2 * rank * (inputs + outputs)
 
 
 def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Sequence[Tensor]:
@@ -339,7 +338,8 @@ def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Seque
     adapters = [(i, *adapter) for i, layer in enumerate(found) for adapter in layer.adapters]
     if adapters:
         places, downs, ups = zip(*(((i, scaling), down, up) for i, down, up, scaling in adapters), strict=True)
-        function = _Added if x.dtype == weight.dtype and _worth_adding(found, x.numel() // x.shape[-1]) else _Adapted
+        adapted = [layer for layer in found if layer.adapters]
+        function = _Added if x.dtype == weight.dtype and all(map(_worth_adding, adapted)) else _Adapted
         return function.apply(product, x, weight, bias, sizes, places, *downs, *ups)
     out = product(x, weight, bias)
     return [out] if len(layers) == 1 else out.split_with_sizes(sizes, -1)

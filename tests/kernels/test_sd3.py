@@ -54,8 +54,8 @@ def build(name, layers=3, head_dim=8):
 
 
 def add_adapters(model, **options):
-    options = {"target_modules": TARGETS} | options
-    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **options)
+    options = {"target_modules": TARGETS, "r": 4} | options
+    config = peft.LoraConfig(lora_alpha=8, init_lora_weights=False, **options)
     for name in ("default", "old"):
         model.add_adapter(config, adapter_name=name)
     model.set_adapter("default")
@@ -97,13 +97,13 @@ def run(model):
         return model(*inputs(device=model.device), return_dict=False)[0]
 
 
-@pytest.mark.parametrize("adapters", ["none", "default", "old", "both", "disabled"])
+@pytest.mark.parametrize("adapters", ["none", "default", "old", "both", "disabled", "of high rank"])
 def test_parity_with_diffusers(model, adapters):
     if adapters != "none":
-        add_adapters(model)
+        add_adapters(model, r=16 if adapters == "of high rank" else 4)
     if adapters == "disabled":
         model.disable_adapters()
-    elif adapters != "none":
+    elif adapters in ("default", "old", "both"):
         model.set_adapter(["default", "old"] if adapters == "both" else adapters)
     wanted, wanted_without_grad = evaluate(model), run(model)
     accelerate(model)
@@ -131,6 +131,30 @@ def test_bfloat16_is_as_accurate_as_diffusers(model):
     assert_as_accurate(evaluate(model, torch.bfloat16), plain, exact)
 
 
+@pytest.mark.parametrize(
+    ("rank", "dtype", "masters", "added"),
+    [
+        (5, torch.float32, torch.float32, False),
+        (6, torch.float32, torch.float32, True),
+        (16, torch.bfloat16, torch.float32, False),
+        (16, torch.bfloat16, torch.bfloat16, False),
+        (16, torch.float32, torch.float64, False),
+    ],
+)
+def test_adapters_of_high_rank_are_added_to_weights_that_keep_them(rank, dtype, masters, added):
+    """24 x 24 multiplications of a weight's gradient, and 2 (24 + 24) of every rank."""
+    model = add_adapters(build("sd35", layers=1), r=rank).to(dtype)
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            p.data = p.data.to(masters)
+    accelerate(model)
+    *tensors, t = inputs(dtype)
+    with Products() as products:
+        model(*tensors, t)
+    # Beside the weights they are copied to the product's dtype.
+    assert (products.count("_foreach_copy_") == 0) == added
+
+
 class Products(TorchDispatchMode):
     """Counts the operators that run, by name."""
 
@@ -153,7 +177,8 @@ def test_projections_and_modulations_are_single_products(model):
     run(model)
     with Products() as fused:
         run(model)
-    saved = plain.count("addmm", "mm") - fused.count("addmm", "mm")
+    products = "addmm", "mm", "bmm"
+    saved = plain.count(*products) - fused.count(*products)
     dual = len(model.config.dual_attention_layers)
     # 7 modulations become one; 3 projections become one for the sample, the context and the second attention.
     assert saved == 6 + 3 * 4 + 2 * dual
