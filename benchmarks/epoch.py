@@ -48,11 +48,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     quieten_libraries()
-    config = load_config("shapes", options.set)
     trainers, taken = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("plain", "nft"):
-            trainers[name] = Trainer(config, Path(folder) / name)
+            plainly = ["fused_transformer=false"] if name == "plain" else []
+            trainers[name] = Trainer(load_config("shapes", [*options.set, *plainly]), Path(folder) / name)
             taken[name] = {"rollout": [], "training": []}
         plain = trainers["plain"].policy
         plain.__class__ = PlainPolicy

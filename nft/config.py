@@ -86,8 +86,9 @@ class Config(BaseModel):
     shard: bool = False
     """Each of several processes holds a part of the transformer's weights, and of all that training adds to them with
     ``adapter=full``."""
-    fused_transformer: bool = False
-    """Evaluate the transformer by ``nft_kernels.models.sd3``, all policies alike."""
+    fused_transformer: Literal["auto", True, False] = False
+    """Evaluate the transformer by ``nft_kernels.models.sd3``, all policies alike; with ``auto`` where pipeline and
+    settings allow it."""
 
     adapter: Literal["lora", "full"] = "lora"
     """``full`` trains every weight of the transformer, in float32."""
@@ -177,6 +178,13 @@ class Config(BaseModel):
         """Pictures of an epoch that are drawn cheaply to choose among, over all processes."""
         return self.prompts_per_epoch * (self.explore or 0)
 
+    @property
+    def fused(self) -> bool:
+        """Whether the transformer is to be evaluated by ``nft_kernels``, if it is one that can."""
+        if self.fused_transformer == "auto":
+            return self.adapter == "lora" and not self.shard and not self.compile_rollout
+        return self.fused_transformer
+
     @field_validator("*")
     @classmethod
     def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
@@ -259,7 +267,7 @@ class Config(BaseModel):
         if self.task == "rewards" and self.prompts is None:
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
         for key in ("float8_rollout", "explore_float8"):
-            if getattr(self, key) and (not self.fused_transformer or self.compile_rollout):
+            if getattr(self, key) and (self.fused_transformer is not True or self.compile_rollout):
                 raise ValueError(f"{key}: got true, it needs fused_transformer=true and no compile_rollout")
             if getattr(self, key) and self.device != "cpu" and self.dtype != "bfloat16":
                 raise ValueError(f"{key}: got true with dtype={self.dtype}, on a GPU it needs bfloat16")
@@ -271,12 +279,12 @@ class Config(BaseModel):
                     raise ValueError(f"cuda_graphs: got true with {key}={came}, accepted is {plain} then")
             if self.device == "cpu":
                 raise ValueError("cuda_graphs: got true with device=cpu, accepted is a GPU")
-        if self.fused_transformer and self.adapter == "full":
+        if self.fused_transformer is True and self.adapter == "full":
             # It joins the projections of frozen weights only, so that old and trained policy would round differently.
             raise ValueError("fused_transformer: got true with adapter=full, accepted is lora")
         for key in ("fused_transformer", "compile_rollout"):
-            if self.shard and getattr(self, key):
-                raise ValueError(f"shard: got true with {key}={getattr(self, key)}, it needs the transformer as it is")
+            if self.shard and (came := getattr(self, key)) not in (None, False, "auto"):
+                raise ValueError(f"shard: got true with {key}={came}, it needs the transformer as it is")
         if self.combine == "per_reward" and self.objective != "nft":
             raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
         # Where a window can lie: its first and its last place, as only the ends of a rollout may draw less noise.

@@ -125,7 +125,7 @@ class Policy:
             # The index alone tells a wrong name; the rest is checked before gigabytes are read.
             kind = find(source)
             for key, needed in (("fused_transformer", "fast_path"), ("cuda_graphs", "recordable")):
-                if getattr(config, key) and not getattr(kind, needed):
+                if getattr(config, key) is True and not getattr(kind, needed):
                     able = ", ".join(name for name, other in MODELS.items() if getattr(other, needed))
                     raise ValueError(f"{key}: got true for a {kind.pipeline_class.__name__}, accepted is {able}")
             self.device = usable_device(config.device)
@@ -160,7 +160,7 @@ class Policy:
         self.update_old(0.0)
         self._adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
         self._merged: list[Tensor] = []
-        self._fast_path = kind.fast_path(self.transformer) if config.fused_transformer else None
+        self._fast_path = kind.fast_path(self.transformer) if kind.fast_path and config.fused else None
         self._float8 = config.float8_rollout
         self._graphs = Graphs(self.device) if config.cuda_graphs else None
         if self._fast_path:
