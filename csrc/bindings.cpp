@@ -56,6 +56,15 @@ std::vector<std::string> isas() {
   return found;
 }
 
+// (pointer, dtype code, strides of batch, rows and heads) of a tensor whose last dimension is dense.
+using RowTensor = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>>;
+
+Rows rows(const RowTensor& tensor) {
+  if (!tensor) return {};
+  const auto& [pointer, dtype, batch, row, head] = *tensor;
+  return {reinterpret_cast<void*>(pointer), dtype, batch, row, head};
+}
+
 // Where to run: an instruction set of the CPU, or (device, stream, workspace) of CUDA.
 using Where = std::variant<std::string, std::tuple<int, uintptr_t, uintptr_t>>;
 
@@ -154,5 +163,45 @@ PYBIND11_MODULE(_C, m) {
       if (j > 0) args.history[j] = view(history[j - 1]);
     }
     dispatch(where, args, baseline::solver_step, NFT_AVX2(solver_step), NFT_AVX512(solver_step), NFT_CUDA(solver_step));
+  });
+  m.def("layer_norm_modulate", [](const Where& where, const RowTensor& x, const RowTensor& y, const RowTensor& y2,
+                                  const RowTensor& y_bias, const RowTensor& gate, const RowTensor& gate2,
+                                  const RowTensor& scale, const RowTensor& shift, const RowTensor& scale2,
+                                  const RowTensor& shift2, const RowTensor& h, const RowTensor& out,
+                                  const RowTensor& out2, int64_t batch, int64_t length, int64_t width, double eps) {
+    LayerNormArgs a{rows(x), rows(y), rows(y2), rows(y_bias), rows(gate), rows(gate2), rows(scale), rows(shift),
+                    rows(scale2), rows(shift2), rows(h), rows(out), rows(out2), batch, length, width, eps};
+    dispatch(where, a, baseline::layer_norm_modulate, NFT_AVX2(layer_norm_modulate), NFT_AVX512(layer_norm_modulate),
+             nullptr);
+  });
+  m.def("layer_norm_modulate_gradient",
+        [](const Where& where, const RowTensor& h, const RowTensor& gate, const RowTensor& gate2,
+           const RowTensor& scale, const RowTensor& scale2, const RowTensor& grad_h, const RowTensor& grad_out,
+           const RowTensor& grad_out2, const RowTensor& grad_x, const RowTensor& grad_y, const RowTensor& grad_y2,
+           int64_t batch, int64_t length, int64_t width, double eps) {
+    LayerNormGradientArgs a{rows(h), rows(gate), rows(gate2), rows(scale), rows(scale2), rows(grad_h), rows(grad_out),
+                            rows(grad_out2), rows(grad_x), rows(grad_y), rows(grad_y2), batch, length, width, eps};
+    dispatch(where, a, baseline::layer_norm_modulate_gradient, NFT_AVX2(layer_norm_modulate_gradient),
+             NFT_AVX512(layer_norm_modulate_gradient), nullptr);
+  });
+  m.def("qk_norm", [](const Where& where, const std::vector<RowTensor>& input, const std::vector<RowTensor>& weight,
+                      const std::vector<RowTensor>& grad, const std::vector<RowTensor>& output, int64_t batch,
+                      int64_t length, int64_t heads, int64_t width, double eps) {
+    if (input.size() > kMaxStreams || input.size() != output.size() || weight.size() > input.size() ||
+        grad.size() > input.size())
+      throw std::invalid_argument("more than 3 streams, or not an output for each");
+    QkNormArgs a{{}, {}, {}, {}, static_cast<int>(input.size()), batch, length, heads, width, eps};
+    for (size_t j = 0; j < input.size(); ++j) {
+      a.input[j] = rows(input[j]);
+      a.output[j] = rows(output[j]);
+      if (j < weight.size()) a.weight[j] = rows(weight[j]);
+      if (j < grad.size()) a.grad[j] = rows(grad[j]);
+    }
+    dispatch(where, a, baseline::qk_norm, NFT_AVX2(qk_norm), NFT_AVX512(qk_norm), nullptr);
+  });
+  m.def("gelu", [](const Where& where, const RowTensor& x, const RowTensor& grad, const RowTensor& out,
+                   int64_t elements) {
+    GeluArgs a{rows(x), rows(grad), rows(out), elements};
+    dispatch(where, a, baseline::gelu, NFT_AVX2(gelu), NFT_AVX512(gelu), nullptr);
   });
 }

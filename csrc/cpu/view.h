@@ -105,30 +105,56 @@ inline void walk(const View& view, int64_t start, int64_t count, F body) {
   }
 }
 
-// The chunk as compute-type values: the tensor's own memory when it already is that, else a converted copy.
+// Dense values in the compute type: the memory itself when it already is that, else a converted copy.
 template <typename T>
-const T* load(const View& view, int64_t b, int64_t start, int64_t count, T* buffer) {
-  const char* base = sample_start(view, b);
-  if (!dense(view)) {
-    walk(view, start, count, [&](int64_t o, int64_t k) { buffer[k] = load_one<T>(base, view.dtype, o); });
-    return buffer;
-  }
-  if (view.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64)) return reinterpret_cast<const T*>(base) + start;
-  if (view.dtype == kBFloat16) {
-    const uint16_t* source = reinterpret_cast<const uint16_t*>(base) + start;
-    for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(from_bf16(source[k]));
+const T* load_dense(const void* data, int dtype, int64_t count, T* buffer) {
+  if (dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64)) return static_cast<const T*>(data);
+  const uint16_t* narrow = static_cast<const uint16_t*>(data);
+  if (dtype == kBFloat16) {
+    for (int64_t k = 0; k < count; ++k) buffer[k] = static_cast<T>(from_bf16(narrow[k]));
     return buffer;
   }
   int64_t k = 0;
 #if defined(__F16C__)
-  if (view.dtype == kFloat16 && sizeof(T) == 4) {
-    const uint16_t* source = reinterpret_cast<const uint16_t*>(base) + start;
+  if (dtype == kFloat16 && sizeof(T) == 4) {
     for (; k + 8 <= count; k += 8)
       _mm256_storeu_ps(reinterpret_cast<float*>(buffer) + k,
-                       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + k))));
+                       _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(narrow + k))));
   }
 #endif
-  for (; k < count; ++k) buffer[k] = load_one<T>(base, view.dtype, start + k);
+  for (; k < count; ++k) buffer[k] = load_one<T>(data, dtype, k);
+  return buffer;
+}
+
+template <typename T>
+void store_dense(void* data, int dtype, int64_t count, const T* values) {
+  uint16_t* narrow = static_cast<uint16_t*>(data);
+  if (dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64)) {
+    std::memcpy(data, values, count * sizeof(T));
+    return;
+  }
+  if (dtype == kBFloat16) {
+    for (int64_t k = 0; k < count; ++k) narrow[k] = to_bf16(static_cast<float>(values[k]));
+    return;
+  }
+  int64_t k = 0;
+#if defined(__F16C__)
+  if (dtype == kFloat16 && sizeof(T) == 4) {
+    for (; k + 8 <= count; k += 8)
+      _mm_storeu_si128(
+          reinterpret_cast<__m128i*>(narrow + k),
+          _mm256_cvtps_ph(_mm256_loadu_ps(reinterpret_cast<const float*>(values) + k), _MM_FROUND_TO_NEAREST_INT));
+  }
+#endif
+  for (; k < count; ++k) store_one<T>(data, dtype, k, values[k]);
+}
+
+// The chunk as compute-type values: the tensor's own memory when it already is that, else a converted copy.
+template <typename T>
+const T* load(const View& view, int64_t b, int64_t start, int64_t count, T* buffer) {
+  const char* base = sample_start(view, b);
+  if (dense(view)) return load_dense(base + start * item_size(view.dtype), view.dtype, count, buffer);
+  walk(view, start, count, [&](int64_t o, int64_t k) { buffer[k] = load_one<T>(base, view.dtype, o); });
   return buffer;
 }
 
@@ -143,16 +169,8 @@ const T* load_or(bool there, const View& view, int64_t b, int64_t start, int64_t
 template <typename T>
 void store(const View& view, int64_t b, int64_t start, int64_t count, const T* values) {
   char* base = sample_start(view, b);
-  if (!dense(view)) {
-    walk(view, start, count, [&](int64_t o, int64_t k) { store_one<T>(base, view.dtype, o, values[k]); });
-  } else if (view.dtype == (sizeof(T) == 4 ? kFloat32 : kFloat64)) {
-    std::memcpy(reinterpret_cast<T*>(base) + start, values, count * sizeof(T));
-  } else if (view.dtype == kBFloat16) {
-    uint16_t* target = reinterpret_cast<uint16_t*>(base) + start;
-    for (int64_t k = 0; k < count; ++k) target[k] = to_bf16(static_cast<float>(values[k]));
-  } else {
-    for (int64_t k = 0; k < count; ++k) store_one<T>(base, view.dtype, start + k, values[k]);
-  }
+  if (dense(view)) return store_dense(base + start * item_size(view.dtype), view.dtype, count, values);
+  walk(view, start, count, [&](int64_t o, int64_t k) { store_one<T>(base, view.dtype, o, values[k]); });
 }
 
 // Asks for large pages for an output of many megabytes. Memory fresh from the system is faulted in page by page as it is

@@ -7,7 +7,9 @@ time.
 
 from __future__ import annotations
 
+import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,15 +49,25 @@ def _lend(block: Tensor) -> Tensor:
     return torch.from_numpy(array)
 
 
+def _used_again(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+    size = math.prod(shape) * dtype.itemsize
+    # torch.compile traces with tensors of other types, and torch.func with what has no memory.
+    plain = type(x) is Tensor and x.is_cpu and not torch._C._are_functorch_transforms_active()
+    if not plain or size < _SMALLEST:
+        return None
+    storage = _lend(_block(size)).untyped_storage()
+    # Not a view, which autograd would not let a caller change in every way.
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
+
+
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``torch.empty_like``, in the memory of an earlier large result on the CPU where nobody holds that any more. Such
     a result's storage cannot be resized."""
-    dtype = dtype or x.dtype
-    size = x.numel() * dtype.itemsize
-    # torch.compile traces with tensors of other types, and torch.func with what has no memory.
-    plain = type(x) is Tensor and x.is_cpu and not torch._C._are_functorch_transforms_active()
-    if not plain or size < _SMALLEST or not x.is_contiguous():
-        return torch.empty_like(x, dtype=dtype)
-    storage = _lend(_block(size)).untyped_storage()
-    # Not a view, which autograd would not let a caller change in every way.
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, x.shape, x.stride())  # type: ignore[call-overload]
+    out = _used_again(x, x.shape, dtype or x.dtype) if x.is_contiguous() else None
+    return torch.empty_like(x, dtype=dtype) if out is None else out
+
+
+def new_empty(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x.new_empty``, as ``empty_like``."""
+    out = _used_again(x, shape, x.dtype)
+    return x.new_empty(shape) if out is None else out

@@ -95,6 +95,14 @@ def _per_sample(x: Tensor | None, constant: float = 0.0) -> tuple[int, int, int]
     return constant if x is None else (x.data_ptr(), _CODES[x.dtype], x.stride(0))
 
 
+def _rows(x: Tensor | None, start: int = 0) -> tuple[int, ...] | None:
+    """Of a tensor whose last dimension is dense, from position ``start`` on; None also for one without elements."""
+    if x is None or not x.numel():
+        return None
+    strides = (*x.stride()[:-1], 0, 0, 0)
+    return x.data_ptr() + start * strides[1] * x.itemsize, _CODES[x.dtype], *strides[:3]
+
+
 def nft_loss(
     inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -219,4 +227,62 @@ def solver_step(
         0 if seed is None else seed.data_ptr(),
         0 if sample is None else sample.data_ptr(),
         square.data_ptr() if square.numel() else 0,
+    )
+
+
+def layer_norm_modulate(x: Tensor, *others: Any) -> None:
+    """``others`` are the tensors that follow x, at last h, out and out2, and eps. Writes the last three, but those
+    that are empty. Rows are dense."""
+    *tensors, eps = others
+    _C.layer_norm_modulate(isa(), _rows(x), *map(_rows, tensors), *x.shape, eps)
+
+
+def layer_norm_modulate_gradient(h: Tensor, *others: Any) -> None:
+    """``others`` are the tensors that follow h, at last the gradients of x, y and y2, and eps. Writes the last three,
+    but those that are empty. Rows are dense."""
+    *tensors, eps = others
+    _C.layer_norm_modulate_gradient(isa(), _rows(h), *map(_rows, tensors), *h.shape, eps)
+
+
+def qk_norm(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], outputs: Sequence[Tensor], start: int, eps: float
+) -> None:
+    """Write each of the ``inputs`` (B, S, H, d), normalized with its weight (d,), into its output from position
+    ``start`` on; unchanged those beyond the weights."""
+    _C.qk_norm(
+        isa(),
+        [_rows(x) for x in inputs],
+        [_rows(weight) for weight in weights],
+        [],
+        [_rows(out, start) for out in outputs],
+        *inputs[0].shape,
+        eps,
+    )
+
+
+def qk_norm_gradient(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    start: int,
+    eps: float,
+) -> None:
+    """Write the gradient of each of the ``inputs`` into its output, given those of what ``qk_norm`` wrote, in which
+    they begin at position ``start``."""
+    _C.qk_norm(
+        isa(),
+        [_rows(x) for x in inputs],
+        [_rows(weight) for weight in weights],
+        [_rows(grad, start) for grad in grads],
+        [_rows(out) for out in outputs],
+        *inputs[0].shape,
+        eps,
+    )
+
+
+def gelu(x: Tensor, grad: Tensor | None, out: Tensor) -> None:
+    """Write GELU(x) in the tanh form, or given the gradient of that, the gradient of x. All are dense."""
+    _C.gelu(
+        isa(), *(None if y is None else (y.data_ptr(), _CODES[y.dtype], 0, 1, 0) for y in (x, grad, out)), x.numel()
     )

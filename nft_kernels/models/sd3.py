@@ -22,7 +22,10 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..backends import BACKENDS
 from ..ops import _validate
+from ..ops._rows import backend_of
+from ..ops.gelu import gelu
 from ..ops.layer_norm_modulate import layer_norm_modulate
 from ..ops.qk_norm import qk_norm
 from ..ops.quantize_rows import quantize_rows
@@ -108,6 +111,11 @@ class FastPath:
         if key not in self._quantized:
             self._quantized[key] = weight, quantize_rows(weight, backend=self.backend)
         return float8.linear(x, self._quantized[key][1], bias, gelu=gelu, backend=self.backend)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """By the kernels that normalize, or where Triton does, by torch itself: it has no kernel for this."""
+        chosen = backend_of("layer_norm_modulate", self.backend, x)
+        return gelu(x, backend="reference" if chosen == "triton" else chosen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
@@ -401,7 +409,7 @@ def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
     if path._quantized is not None and (known := _known(last)) is not None and not known.adapters:
         return _project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
     # Adapters, and layers that are called as they are, take the GELU itself.
-    return _project([last], F.gelu(hidden, approximate="tanh"), path.product)[0]
+    return _project([last], path.gelu(hidden), path.product)[0]
 
 
 class Stream(NamedTuple):
@@ -521,7 +529,8 @@ def accelerate(transformer: SD3Transformer2DModel, *, attention: str = "auto", b
         attention: ``auto`` takes the first that can run for a shape; ``native`` is torch's own choice among ``cudnn``,
             ``flash``, ``efficient`` and ``math``; ``flash2``, ``flash3`` and ``flash4`` are the packages flash_attn,
             flash_attn_interface and flash_attn.cute. A choice that cannot run raises at the first forward.
-        backend: of the fused normalizations: ``auto``, ``triton`` or ``reference``.
+        backend: of the fused normalizations and, on the CPU, of the GELU: ``auto``, ``native`` (on the CPU), ``triton``
+            or ``reference``.
 
     Returns:
         The handle; its ``attention_used`` says which attention ran for which shapes.
@@ -532,7 +541,7 @@ def accelerate(transformer: SD3Transformer2DModel, *, attention: str = "auto", b
     if not isinstance(transformer, SD3Transformer2DModel):
         raise TypeError(f"transformer: got {type(transformer).__name__}, accepted is diffusers' SD3Transformer2DModel")
     _validate.choice("attention", attention, attention_kernels.CHOICES)
-    _validate.choice("backend", backend, ("auto", "triton", "reference"))
+    _validate.choice("backend", backend, BACKENDS)
     if "forward" in vars(transformer):
         raise ValueError("transformer: its forward was already replaced, by accelerate or by hooks; restore it first")
     _check(transformer)

@@ -1,4 +1,4 @@
-"""Shared by the ops on rows of a transformer, which have Triton kernels only."""
+"""Shared by the ops on rows of a transformer, whose kernels are C++ on the CPU and Triton on GPUs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from ..backends import choose
 from . import _validate
 
 
-def backend_of(op: str, backend: str, x: Tensor) -> str:
-    """``choose`` without the C++ kernels: ``triton`` or ``reference``.
+def backend_of(op: str, backend: str, x: Tensor, kernels: tuple[str, ...] = ("native", "triton")) -> str:
+    """``choose`` for an op that has only these kernels, the native ones for the CPU alone.
 
     Raises:
-        ValueError, RuntimeError: as ``choose``, also for ``native``.
+        ValueError, RuntimeError: as ``choose``, also for a backend without a kernel.
     """
     named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
-    wish = named or backend
-    if wish == "native":
-        origin = "NFT_KERNELS_BACKEND" if named else "backend"
-        raise RuntimeError(f"{origin}: 'native' cannot run: it has no kernel for {op}, accepted are triton, reference")
-    if wish != "auto":
+    wish, here = named or backend, kernels if x.is_cpu else tuple(kernel for kernel in kernels if kernel != "native")
+    if wish in ("native", "triton") and wish not in here:
+        origin, where = "NFT_KERNELS_BACKEND" if named else "backend", f" on {x.device.type}" if wish in kernels else ""
+        accepted = ", ".join((*here, "reference"))
+        raise RuntimeError(f"{origin}: {wish!r} cannot run: it has no kernel for {op}{where}, accepted are {accepted}")
+    if wish != "auto" or (x.is_cpu and "native" in here):
         return choose(backend, x)
-    if x.device.type != "cuda":
+    if x.device.type != "cuda" or "triton" not in here:
         return "reference"
     try:
         return choose("triton", x)
@@ -52,18 +53,20 @@ def matching(name: str, x: Any, model: Tensor, shape: tuple[int, ...], kind: str
 
 
 def function(
-    run: Callable[..., tuple[Tensor, ...]],
+    original: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[[Any, tuple[Any, ...]], tuple[Tensor | None, ...]],
 ) -> type[torch.autograd.Function]:
     """The op outside of torch.compile, which can be differentiated once."""
 
     class Fused(torch.autograd.Function):
+        run = staticmethod(original)
+
         # With autograd's own setup_context, apply would look up the signature of ``run`` at every call, which takes
         # longer than the rest.
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            output = run(*inputs)
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = original(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
@@ -76,5 +79,8 @@ def function(
 
 
 def call(op: Any, function: Any, *args: Any) -> Any:
-    """The op that the compiler knows while it looks, else the autograd function."""
-    return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+    """The op that the compiler knows while it looks, else the autograd function, or without a gradient what it runs:
+    small tensors take less time than autograd."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    return function.apply(*args) if torch.is_grad_enabled() else function.run(*args)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import load
+from ..backends._memory import new_empty
 from ..reference import compute_dtype
 from ..reference import layer_norm_modulate as reference
 from . import _validate
@@ -27,17 +28,18 @@ def _run(
     scale2: Tensor | None,
     shift2: Tensor | None,
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, which is empty without ``y``, and the outputs, of which the second may be empty."""
     inputs = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2)
-    outputs = _fake(*inputs, eps)
-    load("triton").layer_norm_modulate(*map(dense, inputs), *outputs, eps)
+    outputs = _fake(*inputs, eps, backend)
+    load(backend).layer_norm_modulate(*map(dense, inputs), *outputs, eps)
     return outputs
 
 
-def _fake(x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps):
+def _fake(x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps, backend):
     wanted = (y is not None, True, scale2 is not None)
-    h, out, out2 = (x.new_empty(x.shape if want else 0) for want in wanted)
+    h, out, out2 = (new_empty(x, x.shape if want else (0,)) for want in wanted)
     return h, out, out2
 
 
@@ -51,17 +53,18 @@ def _gradient(
     grad_out: Tensor | None,
     grad_out2: Tensor | None,
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and y2, of which those without a gate are empty."""
     inputs = (h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2)
-    outputs = _fake_gradient(*inputs, eps)
-    load("triton").layer_norm_modulate_gradient(*map(dense, inputs), *outputs, eps)
+    outputs = _fake_gradient(*inputs, eps, backend)
+    load(backend).layer_norm_modulate_gradient(*map(dense, inputs), *outputs, eps)
     return outputs
 
 
-def _fake_gradient(h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, eps):
+def _fake_gradient(h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, eps, backend):
     wanted = (True, gate is not None, gate2 is not None)
-    grad_x, grad_y, grad_y2 = (h.new_empty(h.shape if want else 0) for want in wanted)
+    grad_x, grad_y, grad_y2 = (new_empty(h, h.shape if want else (0,)) for want in wanted)
     return grad_x, grad_y, grad_y2
 
 
@@ -72,7 +75,7 @@ _gradient_op.register_fake(_fake_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, y2, y_bias, gate, gate2, scale, _, scale2, _, ctx.eps = inputs
+    x, y, y2, y_bias, gate, gate2, scale, _, scale2, _, ctx.eps, ctx.backend = inputs
     h = x if y is None else output[0]
     # The residuals are only needed for the gradients of their gates, which frozen modulations have no use for.
     residual = (y, y_bias) if ctx.needs_input_grad[4] else (None, None)
@@ -88,9 +91,9 @@ def _modulation(grad: Tensor | None, normed: Tensor) -> tuple[Tensor | None, Ten
 
 def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     h, y, y_bias, y2, gate, gate2, scale, scale2 = ctx.saved_tensors
-    grad_x, grad_y, grad_y2 = gradient(h, gate, gate2, scale, scale2, *grads, ctx.eps)
+    grad_x, grad_y, grad_y2 = gradient(h, gate, gate2, scale, scale2, *grads, ctx.eps, ctx.backend)
     residuals = (None if gate is None else grad_y, None if gate2 is None else grad_y2)
-    results: list[Tensor | None] = [grad_x, *residuals, *[None] * 8]
+    results: list[Tensor | None] = [grad_x, *residuals, *[None] * 9]
     if any(ctx.needs_input_grad[3:]):
         # Training of adapters leaves these frozen, so plain PyTorch will do.
         dtype = compute_dtype(h, gate, gate2, scale, scale2)
@@ -141,7 +144,7 @@ def layer_norm_modulate(
         y_bias: (D,), the bias of the layer that made y without it.
         y2, gate2: as y and gate, a second residual.
         eps: added to the variance.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``native`` (on the CPU), ``triton`` or ``reference``.
 
     Returns:
         h and one or two outputs, all of x's shape and dtype.
@@ -173,7 +176,8 @@ def layer_norm_modulate(
         if modulation is not None or name in ("scale", "shift"):
             matching(name, modulation, x, (x.shape[0], x.shape[2]), "(B, D)")
     args = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, float(eps))
-    if backend_of("layer_norm_modulate", backend, x) == "reference":
+    backend = backend_of("layer_norm_modulate", backend, x)
+    if backend == "reference":
         return reference.layer_norm_modulate(*args)
-    h, out, out2 = call(_op, _Fused, *args)
+    h, out, out2 = call(_op, _Fused, *args, backend)
     return (x if y is None else h, out) if scale2 is None else (x if y is None else h, out, out2)

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from ..backends import load
+from ..backends._memory import new_empty
 from ..reference import compute_dtype
 from ..reference import qk_norm as reference
 from . import _validate
 from ._rows import backend_of, call, dense, function, matching
-
-
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    """(B, S, H, d) as (B, S, H d)."""
-    return [dense(x.flatten(2)) for x in tensors]
 
 
 def _run(
@@ -32,41 +28,48 @@ def _run(
     v: Tensor | None,
     context_v: Tensor | None,
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values, which may be empty."""
     outputs = _fake(q, k, weight_q, weight_k, context_q, context_k, context_weight_q, context_weight_k, v)
     joint = outputs if v is not None else outputs[:2]
-    kernel, heads, length = load("triton").qk_norm, q.shape[2], q.shape[1]
+    kernel = load(backend).qk_norm
 
-    def write(part: slice, weights: Sequence[Tensor | None], *streams: Tensor | None) -> None:
-        inputs, outs = _rows(*(x for x in streams if x is not None)), _rows(*(x[:, part] for x in joint))
-        kernel(inputs, [dense(weight) for weight in weights], outs, heads, eps)
+    def write(start: int, weights: Sequence[Tensor | None], *streams: Tensor | None) -> None:
+        kernel([dense(x) for x in streams if x is not None], [dense(weight) for weight in weights], joint, start, eps)
 
-    write(slice(None, length), (weight_q, weight_k), q, k, v)
+    write(0, (weight_q, weight_k), q, k, v)
     if context_q is not None:
-        write(slice(length, None), (context_weight_q, context_weight_k), context_q, context_k, context_v)
+        write(q.shape[1], (context_weight_q, context_weight_k), context_q, context_k, context_v)
     return outputs
 
 
 def _fake(q, k, weight_q, weight_k, context_q, context_k, context_weight_q, context_weight_k, v, *_):
     batch, length, heads, dim = q.shape
     shape = (batch, length + (0 if context_q is None else context_q.shape[1]), heads, dim)
-    return q.new_empty(shape), k.new_empty(shape), q.new_empty(0) if v is None else v.new_empty(shape)
+    return new_empty(q, shape), new_empty(k, shape), q.new_empty(0) if v is None else new_empty(v, shape)
 
 
 def _gradient(
-    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, grad_q: Tensor, grad_k: Tensor, eps: float
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    start: int,
+    eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of one stream's queries and keys."""
+    """Gradients of the queries and keys of a stream, which begins at ``start`` in the joint one."""
     outputs = _fake_gradient(q, k)
-    load("triton").qk_norm_gradient(
-        _rows(q, k), (dense(weight_q), dense(weight_k)), _rows(grad_q, grad_k), _rows(*outputs), q.shape[2], eps
-    )
+    inputs, weights, grads = (tuple(map(dense, pair)) for pair in ((q, k), (weight_q, weight_k), (grad_q, grad_k)))
+    load(backend).qk_norm_gradient(inputs, weights, grads, outputs, start, eps)
     return outputs
 
 
 def _fake_gradient(q, k, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    return new_empty(q, q.shape), new_empty(k, k.shape)
 
 
 _op = torch.library.custom_op("nft_kernels::qk_norm", _run, mutates_args=())
@@ -76,7 +79,7 @@ _gradient_op.register_fake(_fake_gradient)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, v, _, ctx.eps = inputs
+    *tensors, v, _, ctx.eps, ctx.backend = inputs
     ctx.joins_values = v is not None
     ctx.save_for_backward(*tensors)
 
@@ -90,19 +93,18 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
     saved = ctx.saved_tensors
     results: list[Tensor | None] = []
     length = saved[0].shape[1]
-    for first, part in ((0, slice(None, length)), (4, slice(length, None))):
+    for first, part in ((0, slice(0, length)), (4, slice(length, None))):
         q, k, *weights = saved[first : first + 4]
         if q is None:
             results += [None] * 4
             continue
-        parts = [grad[:, part] for grad in grads[:2]]
-        results += gradient(q, k, *weights, *parts, ctx.eps)
+        results += gradient(q, k, *weights, *grads[:2], part.start, ctx.eps, ctx.backend)
         # Training of adapters leaves the weights frozen, so plain PyTorch will do.
-        for x, weight, grad, i in zip((q, k), weights, parts, (2, 3), strict=True):
+        for x, weight, grad, i in zip((q, k), weights, grads, (2, 3), strict=False):
             wanted = ctx.needs_input_grad[first + i]
-            results.append(_weight_gradient(x, weight, grad, ctx.eps) if wanted else None)
+            results.append(_weight_gradient(x, weight, grad[:, part], ctx.eps) if wanted else None)
     values = (grads[2][:, :length], grads[2][:, length:]) if ctx.joins_values else (None, None)
-    return (*results, *values, None)
+    return (*results, *values, None, None)
 
 
 _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), setup_context=_setup_context)
@@ -129,7 +131,7 @@ def qk_norm(
     """RMS norm of queries and keys over each head (Zhang and Sennrich, arXiv 1910.07467), written straight into the
     joint sequence of a stream and its context, as the joint attention of Esser et al. (arXiv 2403.03206) takes it.
 
-    Computed in float32, or in float64 if any tensor is. Heads that are not dense in memory are copied.
+    Computed in float32, or in float64 if any tensor is. Tensors whose last dimension is not dense are copied.
 
     Args:
         q, k: (B, S, H, d), float32, bfloat16, float16 or float64.
@@ -138,7 +140,7 @@ def qk_norm(
         context_weight_q, context_weight_k: (d,). All four of the context or none.
         v, context_v: (B, S, H, d) and (B, S', H, d) of one dtype, joined unchanged by the same kernel. Both or neither.
         eps: added to the mean square.
-        backend: ``auto``, ``triton`` or ``reference``.
+        backend: ``auto``, ``native`` (on the CPU), ``triton`` or ``reference``.
 
     Returns:
         Queries and keys, (B, S + S', H, d), of the dtype of ``q`` and ``k``, and the values if there are any.
@@ -172,7 +174,8 @@ def qk_norm(
             matching(name, weight, q, q.shape[-1:], "(d,)")
     _validate.number("eps", eps, positive=True)
     args = (q, k, weight_q, weight_k, *context, v, context_v, float(eps))
-    if backend_of("qk_norm", backend, q) == "reference":
+    backend = backend_of("qk_norm", backend, q)
+    if backend == "reference":
         return reference.qk_norm(*args)
-    normed_q, normed_k, values = call(_op, _Fused, *args)
+    normed_q, normed_k, values = call(_op, _Fused, *args, backend)
     return (normed_q, normed_k) if v is None else (normed_q, normed_k, values)

@@ -1,9 +1,17 @@
 """layer_norm_modulate against a definition of its own in float64."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from nft_kernels import backends
+from nft_kernels.backends import native
+from nft_kernels.ops._rows import backend_of
 from nft_kernels.ops.layer_norm_modulate import layer_norm_modulate
+
+module = importlib.import_module("nft_kernels.ops.layer_norm_modulate")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPE = (2, 3, 37)
@@ -14,13 +22,6 @@ RESIDUALS = {
     "second": ("y", "gate", "y2", "gate2"),
     "all": ("y", "gate", "y_bias", "y2", "gate2"),
 }
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
 
 
 def definition(
@@ -158,9 +159,9 @@ def test_compiles_and_passes_opcheck(backend):
     grads = [torch.autograd.grad(sum(out.square().sum() for out in r), tensors) for r in (eager, outs)]
     for a, b in zip((*eager, *grads[0]), (*outs, *grads[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    if backend == "triton":
+    if backend != "reference":
         order = ("x", "y", "y2", "y_bias", "gate", "gate2", "scale", "shift", "scale2", "shift2")
-        args = *(named[name] for name in order), 1e-6
+        args = *(named[name] for name in order), 1e-6, backend
         torch.library.opcheck(torch.ops.nft_kernels.layer_norm_modulate.default, args)
 
 
@@ -182,7 +183,6 @@ def test_compiles_and_passes_opcheck(backend):
         ({"y2": torch.zeros(2, 3, 36)}, ValueError, "y2: got shape"),
         ({"gate2": torch.zeros(2, 36)}, ValueError, "gate2: got shape"),
         ({"eps": 0.0}, ValueError, "eps: got 0.0"),
-        ({"backend": "native"}, RuntimeError, "backend: 'native' cannot run: it has no kernel for layer_norm_modulate"),
         ({"backend": "fast"}, ValueError, "backend: got 'fast'"),
     ],
 )
@@ -191,12 +191,26 @@ def test_bad_input_is_named(change, error, message):
         layer_norm_modulate(**inputs(torch.float32) | change)
 
 
+@pytest.mark.skipif(native._C is None, reason="the compiled module is not installed")
 def test_the_environment_chooses(monkeypatch):
-    named = inputs(torch.float32, False, "plain")
-    monkeypatch.setenv("NFT_KERNELS_BACKEND", "native")
-    with pytest.raises(RuntimeError, match="NFT_KERNELS_BACKEND: 'native' cannot run"):
+    named, seen = inputs(torch.float32, False, "plain"), []
+    monkeypatch.setattr(module, "load", lambda backend: seen.append(backend) or backends.load(backend))
+    for name, chosen in (("native", ["native"]), ("reference", []), ("", ["native"])):
+        monkeypatch.setenv("NFT_KERNELS_BACKEND", name)
+        seen.clear()
         layer_norm_modulate(**named)
-    layer_norm_modulate(**named, backend="reference")
+        layer_norm_modulate(**named, backend="reference")
+        assert seen == chosen
     monkeypatch.setenv("NFT_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match="NFT_KERNELS_BACKEND: got 'fast'"):
         layer_norm_modulate(**named)
+
+
+def test_native_is_refused_by_name_beside_a_gpu(monkeypatch):
+    gpu = SimpleNamespace(device=torch.device("cuda"), is_cpu=False)
+    message = "'native' cannot run: it has no kernel for qk_norm on cuda, accepted are triton, reference"
+    with pytest.raises(RuntimeError, match=f"backend: {message}"):
+        backend_of("qk_norm", "native", gpu)
+    monkeypatch.setenv("NFT_KERNELS_BACKEND", "native")
+    with pytest.raises(RuntimeError, match=f"NFT_KERNELS_BACKEND: {message}"):
+        backend_of("qk_norm", "auto", gpu)

@@ -11,13 +11,6 @@ SHAPES = ((2, 5, 3, 12),) * 2 + ((12,),) * 2 + ((2, 4, 3, 12),) * 2 + ((12,),) *
 VALUES = {"v": (2, 5, 3, 12), "context_v": (2, 4, 3, 12)}
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
-    if request.param == "triton":
-        pytest.importorskip("triton")
-    return request.param
-
-
 def inputs(dtype, context=True):
     generator = torch.Generator().manual_seed(5)
     tensors = [torch.randn(shape, generator=generator, device="cpu") for shape in SHAPES[: 8 if context else 4]]
@@ -111,8 +104,10 @@ def test_compiles_and_passes_opcheck(backend, values):
     grads = [torch.autograd.grad(sum(out.square().sum() for out in r), tensors) for r in (eager, outs)]
     for a, b in zip((*eager, *grads[0]), (*outs, *grads[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    if backend == "triton":
-        torch.library.opcheck(torch.ops.nft_kernels.qk_norm.default, (*tensors, *[None] * (10 - len(tensors)), 1e-6))
+    if backend != "reference":
+        torch.library.opcheck(
+            torch.ops.nft_kernels.qk_norm.default, (*tensors, *[None] * (10 - len(tensors)), 1e-6, backend)
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,9 +128,18 @@ def test_compiles_and_passes_opcheck(backend, values):
             TypeError,
             "context_v: got torch.float64, accepted is the dtype of v",
         ),
-        ({"backend": "native"}, RuntimeError, "it has no kernel for qk_norm"),
     ],
 )
 def test_bad_input_is_named(change, error, message):
     with pytest.raises(error, match=message):
         qk_norm(**inputs(torch.float32) | change)
+
+
+def test_streams_of_other_dtypes(backend):
+    """The joint sequence has that of the first stream."""
+    named = {name: x.detach().to(torch.bfloat16) for name, x in inputs(torch.float32).items()}
+    named |= {"q": named["q"].float(), "k": named["k"].float()}
+    wanted = definition(*(x.double() for x in named.values()))
+    for got, want in zip(qk_norm(**named, backend=backend), wanted, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

@@ -32,10 +32,10 @@ def launch_all(backend, dtype, _):
         grads = (tensor(width) if full else None, tensor(width), tensor(width) if full else None)
         outputs = (tensor(width), out2, tensor(width) if full else none)
         backend.layer_norm_modulate_gradient(x, dual, dual, row, dual, *grads, *outputs, 1e-6)
-        pair, weights = [tensor(width), tensor(width)], [torch.zeros(64, dtype=dtype)] * 2
-        streams = [*pair, tensor(width)] if full else pair
-        backend.qk_norm(streams, weights, streams, width // 64, 1e-6)
-        backend.qk_norm_gradient(pair, weights, pair, pair, width // 64, 1e-6)
+        streams = [tensor(width).unflatten(2, (-1, 64)) for _ in range(3 if full else 2)]
+        pair, weights = streams[:2], [torch.zeros(64, dtype=dtype)] * 2
+        backend.qk_norm(streams, weights, streams, 0, 1e-6)
+        backend.qk_norm_gradient(pair, weights, pair, pair, 0, 1e-6)
     if driver.active.get_current_target().arch in (aot.TARGETS[target][1] for target in FLOAT8):
         for width, gelu in ((1536, False), (6144, True), (9728, True)):
             rows = torch.zeros(2, 32, width, dtype=torch.float8_e4m3fn)

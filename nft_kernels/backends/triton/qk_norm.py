@@ -78,13 +78,17 @@ def _differentiate(
         store_row(outputs[i], sample, position, lane, inside, inverse * (grad - normed * mean))
 
 
-def _launch(
-    kernel, weights: Sequence[Tensor], heads: int, eps: float, inputs: Sequence[Tensor], *others: Sequence[Tensor]
-) -> None:
-    batch, length, width = inputs[0].shape
-    blocks = next_power_of_2(heads), next_power_of_2(width // heads)
+def _part(x: Tensor, start: int, length: int) -> Tensor:
+    """Of a (B, S, H, d) tensor as (B, S, H d), with the heads one after another."""
+    part = x[:, start : start + length]
+    return (part if part.stride(2) == part.shape[3] else part.contiguous()).flatten(2)
+
+
+def _launch(kernel, weights: Sequence[Tensor], eps: float, inputs: Sequence[Tensor], *others: Sequence[Tensor]) -> None:
+    batch, length, heads, head_dim = inputs[0].shape
+    blocks = next_power_of_2(heads), next_power_of_2(head_dim)
     dtype = compute(compute_dtype(*inputs, *weights, *others[0]))
-    first, *rest = (tuple(map(rows, group)) for group in (inputs, *others))
+    first, *rest = (tuple(map(rows, group)) for group in ([_part(x, 0, length) for x in inputs], *others))
     with torch.cuda.device_of(inputs[0]):
         kernel[(batch * length,)](
             first,
@@ -93,7 +97,7 @@ def _launch(
             exact(eps),
             length,
             heads,
-            width // heads,
+            head_dim,
             dtype,
             *blocks,
             num_warps=warps(blocks[0] * blocks[1]),
@@ -102,11 +106,12 @@ def _launch(
 
 
 def qk_norm(
-    inputs: Sequence[Tensor], weights: Sequence[Tensor], outputs: Sequence[Tensor], heads: int, eps: float
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], outputs: Sequence[Tensor], start: int, eps: float
 ) -> None:
-    """Write each of the ``inputs`` (B, S, H d), normalized with its weight (d,), into its output; unchanged those
-    beyond the weights."""
-    _launch(_qk_norm, weights, heads, eps, inputs, outputs)
+    """Write each of the ``inputs`` (B, S, H, d), normalized with its weight (d,), into its output from position
+    ``start`` on; unchanged those beyond the weights."""
+    length = inputs[0].shape[1]
+    _launch(_qk_norm, weights, eps, inputs, [_part(out, start, length) for out in outputs])
 
 
 def qk_norm_gradient(
@@ -114,8 +119,11 @@ def qk_norm_gradient(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     outputs: Sequence[Tensor],
-    heads: int,
+    start: int,
     eps: float,
 ) -> None:
-    """Write the gradient of each of the ``inputs`` into its output, given those of what ``qk_norm`` wrote."""
-    _launch(_differentiate, weights, heads, eps, inputs, grads, outputs)
+    """Write the gradient of each of the ``inputs`` into its output, given those of what ``qk_norm`` wrote, in which
+    they begin at position ``start``."""
+    length = inputs[0].shape[1]
+    parts = [_part(grad, start, length) for grad in grads]
+    _launch(_differentiate, weights, eps, inputs, parts, [_part(out, 0, length) for out in outputs])

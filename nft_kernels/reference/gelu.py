@@ -1,0 +1,11 @@
+"""GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, in float32 also for narrower x, to which torch sees itself."""
+    return F.gelu(x, approximate="tanh")
