@@ -17,8 +17,10 @@ from nft.trainer import Trainer
 from nft_kernels.bench import peak_and_launches
 
 # Eight pictures: on a CPU rollouts are filled up to a multiple of that.
+# The plan does not know that the fused forward adds adapters of a high rank to the weights, and what it holds.
 SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
-         "eval_prompts_per_group=1", "eval_steps=2", "updates_per_epoch=3", "verify_kernels_steps=0"]  # fmt: skip
+         "eval_prompts_per_group=1", "eval_steps=2", "updates_per_epoch=3", "verify_kernels_steps=0",
+         "fused_transformer=false"]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from nft.trainer import Trainer
 # batches in rollouts and in updates, and in the one of a single held-out prompt one has none.
 SETTINGS = ["prompts_per_epoch=1", "group_size=5", "rollout_steps=2", "timesteps_per_sample=1", "micro_batch=1",
             "rollout_batch=2", "updates_per_epoch=2", "eval_prompts_per_group=1", "eval_steps=1", "eval_every=2",
-            "eval_solver=euler", "epochs=2", "lora_rank=4", "kl_weight=0.1", "learning_rate=1e-4"]  # fmt: skip
+            "eval_solver=euler", "epochs=2", "lora_rank=4", "kl_weight=0.1", "learning_rate=1e-4",
+            "fused_transformer=false"]  # fmt: skip
 
 
 class Exchanges(TorchDispatchMode):
