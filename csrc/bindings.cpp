@@ -155,4 +155,16 @@ PYBIND11_MODULE(_C, m) {
     }
     dispatch(where, args, baseline::solver_step, NFT_AVX2(solver_step), NFT_AVX512(solver_step), NFT_CUDA(solver_step));
   });
+  m.def("attention", [](const Where& where, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        int64_t batch) {
+    const AttentionArgs a{view(q), view(k), view(v), view(out), {}, {}, {}, batch};
+    dispatch(where, a, baseline::attention, NFT_AVX2(attention), NFT_AVX512(attention), nullptr);
+  });
+  m.def("attention_gradient", [](const Where& where, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& grad, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                                 int64_t batch) {
+    const AttentionArgs a{view(q), view(k), view(v), view(grad), view(grad_q), view(grad_k), view(grad_v), batch};
+    dispatch(where, a, baseline::attention_gradient, NFT_AVX2(attention_gradient), NFT_AVX512(attention_gradient),
+             nullptr);
+  });
 }

@@ -2,11 +2,13 @@
 #pragma once
 #include "../args.h"
 
-#define NFT_DECLARE(isa)             \
-  namespace isa {                    \
-  void nft_loss(const LossArgs&);    \
-  void add_noise(const NoiseArgs&);  \
-  void solver_step(const StepArgs&); \
+#define NFT_DECLARE(isa)                         \
+  namespace isa {                                \
+  void nft_loss(const LossArgs&);                \
+  void add_noise(const NoiseArgs&);              \
+  void solver_step(const StepArgs&);             \
+  void attention(const AttentionArgs&);          \
+  void attention_gradient(const AttentionArgs&); \
   }
 
 namespace nft {

@@ -220,3 +220,20 @@ def solver_step(
         0 if sample is None else sample.data_ptr(),
         square.data_ptr() if square.numel() else 0,
     )
+
+
+def _heads(x: Tensor) -> tuple[Any, ...]:
+    """A (B, S, H, d) tensor as the attention takes it."""
+    return x.data_ptr(), _CODES[x.dtype], x.stride(0), list(x.shape[1:]), list(x.stride()[1:])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """softmax(q k^T / sqrt(d)) v of float32 tensors on the CPU."""
+    _C.attention(isa(), *map(_heads, (q, k, v, out)), q.shape[0])
+
+
+def attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> None:
+    """Gradients of the queries, keys and values for that of the output, ``grad``."""
+    _C.attention_gradient(isa(), *map(_heads, (q, k, v, grad, grad_q, grad_k, grad_v)), q.shape[0])

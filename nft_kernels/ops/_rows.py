@@ -52,7 +52,7 @@ def matching(name: str, x: Any, model: Tensor, shape: tuple[int, ...], kind: str
 
 
 def function(
-    run: Callable[..., tuple[Tensor, ...]],
+    run: Callable[..., Tensor | tuple[Tensor, ...]],
     setup_context: Callable[..., None],
     backward: Callable[[Any, tuple[Any, ...]], tuple[Tensor | None, ...]],
 ) -> type[torch.autograd.Function]:
@@ -62,7 +62,7 @@ def function(
         # With autograd's own setup_context, apply would look up the signature of ``run`` at every call, which takes
         # longer than the rest.
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        def forward(ctx: Any, *inputs: Any) -> Tensor | tuple[Tensor, ...]:
             output = run(*inputs)
             setup_context(ctx, inputs, output)
             return output
