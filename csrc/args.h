@@ -96,4 +96,11 @@ struct StepArgs {
   double* z_square;  // (batch): mean over elements of z^2, or null
 };
 
+// Views of (B, S, H, d), with dense heads of float32; for the gradient `out` is that of the output.
+struct AttentionArgs {
+  View q, k, v, out;
+  View grad_q, grad_k, grad_v;
+  int64_t batch;
+};
+
 }  // namespace nft

@@ -204,4 +204,16 @@ PYBIND11_MODULE(_C, m) {
     GeluArgs a{rows(x), rows(grad), rows(out), elements};
     dispatch(where, a, baseline::gelu, NFT_AVX2(gelu), NFT_AVX512(gelu), nullptr);
   });
+  m.def("attention", [](const Where& where, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                        int64_t batch) {
+    const AttentionArgs a{view(q), view(k), view(v), view(out), {}, {}, {}, batch};
+    dispatch(where, a, baseline::attention, NFT_AVX2(attention), NFT_AVX512(attention), nullptr);
+  });
+  m.def("attention_gradient", [](const Where& where, const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const Tensor& grad, const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
+                                 int64_t batch) {
+    const AttentionArgs a{view(q), view(k), view(v), view(grad), view(grad_q), view(grad_k), view(grad_v), batch};
+    dispatch(where, a, baseline::attention_gradient, NFT_AVX2(attention_gradient), NFT_AVX512(attention_gradient),
+             nullptr);
+  });
 }

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .backends import load
 from .ops.add_noise import add_noise
+from .ops.attention import attention
+from .ops.attention import why_not as no_attention
 from .ops.gelu import gelu
 from .ops.layer_norm_modulate import layer_norm_modulate
 from .ops.nft_loss import nft_loss
@@ -194,6 +196,21 @@ def _check_quantize(backend: str, dtype: torch.dtype, device: str) -> Comparison
     return max(results, key=lambda c: c.error / c.bound)
 
 
+def _check_attention(backend: str, dtype: torch.dtype, device: str) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(3, 37, 2, 20, generator=generator).to(device, dtype) for _ in range(4)]
+
+    def run(backend: str, wide: bool) -> list[Tensor]:
+        *qkv, grad = (x.double() if wide else x for x in tensors)
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        out = attention(*leaves, backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    triples = zip(run(backend, False), run("reference", False), run("reference", True), strict=True)
+    results = [_compare(name, *triple) for name, triple in zip(("out", "q", "k", "v"), triples, strict=True)]
+    return max(results, key=lambda c: c.error / c.bound)
+
+
 _CHECKS: dict[str, Check] = {
     "add_noise": _check_noise,
     "nft_loss": _check_loss,
@@ -210,10 +227,12 @@ _CHECKS: dict[str, Check] = {
         [*[(2, 7, 3, 32)] * 2, *[(32,)] * 2, *[(2, 5, 3, 32)] * 2, *[(32,)] * 2, (2, 7, 3, 32), (2, 5, 3, 32)],
     ),
     "quantize_rows": _check_quantize,
+    "attention": _check_attention,
 }
 # Without kernels for a backend and a kind of device.
 _MISSING = {
     "gelu": (("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
+    "attention": (("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
     "layer_norm_modulate": (("native", "cuda"),),
     "qk_norm": (("native", "cuda"),),
     "quantize_rows": (("native", "cpu"), ("native", "cuda")),
@@ -233,6 +252,8 @@ def main() -> int:
     rows = []
     for (backend, device), (op, check), dtype in itertools.product(places, _CHECKS.items(), _DTYPES):
         if (backend, device) in _MISSING.get(op, ()):
+            continue
+        if op == "attention" and backend == "native" and no_attention(torch.empty(0, dtype=dtype)):
             continue
         if op == "quantize_rows" and (reason := no_float8(torch.device(device))):
             reasons[op, device] = reason

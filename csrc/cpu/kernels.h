@@ -12,6 +12,8 @@
   void layer_norm_modulate_gradient(const LayerNormGradientArgs&); \
   void qk_norm(const QkNormArgs&);                                 \
   void gelu(const GeluArgs&);                                      \
+  void attention(const AttentionArgs&);                            \
+  void attention_gradient(const AttentionArgs&);                   \
   }
 
 namespace nft {

@@ -26,7 +26,7 @@ def load(backend: str) -> ModuleType:
     return triton
 
 
-def _why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
+def why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func see into plain PyTorch only"
     if tensors[0].ndim > MAX_DIMS:
@@ -49,13 +49,13 @@ def choose(backend: str, *tensors: Tensor) -> str:
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = _why_not(backend, tensors)
+        reason = why_not(backend, tensors)
         if reason is not None:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
     candidates = ("native",) if tensors[0].is_cpu else ("native", "triton")
     for candidate in candidates:
-        if _why_not(candidate, tensors) is None:
+        if why_not(candidate, tensors) is None:
             return candidate
     return "reference"

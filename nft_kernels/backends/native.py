@@ -286,3 +286,20 @@ def gelu(x: Tensor, grad: Tensor | None, out: Tensor) -> None:
     _C.gelu(
         isa(), *(None if y is None else (y.data_ptr(), _CODES[y.dtype], 0, 1, 0) for y in (x, grad, out)), x.numel()
     )
+
+
+def _heads(x: Tensor) -> tuple[Any, ...]:
+    """A (B, S, H, d) tensor as the attention takes it."""
+    return x.data_ptr(), _CODES[x.dtype], x.stride(0), list(x.shape[1:]), list(x.stride()[1:])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """softmax(q k^T / sqrt(d)) v of float32 tensors on the CPU."""
+    _C.attention(isa(), *map(_heads, (q, k, v, out)), q.shape[0])
+
+
+def attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> None:
+    """Gradients of the queries, keys and values for that of the output, ``grad``."""
+    _C.attention_gradient(isa(), *map(_heads, (q, k, v, grad, grad_q, grad_k, grad_v)), q.shape[0])

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..backends import choose
+from ..ops import attention as short
+
 _TORCH = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -23,7 +26,9 @@ _PACKAGES = {
     "flash3": ("flash_attn_interface", 9, 9, 256),
     "flash4": ("flash_attn.cute", 9, 10, 128),
 }
-CHOICES = ("auto", "native", *_TORCH, *_PACKAGES)
+# Longest sequence for which auto takes the kernel for short ones.
+_SHORT = 256
+CHOICES = ("auto", "native", "short", *_TORCH, *_PACKAGES)
 
 
 def _capability(device: torch.device) -> int:
@@ -58,6 +63,8 @@ def why_not(name: str, q: Tensor, k: Tensor, v: Tensor) -> str | None:
             chosen = _selected(q, k, v)
         reasons = "; ".join(str(warning.message).split(" (Triggered")[0] for warning in said)
         return None if chosen is _TORCH[name] else reasons or f"torch has none for such {q.device.type} tensors"
+    if name == "short":
+        return short.why_not(q)
     module, lowest, highest, largest = _PACKAGES[name]
     try:
         _package(name)
@@ -90,7 +97,10 @@ def select(choice: str, shape: tuple[int, ...], dtype: torch.dtype, device: torc
         chosen = _selected(q, k, v)
         return next((name for name, backend in _TORCH.items() if backend is chosen), "math")
     if choice == "auto":
-        return next((name for name in _order(_capability(q.device)) if why_not(name, q, k, v) is None), "math")
+        # A CPU's kernels are chosen as those of the other ops.
+        first = ("short",) if q.is_cpu and shape[1] <= _SHORT and choose("auto", q) == "native" else ()
+        names = (*first, *_order(_capability(q.device)))
+        return next((name for name in names if why_not(name, q, k, v) is None), "math")
     reason = why_not(choice, q, k, v)
     if reason is not None:
         raise RuntimeError(f"attention: {choice!r} cannot run for {dtype} of shape {tuple(shape)}: {reason}")
@@ -107,5 +117,7 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = _package(name)(q, k, v)
         # Some versions also return the logarithms of the sums.
         return out[0] if isinstance(out, tuple) else out
+    if name == "short":
+        return short.attention(q, k, v, backend="native")
     with sdpa_kernel(_TORCH[name]):
         return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)

@@ -1,0 +1,111 @@
+"""``attention``: softmax(q k^T / sqrt(d)) v of short sequences, by a kernel for the CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import native
+from ..backends._memory import empty_like
+from ..reference import attention as reference
+from . import _validate
+from ._rows import call, dense, function
+
+
+def why_not(q: Tensor) -> str | None:
+    """Why the kernel cannot take queries, keys and values like ``q``, or None when it can."""
+    if not q.is_cpu:
+        return f"it has a kernel for tensors on the CPU, not on {q.device}"
+    if q.dtype != torch.float32:
+        return f"it takes float32, not {q.dtype}"
+    return backends.why_not("native", [q])
+
+
+def _backend(backend: str, q: Tensor) -> str:
+    """``choose`` among ``native`` and ``reference``."""
+    named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
+    wish, origin = named or backend, "NFT_KERNELS_BACKEND" if named else "backend"
+    if wish == "triton":
+        raise RuntimeError(
+            f"{origin}: 'triton' cannot run: it has no kernel for attention, accepted are native, reference"
+        )
+    if wish not in ("auto", "native"):
+        return backends.choose(backend, q)
+    reason = why_not(q)
+    if reason is not None and wish == "native":
+        raise RuntimeError(f"{origin}: 'native' cannot run: {reason}")
+    return "reference" if reason is not None else "native"
+
+
+def _room(q: Tensor) -> Tensor:
+    return empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = _room(q)
+    native.attention(dense(q), dense(k), dense(v), out)
+    return out
+
+
+def _fake(q, k, v):
+    return q.new_empty(q.shape)
+
+
+def _gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _room(q), _room(q), _room(q)
+    native.attention_gradient(dense(q), dense(k), dense(v), dense(grad), *grads)
+    return grads
+
+
+def _fake_gradient(q, k, v, grad):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+_op = torch.library.custom_op("nft_kernels::attention", _run, mutates_args=())
+_op.register_fake(_fake)
+_gradient_op = torch.library.custom_op("nft_kernels::attention_gradient", _gradient, mutates_args=())
+_gradient_op.register_fake(_fake_gradient)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+_op.register_autograd(lambda ctx, grad: _gradient_op(*ctx.saved_tensors, grad), setup_context=_setup_context)
+
+
+_Fused = function(_run, _setup_context, lambda ctx, grads: _gradient(*ctx.saved_tensors, *grads))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
+    """Attention without a mask, softmax(q k^T / sqrt(d)) v (Vaswani et al., arXiv 1706.03762).
+
+    The kernel is made for sequences whose scores stay in a cache. It keeps nothing for the backward but its inputs, and
+    a sample's result depends neither on the batch it is in nor on the number of threads.
+
+    Args:
+        q, k, v: (B, S, H, d) of one dtype: float32, or for the reference also bfloat16, float16 or float64. Heads that
+            are not dense in memory are copied.
+        backend: ``auto``, ``native`` or ``reference``.
+
+    Returns:
+        (B, S, H, d), dense in memory.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, named, with what is accepted.
+        RuntimeError: an explicit backend that cannot run.
+    """
+    _validate.latents("q", q)
+    if q.ndim != 4:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, accepted is (B, S, H, d)")
+    for name, x in (("k", k), ("v", v)):
+        _validate.tensor_like(name, x, q, "q")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: got {x.dtype}, accepted is the dtype of q, {q.dtype}")
+    if _backend(backend, q) == "reference":
+        return reference.attention(q, k, v)
+    return call(_op, _Fused, q, k, v)
