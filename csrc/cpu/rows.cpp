@@ -219,18 +219,20 @@ void backward(const LayerNormGradientArgs& a) {
                                                             : collect([](int64_t) { return T(0); });
       const T mean = sum / static_cast<T>(width), slope = with_normed / static_cast<T>(width);
       S* grad_x = place<T, S>(a.grad_x, b, s, scratch[9]);
+      T* opened = grad;
+      if constexpr (std::is_same_v<S, T>) opened = grad_x;
       auto through = [&](int64_t k) { return fused(-slope, normed(h[k]), grad[k] - mean); };
       auto add = [&](auto direct) {
         each(width, [&](int64_t k) {
-          grad[k] = fused(normed.inverse, through(k), direct(k));
-          set(grad_x[k], grad[k]);
+          opened[k] = fused(normed.inverse, through(k), direct(k));
+          if constexpr (!std::is_same_v<S, T>) set(grad_x[k], opened[k]);
         });
       };
       grad_h ? add([&](int64_t k) { return get(grad_h[k]); }) : add([](int64_t) { return T(0); });
       store(a.grad_x, b, s, width, grad_x);
       auto open = [&](const Rows& to, const S* gate) {
         S* out = place<T, S>(to, b, s, scratch[10]);
-        each(width, [&](int64_t k) { set(out[k], get(gate[k]) * grad[k]); });
+        each(width, [&](int64_t k) { set(out[k], get(gate[k]) * opened[k]); });
         store(to, b, s, width, out);
       };
       if (a.grad_y.data) open(a.grad_y, gate);
