@@ -103,7 +103,7 @@ std::pair<T, T> sums(int64_t count, F body) {
   for (; k + kLanes <= count; k += kLanes)
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) body(k + l, first[l], second[l]);
-  for (; k < count; ++k) body(k, first[k % kLanes], second[k % kLanes]);
+  for (int l = 0; l < count % kLanes; ++l) body(k + l, first[l], second[l]);
   return {tree(first), tree(second)};
 }
 
