@@ -103,7 +103,7 @@ std::pair<T, T> sums(int64_t count, F body) {
   for (; k + kLanes <= count; k += kLanes)
 #pragma omp simd
     for (int l = 0; l < kLanes; ++l) body(k + l, first[l], second[l]);
-  for (int l = 0; k < count; ++k, ++l) body(k, first[l], second[l]);
+  for (int l = 0; l < count % kLanes; ++l) body(k + l, first[l], second[l]);
   return {tree(first), tree(second)};
 }
 
@@ -219,18 +219,20 @@ void backward(const LayerNormGradientArgs& a) {
                                                             : collect([](int64_t) { return T(0); });
       const T mean = sum / static_cast<T>(width), slope = with_normed / static_cast<T>(width);
       S* grad_x = place<T, S>(a.grad_x, b, s, scratch[9]);
+      T* opened = grad;
+      if constexpr (std::is_same_v<S, T>) opened = grad_x;
       auto through = [&](int64_t k) { return fused(-slope, normed(h[k]), grad[k] - mean); };
       auto add = [&](auto direct) {
         each(width, [&](int64_t k) {
-          grad[k] = fused(normed.inverse, through(k), direct(k));
-          set(grad_x[k], grad[k]);
+          opened[k] = fused(normed.inverse, through(k), direct(k));
+          if constexpr (!std::is_same_v<S, T>) set(grad_x[k], opened[k]);
         });
       };
       grad_h ? add([&](int64_t k) { return get(grad_h[k]); }) : add([](int64_t) { return T(0); });
       store(a.grad_x, b, s, width, grad_x);
       auto open = [&](const Rows& to, const S* gate) {
         S* out = place<T, S>(to, b, s, scratch[10]);
-        each(width, [&](int64_t k) { set(out[k], get(gate[k]) * grad[k]); });
+        each(width, [&](int64_t k) { set(out[k], get(gate[k]) * opened[k]); });
         store(to, b, s, width, out);
       };
       if (a.grad_y.data) open(a.grad_y, gate);
@@ -272,14 +274,14 @@ void copy_heads(const Rows& from, const Rows& to, int64_t b, int64_t s, int64_t 
 }
 
 template <typename T, typename S>
-void normalize_head(const S* x, const S* weight, int64_t width, double eps, S* out) {
+NFT_HD void normalize_head(const S* x, const S* weight, int64_t width, double eps, S* out) {
   const T squares = sums<T>(width, [&](int64_t k, T& sum, T&) { sum = fused(get(x[k]), get(x[k]), sum); }).first;
   const T inverse = 1 / std::sqrt(squares / static_cast<T>(width) + static_cast<T>(eps));
   each(width, [&](int64_t k) { set(out[k], get(x[k]) * inverse * get(weight[k])); });
 }
 
 template <typename T, typename S>
-void differentiate_head(const S* x, const S* weight, const S* grad, int64_t width, double eps, S* out) {
+NFT_HD void differentiate_head(const S* x, const S* weight, const S* grad, int64_t width, double eps, S* out) {
   const auto [squares, with_x] = sums<T>(width, [&](int64_t k, T& square, T& product) {
     square = fused(get(x[k]), get(x[k]), square);
     product = fused(get(grad[k]) * get(weight[k]), get(x[k]), product);
@@ -289,9 +291,10 @@ void differentiate_head(const S* x, const S* weight, const S* grad, int64_t widt
   each(width, [&](int64_t k) { set(out[k], inverse * fused(-slope, get(x[k]), get(grad[k]) * get(weight[k]))); });
 }
 
-template <typename T, typename S>
+// kWidth is that of the heads, or 0 for any: with few elements in each, the bookkeeping of loops takes a good part.
+template <typename T, typename S, int64_t kWidth>
 void normalize_heads(const QkNormArgs& a) {
-  const int64_t rows = a.batch * a.length, width = a.width;
+  const int64_t rows = a.batch * a.length, width = kWidth ? kWidth : a.width;
 #pragma omp parallel if (rows * a.heads * width >= kParallel)
   {
     Scratch<T> scratch(3, a.heads * width), weights(kMaxStreams, width);
@@ -319,6 +322,12 @@ void normalize_heads(const QkNormArgs& a) {
       }
     }
   }
+}
+
+template <typename T, typename S>
+void normalize_heads(const QkNormArgs& a) {
+  if (a.width == 32) return normalize_heads<T, S, 32>(a);
+  a.width == 64 ? normalize_heads<T, S, 64>(a) : normalize_heads<T, S, 0>(a);
 }
 
 constexpr double kSlope = 1.5957691216057308, kCube = 0.044715;  // 2 sqrt(2 / pi)

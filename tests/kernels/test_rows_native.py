@@ -56,7 +56,7 @@ def evaluate(run, leaves):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [1, 7, 16, 37, 64, 1536])
+@pytest.mark.parametrize("width", [1, 7, 32, 37, 64, 1536])
 @pytest.mark.parametrize("op", MODULES)
 def test_every_element_is_written_and_nothing_around(op, width, dtype, monkeypatch):
     buffers = []
