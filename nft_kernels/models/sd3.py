@@ -527,8 +527,9 @@ def accelerate(transformer: SD3Transformer2DModel, *, attention: str = "auto", b
         transformer: any SD3 or SD3.5 transformer of diffusers, with or without LoRA adapters of PEFT, which may come,
             go, be switched or be merged at any time.
         attention: ``auto`` takes the first that can run for a shape; ``native`` is torch's own choice among ``cudnn``,
-            ``flash``, ``efficient`` and ``math``; ``flash2``, ``flash3`` and ``flash4`` are the packages flash_attn,
-            flash_attn_interface and flash_attn.cute. A choice that cannot run raises at the first forward.
+            ``flash``, ``efficient`` and ``math``; ``short`` is this package's for short sequences on a CPU; ``flash2``,
+            ``flash3`` and ``flash4`` are the packages flash_attn, flash_attn_interface and flash_attn.cute. A choice
+            that cannot run raises at the first forward.
         backend: of the fused normalizations and, on the CPU, of the GELU: ``auto``, ``native`` (on the CPU), ``triton``
             or ``reference``.
 

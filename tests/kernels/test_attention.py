@@ -260,6 +260,9 @@ def test_the_choice(kernel, monkeypatch):
     monkeypatch.delenv("NFT_KERNELS_BACKEND", raising=False)
     cpu, select = torch.device("cpu"), choices.select
     assert {select("auto", (batch, 36, 4, 32), torch.float32, cpu) for batch in (1, 7, 64)} == {"short"}
+    longest = choices._SHORT
+    assert select("auto", (1, longest, 4, 32), torch.float32, cpu) == "short"
+    assert select("auto", (1, longest + 1, 4, 32), torch.float32, cpu) == "flash"
     assert select("auto", (1, 36, 4, 32), torch.bfloat16, cpu) == "flash"
     with pytest.raises(RuntimeError, match=r"attention: 'short' cannot run .*: it takes float32, not torch.float64"):
         select("short", (1, 36, 4, 32), torch.float64, cpu)
