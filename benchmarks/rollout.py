@@ -32,18 +32,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     policy = Policy(load_config("shapes", options.set))
+    official = Policy(load_config("shapes", [*options.set, "fused_transformer=false"]))
     with torch.no_grad():
-        for parameter in policy.trained:
-            parameter.add_(0.02 * torch.randn_like(parameter))
+        for pair in zip(policy.trained, official.trained, strict=True):
+            change = 0.02 * torch.randn_like(pair[0])
+            for parameter in pair:
+                parameter.add_(change)
     entries = sample(held_out=True, per_group=options.pictures)
     prompts = [entries[i % len(entries)]["prompt"] for i in range(options.pictures)]
-    pipeline, seeds = policy.pipeline, list(range(options.pictures))
+    pipeline, seeds = official.pipeline, list(range(options.pictures))
     grid = times(options.steps, **policy.schedule)
 
     def plain() -> None:
-        policy.use("default")
+        official.use("default")
         pipeline(prompts, num_inference_steps=options.steps, guidance_scale=1.0, output_type="pt",
-                 max_sequence_length=policy._max_sequence_length)  # fmt: skip
+                 max_sequence_length=official._max_sequence_length)  # fmt: skip
 
     def ours() -> None:
         if options.fresh:
