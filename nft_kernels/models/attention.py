@@ -26,8 +26,8 @@ _PACKAGES = {
     "flash3": ("flash_attn_interface", 9, 9, 256),
     "flash4": ("flash_attn.cute", 9, 10, 128),
 }
-# Longest sequence for which auto takes the kernel for short ones: with AVX2, flash takes 1.4 times as long at 36, as
-# long at 128 and 0.9 times as long at 256.
+# Longest sequence for which auto takes the kernel for short ones: on two cores with AVX2, flash takes 2.2 times as long
+# at 36, 1.2 to 1.3 times at 128, and as long at 256.
 _SHORT = 128
 CHOICES = ("auto", "native", "short", *_TORCH, *_PACKAGES)
 

@@ -35,7 +35,7 @@ def default_device():
         yield
 
 
-def inputs(shape, dtype=torch.float32, seed=4):
+def inputs(shape, dtype=torch.float32, seed=3):
     """Queries, keys, values and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(4)]
@@ -99,7 +99,7 @@ def test_the_reference_passes_gradcheck():
 
 def test_strides(backend):
     """A slice of a fused projection and of a joint sequence, transposed heads, one head for all, gaps in a head."""
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(3)
 
     def random(*shape):
         return torch.randn(shape, generator=generator)
