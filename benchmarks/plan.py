@@ -31,7 +31,8 @@ CASES = {
     "lora, bfloat16": ["dtype=bfloat16"],
     "full": ["adapter=full"],
 }
-SMALL = ["prompts_per_epoch=8", "group_size=12", "rollout_batch=32", "preflight=false", "verify_kernels_steps=0"]
+SMALL = ["prompts_per_epoch=8", "group_size=12", "rollout_batch=32", "preflight=false", "verify_kernels_steps=0",
+         "fused_transformer=false"]  # fmt: skip
 
 
 def matrix_rate(size: int = 2048, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> float:

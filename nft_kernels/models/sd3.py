@@ -272,52 +272,6 @@ class _Adapted(torch.autograd.Function):
         return None, grad_x, None, None, None, None, *grad_masters
 
 
-class _Added(torch.autograd.Function):
-    """As ``_Adapted``, with the adapters' products added to a copy of the weights before the one matrix product."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        product: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sizes: list[int],
-        places: list[tuple[int, float]],
-        *masters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The outputs of every layer; arguments as those of ``_Adapted``."""
-        weight = weight.clone()
-        parts, count = weight.split_with_sizes(sizes), len(places)
-        for (i, scaling), down, up in zip(places, masters[:count], masters[count:], strict=True):
-            parts[i].addmm_(up, down, alpha=scaling)
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows, weight, *masters)
-        ctx.sizes, ctx.places, ctx.shape = sizes, places, x.shape
-        return product(rows, weight, bias).view(*x.shape[:-1], -1).split_with_sizes(sizes, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        rows, weight, *masters = ctx.saved_tensors
-        outs, count = [grad.reshape(-1, grad.shape[-1]) for grad in grads], len(ctx.places)
-        grad_x: Tensor | None = None
-        if ctx.needs_input_grad[1]:
-            grad_x = torch.empty_like(rows)
-            for i, (out, part) in enumerate(zip(outs, weight.split_with_sizes(ctx.sizes), strict=True)):
-                grad_x.addmm_(out, part, beta=min(i, 1))
-            grad_x = grad_x.view(ctx.shape)
-        downs: list[Tensor] = []
-        ups: list[Tensor] = []
-        whole: dict[int, Tensor] = {}
-        for (i, scaling), down, up in zip(ctx.places, masters[:count], masters[count:], strict=True):
-            if i not in whole:
-                whole[i] = torch.mm(outs[i].t(), rows)
-            downs.append(scaling * torch.mm(up.t(), whole[i]))
-            ups.append(scaling * torch.mm(whole[i], down.t()))
-        return None, grad_x, None, None, None, None, *downs, *ups
-
-
 def _worth_adding(layer: _Layer) -> bool:
     """Whether the adapters of a layer are better added to its weight: where nothing is rounded away, as it would be of
     float32 adapters in a bfloat16 weight, and the gradient of the whole weight takes no more multiplications than the
@@ -344,11 +298,16 @@ def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Seque
     bias = _joined(biases) if biases else None
     sizes = [layer.weight.shape[0] for layer in found]
     adapters = [(i, *adapter) for i, layer in enumerate(found) for adapter in layer.adapters]
-    if adapters:
+    # Autocast would round the sum.
+    as_they_are = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    if adapters and as_they_are and all(_worth_adding(layer) for layer in found if layer.adapters):
+        parts = list(weight.split_with_sizes(sizes))
+        for i, down, up, scaling in adapters:
+            parts[i] = torch.addmm(parts[i], up, down, alpha=scaling)
+        weight = torch.cat(parts)
+    elif adapters:
         places, downs, ups = zip(*(((i, scaling), down, up) for i, down, up, scaling in adapters), strict=True)
-        adapted = [layer for layer in found if layer.adapters]
-        function = _Added if x.dtype == weight.dtype and all(map(_worth_adding, adapted)) else _Adapted
-        return function.apply(product, x, weight, bias, sizes, places, *downs, *ups)
+        return _Adapted.apply(product, x, weight, bias, sizes, places, *downs, *ups)
     out = product(x, weight, bias)
     return [out] if len(layers) == 1 else out.split_with_sizes(sizes, -1)
 

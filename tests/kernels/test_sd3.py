@@ -139,16 +139,17 @@ def test_bfloat16_is_as_accurate_as_diffusers(model):
 
 
 @pytest.mark.parametrize(
-    ("rank", "dtype", "masters", "added"),
+    ("rank", "dtype", "masters", "autocast", "added"),
     [
-        (5, torch.float32, torch.float32, False),
-        (6, torch.float32, torch.float32, True),
-        (16, torch.bfloat16, torch.float32, False),
-        (16, torch.bfloat16, torch.bfloat16, False),
-        (16, torch.float32, torch.float64, False),
+        (5, torch.float32, torch.float32, False, False),
+        (6, torch.float32, torch.float32, False, True),
+        (6, torch.float32, torch.float32, True, False),
+        (16, torch.bfloat16, torch.float32, False, False),
+        (16, torch.bfloat16, torch.bfloat16, False, False),
+        (16, torch.float32, torch.float64, False, False),
     ],
 )
-def test_adapters_of_high_rank_are_added_to_weights_that_keep_them(rank, dtype, masters, added):
+def test_adapters_of_high_rank_are_added_to_weights_that_keep_them(rank, dtype, masters, autocast, added):
     """24 x 24 multiplications of a weight's gradient, and 2 (24 + 24) of every rank."""
     model = add_adapters(build("sd35", layers=1), r=rank).to(dtype)
     for name, p in model.named_parameters():
@@ -156,7 +157,7 @@ def test_adapters_of_high_rank_are_added_to_weights_that_keep_them(rank, dtype, 
             p.data = p.data.to(masters)
     accelerate(model)
     *tensors, t = inputs(dtype)
-    with Products() as products:
+    with torch.autocast("cpu", enabled=autocast), Products() as products:
         model(*tensors, t)
     # Beside the weights they are copied to the product's dtype.
     assert (products.count("_foreach_copy_") == 0) == added
