@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nft_kernels.backends import native
 from nft_kernels.ops.gelu import gelu
@@ -33,12 +34,14 @@ def slope(x):
 def test_forward_and_gradient(backend, shape, dtype):
     x = (3 * torch.randn(shape)).to(dtype).requires_grad_()
     weight = torch.randn(shape).to(dtype)
-    out = gelu(x, backend=backend)
-    (grad,) = torch.autograd.grad(out, x, weight)
-    for got, want in ((out, definition(x)), (grad, weight.double() * slope(x))):
+    results = [
+        (y, *torch.autograd.grad(y, x, weight)) for y in (gelu(x, backend=backend), F.gelu(x, approximate="tanh"))
+    ]
+    for got, plain, want in zip(*results, (definition(x), weight.double() * slope(x)), strict=True):
         assert got.dtype == dtype and got.shape == shape
-        # As (1 + tanh u) / 2 the slope loses digits where x is large, which is torch's own way.
-        assert (got.double() - want).abs().max() <= 32 * max(torch.finfo(dtype).eps, 1e-15) * want.abs().max()
+        error, allowed = ((y.double() - want).abs().max() for y in (got, plain))
+        # Float64 is compared with a definition that rounds as well.
+        assert error <= max(2 * allowed, 4 * max(torch.finfo(dtype).eps, 1e-15) * want.abs().max())
 
 
 @compiled
