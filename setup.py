@@ -91,7 +91,7 @@ class NinjaBuild(build_ext):
             f"cxx = {cxx}",
             # No contraction to fused multiply-add but where math.h asks for it: where v_theta = v_old and r = 1/2 the
             # two branches cancel exactly, and every instruction set that has it gives the same bits.
-            # No code here asks what trapped, and with that in mind compilers do not turn clamps into vectors.
+            # No code here asks what trapped; compilers that have to keep it leave loops with a clamp scalar.
             "flags = -std=c++17 -O3 -ffp-contract=off -fPIC -fopenmp -fvisibility=hidden -fno-math-errno "
             f"-fno-trapping-math -Wall {sanitize} {includes}",
             "rule cxx",

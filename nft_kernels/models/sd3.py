@@ -113,9 +113,9 @@ class FastPath:
         return float8.linear(x, self._quantized[key][1], bias, gelu=gelu, backend=self.backend)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """By the kernels that normalize, or where Triton does, by torch itself: it has no kernel for this."""
-        chosen = backend_of("layer_norm_modulate", self.backend, x)
-        return gelu(x, backend="reference" if chosen == "triton" else chosen)
+        """On the CPU by the kernels that normalize. Triton has none for this, and GPUs need none but torch's own."""
+        chosen = backend_of("layer_norm_modulate", self.backend, x) if x.is_cpu else "triton"
+        return F.gelu(x, approximate="tanh") if chosen == "triton" else gelu(x, backend=chosen)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
@@ -272,15 +272,22 @@ class _Adapted(torch.autograd.Function):
         return None, grad_x, None, None, None, None, *grad_masters
 
 
-def _worth_adding(layer: _Layer) -> bool:
-    """Whether the adapters of a layer are better added to its weight: where nothing is rounded away, as it would be of
-    float32 adapters in a bfloat16 weight, and the gradient of the whole weight takes no more multiplications than the
-    products of the adapters beside it, forward and backward. How many rows there are does not count, so that a sample's
-    result does not depend on its batch."""
-    (outputs, inputs), dtype = layer.weight.shape, layer.weight.dtype
-    exact = all(master.dtype == dtype for down, up, _ in layer.adapters for master in (down, up))
-    rank = sum(len(down) for down, _, _ in layer.adapters)
-    return exact and dtype.itemsize >= 4 and inputs * outputs <= 2 * rank * (inputs + outputs)
+def _worth_adding(layers: Sequence[_Layer], x: Tensor) -> bool:
+    """Whether the adapters of layers are better added to their weights: where nothing is rounded away, as it would be
+    of float32 adapters in a bfloat16 weight or under autocast, and the gradients of the whole weights take no more
+    multiplications than the products of the adapters beside them, forward and backward. How many rows there are does
+    not count, so that a sample's result does not depend on its batch."""
+    # First what settles it in half precision, where time is short.
+    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+        return False
+    for layer in layers:
+        masters = [master for down, up, _ in layer.adapters for master in (down, up)]
+        if any(tensor.dtype != x.dtype for tensor in (layer.weight, *masters)):
+            return False
+        (outputs, inputs), rank = layer.weight.shape, sum(len(down) for down, _, _ in layer.adapters)
+        if rank and inputs * outputs > 2 * rank * (inputs + outputs):
+            return False
+    return True
 
 
 def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Sequence[Tensor]:
@@ -298,9 +305,7 @@ def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Seque
     bias = _joined(biases) if biases else None
     sizes = [layer.weight.shape[0] for layer in found]
     adapters = [(i, *adapter) for i, layer in enumerate(found) for adapter in layer.adapters]
-    # Autocast would round the sum.
-    as_they_are = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if adapters and as_they_are and all(_worth_adding(layer) for layer in found if layer.adapters):
+    if adapters and _worth_adding(found, x):
         parts = list(weight.split_with_sizes(sizes))
         for i, down, up, scaling in adapters:
             parts[i] = torch.addmm(parts[i], up, down, alpha=scaling)

@@ -14,18 +14,28 @@ from ..backends import choose
 from . import _validate
 
 
-def backend_of(op: str, backend: str, x: Tensor, kernels: tuple[str, ...] = ("native", "triton")) -> str:
-    """``choose`` for an op that has only these kernels, the native ones for the CPU alone.
+def backend_of(
+    op: str,
+    backend: str,
+    x: Tensor,
+    kernels: tuple[str, ...] = ("native", "triton"),
+    native_dtype: torch.dtype | None = None,
+) -> str:
+    """``choose`` for an op that has only these kernels, the native ones for the CPU alone and all dtypes or one.
 
     Raises:
         ValueError, RuntimeError: as ``choose``, also for a backend without a kernel.
     """
     named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
-    wish, here = named or backend, kernels if x.is_cpu else tuple(kernel for kernel in kernels if kernel != "native")
+    wish, origin = named or backend, "NFT_KERNELS_BACKEND" if named else "backend"
+    here = kernels if x.is_cpu else tuple(kernel for kernel in kernels if kernel != "native")
     if wish in ("native", "triton") and wish not in here:
-        origin, where = "NFT_KERNELS_BACKEND" if named else "backend", f" on {x.device.type}" if wish in kernels else ""
-        accepted = ", ".join((*here, "reference"))
+        where, accepted = f" on {x.device.type}" if wish in kernels else "", ", ".join((*here, "reference"))
         raise RuntimeError(f"{origin}: {wish!r} cannot run: it has no kernel for {op}{where}, accepted are {accepted}")
+    if wish in ("auto", "native") and native_dtype not in (None, x.dtype):
+        if wish == "native":
+            raise RuntimeError(f"{origin}: 'native' cannot run: it takes {str(native_dtype)[6:]}, not {x.dtype}")
+        here = tuple(kernel for kernel in here if kernel != "native")
     if wish != "auto" or (x.is_cpu and "native" in here):
         return choose(backend, x)
     if x.device.type != "cuda" or "triton" not in here:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import native
-from ..backends._memory import empty_like
+from ..backends._memory import new_empty
 from ..reference import attention as reference
 from . import _validate
-from ._rows import call, dense, function
+from ._rows import backend_of, call, dense, function
 
 
 def why_not(q: Tensor) -> str | None:
@@ -25,28 +24,8 @@ def why_not(q: Tensor) -> str | None:
     return backends.why_not("native", [q])
 
 
-def _backend(backend: str, q: Tensor) -> str:
-    """``choose`` among ``native`` and ``reference``."""
-    named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
-    wish, origin = named or backend, "NFT_KERNELS_BACKEND" if named else "backend"
-    if wish == "triton":
-        raise RuntimeError(
-            f"{origin}: 'triton' cannot run: it has no kernel for attention, accepted are native, reference"
-        )
-    if wish not in ("auto", "native"):
-        return backends.choose(backend, q)
-    reason = why_not(q)
-    if reason is not None and wish == "native":
-        raise RuntimeError(f"{origin}: 'native' cannot run: {reason}")
-    return "reference" if reason is not None else "native"
-
-
-def _room(q: Tensor) -> Tensor:
-    return empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
-
-
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = _room(q)
+    out = new_empty(q, q.shape)
     native.attention(dense(q), dense(k), dense(v), out)
     return out
 
@@ -56,7 +35,7 @@ def _fake(q, k, v):
 
 
 def _gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _room(q), _room(q), _room(q)
+    grads = new_empty(q, q.shape), new_empty(q, q.shape), new_empty(q, q.shape)
     native.attention_gradient(dense(q), dense(k), dense(v), dense(grad), *grads)
     return grads
 
@@ -106,6 +85,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
         _validate.tensor_like(name, x, q, "q")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: got {x.dtype}, accepted is the dtype of q, {q.dtype}")
-    if _backend(backend, q) == "reference":
+    if backend_of("attention", backend, q, kernels=("native",), native_dtype=torch.float32) == "reference":
         return reference.attention(q, k, v)
     return call(_op, _Fused, q, k, v)

@@ -100,7 +100,7 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
             continue
         results += gradient(q, k, *weights, *grads[:2], part.start, ctx.eps, ctx.backend)
         # Training of adapters leaves the weights frozen, so plain PyTorch will do.
-        for x, weight, grad, i in zip((q, k), weights, grads, (2, 3), strict=False):
+        for x, weight, grad, i in zip((q, k), weights, grads[:2], (2, 3), strict=True):
             wanted = ctx.needs_input_grad[first + i]
             results.append(_weight_gradient(x, weight, grad[:, part], ctx.eps) if wanted else None)
     values = (grads[2][:, :length], grads[2][:, length:]) if ctx.joins_values else (None, None)
