@@ -31,6 +31,7 @@ from ..ops.qk_norm import qk_norm
 from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
+from ._modules import untouched
 
 # What may stand where the transformer has a linear layer.
 _LINEAR: tuple[type, ...] = (nn.Linear,)
@@ -161,14 +162,9 @@ class _Layer:
     adapters: list[tuple[Tensor, Tensor, float]]
 
 
-def _untouched(module: nn.Module) -> bool:
-    """Whether calling it runs its class' forward and nothing else. Hooks of accelerate and diffusers replace that."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
 def _plain(layer: Any) -> bool:
     """Whether it is an nn.Linear that does nothing else."""
-    return type(layer) is nn.Linear and _untouched(layer)
+    return type(layer) is nn.Linear and untouched(layer)
 
 
 def _known(layer: Any) -> _Layer | None:
@@ -182,7 +178,7 @@ def _known(layer: Any) -> _Layer | None:
         return None
     if not wrapped:
         return _Layer(weight, bias, [])
-    if not _untouched(layer):
+    if not untouched(layer):
         return None
     merged = layer.merged
     if merged or layer.disable_adapters:
@@ -475,7 +471,7 @@ def _check(transformer: SD3Transformer2DModel) -> None:
     for part in ("transformer_blocks", "norm_out"):
         for name, module in getattr(transformer, part).named_modules(prefix=part):
             # Linear layers that have hooks are called, the modules around them are not.
-            if not isinstance(module, _LINEAR) and not _untouched(module):
+            if not isinstance(module, _LINEAR) and not untouched(module):
                 raise ValueError(f"transformer: got hooks on {name}, accepted are those of linear layers")
     if any(block._chunk_size is not None for block in transformer.transformer_blocks):
         raise ValueError("transformer: got forward chunking, accepted is none: call disable_forward_chunking() first")
