@@ -130,7 +130,7 @@ class NinjaBuild(build_ext):
             libraries = " ".join([*(f"-L{folder}" for folder in folders[:1]), "-lcudart_static -ldl -lrt -lpthread"])
         compile_to("bindings.o", "cxx", "bindings.cpp", has)
         for isa, flags in isas.items():
-            for source in ("kernels", "solver", "rows", "attention"):
+            for source in ("kernels", "solver", "rows", "group_norm", "attention"):
                 compile_to(f"{source}_{isa}.o", "cxx", f"cpu/{source}.cpp", f"-DNFT_ISA={isa} {flags}")
         rules += [
             "rule link",

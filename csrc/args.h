@@ -96,6 +96,14 @@ struct StepArgs {
   double* z_square;  // (batch): mean over elements of z^2, or null
 };
 
+// Dense (B, H, W, C) pictures, and (C,) weight and bias.
+struct GroupNormArgs {
+  View x, out;
+  Vector weight, bias;
+  int64_t batch, elements, channels, groups;
+  double eps;
+};
+
 // Views of (B, S, H, d), with dense heads of float32; for the gradient `out` is that of the output.
 struct AttentionArgs {
   View q, k, v, out;

@@ -204,6 +204,12 @@ PYBIND11_MODULE(_C, m) {
     GeluArgs a{rows(x), rows(grad), rows(out), elements};
     dispatch(where, a, baseline::gelu, NFT_AVX2(gelu), NFT_AVX512(gelu), nullptr);
   });
+  m.def("group_norm_silu", [](const Where& where, const Tensor& x, const PerSample& weight, const PerSample& bias,
+                              const Tensor& out, int64_t batch, int64_t elements, int64_t channels, int64_t groups,
+                              double eps) {
+    const GroupNormArgs a{view(x), view(out), vector(weight), vector(bias), batch, elements, channels, groups, eps};
+    dispatch(where, a, baseline::group_norm_silu, NFT_AVX2(group_norm_silu), NFT_AVX512(group_norm_silu), nullptr);
+  });
   m.def("attention", [](const Where& where, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         int64_t batch) {
     const AttentionArgs a{view(q), view(k), view(v), view(out), {}, {}, {}, batch};

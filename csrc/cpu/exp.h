@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "../math.h"
 
@@ -32,6 +33,12 @@ inline float exponential(float x) {
   return p + (x - x);
 }
 inline double exponential(double x) { return std::exp(x); }
+
+// x / (1 + exp(z)). Where exp of floats is clamped it has to become infinite: x itself has no bound.
+template <typename T>
+T damped(T x, T z) {
+  return x / (1 + (sizeof(T) == 4 && z > 88 ? std::numeric_limits<T>::infinity() : exponential(z)));
+}
 
 }  // namespace NFT_ISA
 }  // namespace nft

@@ -12,6 +12,7 @@
   void layer_norm_modulate_gradient(const LayerNormGradientArgs&); \
   void qk_norm(const QkNormArgs&);                                 \
   void gelu(const GeluArgs&);                                      \
+  void group_norm_silu(const GroupNormArgs&);                      \
   void attention(const AttentionArgs&);                            \
   void attention_gradient(const AttentionArgs&);                   \
   }

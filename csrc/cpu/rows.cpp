@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <type_traits>
 #include <utility>
@@ -339,13 +338,6 @@ T exponent(T x) {
 }
 
 template <typename T>
-T gelu_one(T x) {
-  const T z = exponent(x);
-  // Where exp of floats is clamped it has to become infinite: x itself has no bound.
-  return x / (1 + (sizeof(T) == 4 && z > 88 ? std::numeric_limits<T>::infinity() : exponential(z)));
-}
-
-template <typename T>
 T gelu_slope(T x) {
   // Beyond, it is 0 or 1 to the last bit, and infinities would meet zeros.
   x = x < -20 ? -20 : x > 20 ? 20 : x;
@@ -368,7 +360,7 @@ void activate(const GeluArgs& a) {
       if (const T* grad = load<T, T>(a.grad, 0, start, count, scratch[2]))
         each(count, [&](int64_t k) { out[k] = grad[k] * gelu_slope(x[k]); });
       else
-        each(count, [&](int64_t k) { out[k] = gelu_one(x[k]); });
+        each(count, [&](int64_t k) { out[k] = damped(x[k], exponent(x[k])); });
       store(a.out, 0, start, count, out);
     }
   }

@@ -288,6 +288,23 @@ def gelu(x: Tensor, grad: Tensor | None, out: Tensor) -> None:
     )
 
 
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, groups: int, eps: float) -> None:
+    """Write silu(group_norm(x)) of pictures (B, H, W, C), which are dense."""
+    elements, channels = x.numel() // x.shape[0], x.shape[3]
+    _C.group_norm_silu(
+        isa(),
+        _describe(x),
+        _per_sample(weight),
+        _per_sample(bias),
+        _describe(out),
+        x.shape[0],
+        elements,
+        channels,
+        groups,
+        eps,
+    )
+
+
 def _heads(x: Tensor) -> tuple[Any, ...]:
     """A (B, S, H, d) tensor as the attention takes it."""
     return x.data_ptr(), _CODES[x.dtype], x.stride(0), list(x.shape[1:]), list(x.stride()[1:])

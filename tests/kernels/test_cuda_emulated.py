@@ -56,6 +56,7 @@ def module(tmp_path_factory):
         "bindings": [CSRC / "bindings.cpp", '-DNFT_CUDA_ARCHS="emulated"'],
         "cpu": [CSRC / "cpu" / "kernels.cpp", "-DNFT_ISA=baseline"],
         "cpu_rows": [CSRC / "cpu" / "rows.cpp", "-DNFT_ISA=baseline"],
+        "cpu_group_norm": [CSRC / "cpu" / "group_norm.cpp", "-DNFT_ISA=baseline"],
         "cpu_attention": [CSRC / "cpu" / "attention.cpp", "-DNFT_ISA=baseline"],
         "cpu_solver": [CSRC / "cpu" / "solver.cpp", "-DNFT_ISA=baseline"],
     }
