@@ -24,6 +24,7 @@ from nft.config import load_config
 from nft.policy import Policy
 from nft.trainer import Trainer
 from nft_kernels.bench import provenance
+from nft_kernels.models.vae import restore
 
 
 class PlainPolicy(Policy):
@@ -56,6 +57,7 @@ def main() -> None:
             taken[name] = {"rollout": [], "training": []}
         plain = trainers["plain"].policy
         plain.__class__ = PlainPolicy
+        restore(plain.pipeline.vae)
         for epoch in range(options.epochs + 1):
             for name, trainer in trainers.items():
                 os.environ["NFT_KERNELS_BACKEND"] = "reference" if name == "plain" else "auto"

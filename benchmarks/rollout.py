@@ -20,6 +20,7 @@ from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft.worlds.shapes.prompts import sample
 from nft_kernels.bench import provenance
+from nft_kernels.models.vae import restore
 
 
 def main() -> None:
@@ -40,6 +41,7 @@ def main() -> None:
                 parameter.add_(change)
     entries = sample(held_out=True, per_group=options.pictures)
     prompts = [entries[i % len(entries)]["prompt"] for i in range(options.pictures)]
+    restore(official.pipeline.vae)
     pipeline, seeds = official.pipeline, list(range(options.pictures))
     grid = times(options.steps, **policy.schedule)
 

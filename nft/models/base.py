@@ -14,6 +14,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from nft_kernels.models.vae import accelerate
+
 # The eight attention projections of the joint attention, as in DiffusionNFT's appendix (arXiv 2509.16117).
 JOINT_ATTENTION = [
     f"attn.{name}"
@@ -50,6 +52,7 @@ class Model(ABC):
             self.pipeline.vae.to(memory_format=torch.channels_last)
             # Beyond the size that it was trained on, a picture is decoded in overlapping tiles.
             self.pipeline.vae.enable_tiling()
+            accelerate(self.pipeline.vae)
 
     @classmethod
     def outline(cls, settings: Mapping[str, Any], dtype: torch.dtype, **pipeline: Any) -> Model:
