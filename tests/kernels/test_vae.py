@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("diffusers")
-from diffusers import AutoencoderKL  # noqa: E402
+from diffusers import AutoencoderKL
 
-from nft_kernels.models.vae import accelerate, restore  # noqa: E402
+from nft_kernels.models.vae import accelerate, restore
 
 CHANNELS, GROUPS = (16, 24, 32), 8
 
