@@ -17,6 +17,7 @@ from .ops.add_noise import add_noise
 from .ops.attention import attention
 from .ops.attention import why_not as no_attention
 from .ops.gelu import gelu
+from .ops.group_norm_silu import group_norm_silu
 from .ops.layer_norm_modulate import layer_norm_modulate
 from .ops.nft_loss import nft_loss
 from .ops.qk_norm import qk_norm
@@ -211,6 +212,16 @@ def _check_attention(backend: str, dtype: torch.dtype, device: str) -> Compariso
     return max(results, key=lambda c: c.error / c.bound)
 
 
+def _check_group_norm(backend: str, dtype: torch.dtype, device: str) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((3, 16, 33, 31), (16,), (16,))]
+
+    def run(backend: str, wide: bool) -> Tensor:
+        return group_norm_silu(*(x.double() if wide else x for x in tensors), groups=8, eps=1e-6, backend=backend)
+
+    return _compare("y", run(backend, False), run("reference", False), run("reference", True))
+
+
 _CHECKS: dict[str, Check] = {
     "add_noise": _check_noise,
     "nft_loss": _check_loss,
@@ -228,11 +239,13 @@ _CHECKS: dict[str, Check] = {
     ),
     "quantize_rows": _check_quantize,
     "attention": _check_attention,
+    "group_norm_silu": _check_group_norm,
 }
 # Without kernels for a backend and a kind of device.
 _MISSING = {
     "gelu": (("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
     "attention": (("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
+    "group_norm_silu": (("native", "cuda"), ("triton", "cpu"), ("triton", "cuda")),
     "layer_norm_modulate": (("native", "cuda"),),
     "qk_norm": (("native", "cuda"),),
     "quantize_rows": (("native", "cpu"), ("native", "cuda")),

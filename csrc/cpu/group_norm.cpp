@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "exp.h"
@@ -109,7 +110,8 @@ void measure(const GroupNormArgs& a, const Cut& cut, int64_t b, int64_t part, Mo
 // Of channels that are normalized and weighted to (x - centre) scale + rest, for every element of a line.
 template <typename T>
 struct Normalization {
-  explicit Normalization(int64_t line) : data(new T[3 * line]), centre(data.get()), scale(centre + line), rest(scale + line) {}
+  explicit Normalization(int64_t line)
+      : data(new T[3 * line]), centre(data.get()), scale(centre + line), rest(scale + line) {}
   std::unique_ptr<T[]> data;
   T *centre, *scale, *rest;
 };

@@ -12,5 +12,5 @@ from . import compute_dtype
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
     """silu(group_norm(x)) of pictures (B, C, H, W) with (C,) ``weight`` and ``bias``, in channels_last memory."""
     dtype = compute_dtype(x)
-    normed = F.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
+    normed = torch.group_norm(x.to(dtype), groups, weight.to(dtype), bias.to(dtype), eps)
     return F.silu(normed).to(x.dtype).contiguous(memory_format=torch.channels_last)
