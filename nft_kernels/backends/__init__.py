@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 
@@ -29,6 +30,9 @@ def load(backend: str) -> ModuleType:
 def why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func see into plain PyTorch only"
+    # Without autograd, as under no_grad, a tangent would be lost and nothing said.
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives see into plain PyTorch only"
     if tensors[0].ndim > MAX_DIMS:
         return f"kernels take at most {MAX_DIMS} dimensions"
     return load(backend).why_not(tensors)

@@ -228,6 +228,15 @@ def test_transforms_of_functions_take_the_reference():
         torch.func.vmap(lambda *x: attention(*(y[None] for y in x), backend="native"))(*tensors)
 
 
+def test_forward_mode_derivatives_are_not_lost_without_gradients():
+    q, k, v = inputs((2, 5, 2, 8))[:3]
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(v, torch.ones_like(v))
+        tangent = torch.autograd.forward_ad.unpack_dual(attention(q, k, dual)).tangent
+    # It is linear in the values.
+    torch.testing.assert_close(tangent, attention(q, k, torch.ones_like(v)))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -130,6 +130,22 @@ def test_functional_gradient():
         torch.func.grad(lambda v: nft_loss(v, v_old, x_t, x0, t, r, backend="native").loss)(x0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_forward_mode_derivatives(reduction, enabled):
+    x_t, x0, v_old, t, r = batch()
+    v, direction = 0.9 * v_old, torch.ones_like(v_old)
+    leaf = v.clone().requires_grad_()
+    nft_loss(leaf, v_old, x_t, x0, t, r, reduction=reduction).loss.sum().backward()
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(enabled):
+        dual = torch.autograd.forward_ad.make_dual(v, direction)
+        loss = nft_loss(dual, v_old, x_t, x0, t, r, reduction=reduction).loss.sum()
+        tangent = torch.autograd.forward_ad.unpack_dual(loss).tangent
+        with pytest.raises(RuntimeError, match="'native' cannot run: forward-mode"):
+            nft_loss(dual, v_old, x_t, x0, t, r, reduction=reduction, backend="native")
+    torch.testing.assert_close(tangent, leaf.grad.sum())
+
+
 def test_a_map_over_batches():
     x_t, x0, v_old, t, r = batch()
     stacked = [torch.stack([x, 0.5 * x]) for x in (0.9 * v_old, v_old, x_t, x0, t, r)]
