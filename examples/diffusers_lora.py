@@ -47,7 +47,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    pipe = StableDiffusion3Pipeline.from_pretrained(options.model, torch_dtype=dtype).to(options.device)
+    pipe = StableDiffusion3Pipeline.from_pretrained(options.model, dtype=dtype).to(options.device)
     pipe.set_progress_bar_config(disable=True)
     model, vae = pipe.transformer, pipe.vae
     model.requires_grad_(False)

@@ -42,7 +42,7 @@ class Model(ABC):
         Raises:
             OSError: weights that are neither on disk nor reachable.
         """
-        self.pipeline = self.pipeline_class.from_pretrained(source, torch_dtype=dtype)
+        self.pipeline = self.pipeline_class.from_pretrained(source, dtype=dtype)
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer
         for component in self.pipeline.components.values():
