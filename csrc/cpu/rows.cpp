@@ -123,7 +123,9 @@ Normalization<T> normalization(const T* x, int64_t width, double eps) {
     sum += centred;
     square = fused(centred, centred, square);
   });
-  const double shift = left * share, inverse = 1 / std::sqrt(squares * share - shift * shift + eps);
+  // Rounding may leave less than nothing where all elements are the same; a NaN stays one.
+  const double shift = left * share, variance = std::max(squares * share - shift * shift, 0.0);
+  const double inverse = 1 / std::sqrt(variance + eps);
   return {mean, static_cast<T>(inverse), static_cast<T>(-shift * inverse)};
 }
 

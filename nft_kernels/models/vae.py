@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -80,9 +80,10 @@ def accelerate(vae: AutoencoderKL) -> None:
     """
     if not isinstance(vae, AutoencoderKL):
         raise TypeError(f"vae: got {type(vae).__name__}, accepted is diffusers' AutoencoderKL")
-    if "forward" in vars(vae.decoder):
+    decoder: Any = vae.get_submodule("decoder")
+    if "forward" in vars(decoder):
         raise ValueError("vae: its decoder's forward was already replaced, by accelerate or by hooks; restore it first")
-    vae.decoder.forward = MethodType(_forward, vae.decoder)
+    decoder.forward = MethodType(_forward, decoder)
 
 
 def restore(vae: AutoencoderKL) -> None:
@@ -91,6 +92,7 @@ def restore(vae: AutoencoderKL) -> None:
     Raises:
         ValueError: a VAE that is not accelerated.
     """
-    if getattr(vars(vae.decoder).get("forward"), "__func__", None) is not _forward:
+    decoder: Any = vae.get_submodule("decoder")
+    if getattr(vars(decoder).get("forward"), "__func__", None) is not _forward:
         raise ValueError("vae: got one that is not accelerated")
-    del vae.decoder.forward
+    del decoder.forward

@@ -114,3 +114,10 @@ def test_rows_far_from_zero(dtype):
     exact = run("reference", *(y.double() for y in (x, scale, shift)))
     got, plain = ((run(backend, x, scale, shift) - exact).abs().max() for backend in ("native", "reference"))
     assert got <= max(2 * plain, 4 * max(torch.finfo(dtype).eps, 1e-12) * exact.abs().max())
+
+
+def test_rows_of_one_large_value():
+    """Of their variance rounding leaves something, below zero as well."""
+    x = (1e12 * (1 + torch.rand(400, 1, 1))).expand(-1, 1, 2999).contiguous()
+    out = MODULES["layer_norm_modulate"].layer_norm_modulate(x, *torch.zeros(2, 400, 2999), backend="native")[1]
+    assert out.isfinite().all()
