@@ -136,7 +136,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     grad, *segments = ctx.saved_tensors
-    scale = grad_losses.to(grad.dtype)
+    # In its own dtype: rounded to half precision it would scale a whole sample by that much too much or too little.
+    scale = grad_losses
     if segments:
         scale = scale.repeat_interleave(segments[0].diff(), output_size=len(grad))
     return ((grad * scale.view(-1, *[1] * (grad.ndim - 1))).to(ctx.dtype), *[None] * (ctx.inputs - 1))

@@ -334,6 +334,21 @@ def test_backward_of_none_takes_a_gradient_per_sample_after_compilation():
     assert torch.equal(*grads) and grads[0][1].eq(0).all()
 
 
+def test_backward_of_none_in_half_precision_scales_by_the_gradients_themselves():
+    x, t, r = make((4, 16, 64))
+    x, t, r = [a.bfloat16() for a in x], t.float(), r.float()
+    # Nearly halfway between two numbers of bfloat16.
+    scale = 1.29296875 + torch.tensor([-2e-4, -1e-4, 1e-4, 2e-4])
+    grads = []
+    for backend, dtype in (("native", torch.bfloat16), ("reference", torch.float64)):
+        leaf = x[0].to(dtype).requires_grad_()
+        losses = nft_loss(leaf, *(a.to(dtype) for a in x[1:4]), t, r, reduction="none", backend=backend).loss
+        grads += torch.autograd.grad(losses, leaf, scale.to(losses.dtype))
+    got, expected = (grad.double().flatten(1) for grad in grads)
+    # Single elements are rounded to either side, a factor would show in all of them.
+    assert ((got * expected).sum(1) / expected.square().sum(1) - 1).abs().max() < 2**-11
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
