@@ -163,17 +163,21 @@ def _check_step(backend: str, dtype: torch.dtype, device: str) -> Comparison:
     return max(results, key=lambda c: c.error / c.bound)
 
 
-def _check_rows(op: Callable[..., tuple[Tensor, ...]], shapes: Sequence[tuple[int, ...]]) -> Check:
-    """Of an op on rows: all outputs, and the gradient of the first argument."""
+def _check_rows(
+    op: Callable[..., tuple[Tensor, ...]], shapes: Sequence[tuple[int, ...]], differentiated: int = 1
+) -> Check:
+    """Of an op of a transformer or decoder: all outputs, and the gradients of as many of its first arguments."""
 
     def check(backend: str, dtype: torch.dtype, device: str) -> Comparison:
         generator = torch.Generator().manual_seed(0)
         tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
         def run(backend: str, wide: bool) -> list[Tensor]:
-            x, *others = (y.double() if wide else y for y in tensors)
-            outs = op(x.requires_grad_(), *others, backend=backend)
-            return [*outs, *torch.autograd.grad(torch.stack([out.sin().sum() for out in outs]).sum(), x)]
+            args = [x.double() if wide else x.clone() for x in tensors]
+            leaves = [x.requires_grad_() for x in args[:differentiated]]
+            outs = op(*args, backend=backend)
+            total = torch.stack([out.sin().sum() for out in outs]).sum()
+            return [*outs, *(torch.autograd.grad(total, leaves) if leaves else ())]
 
         triples = zip(run(backend, False), run("reference", False), run("reference", True), strict=True)
         results = [_compare("row", got.detach(), plain.detach(), exact.detach()) for got, plain, exact in triples]
@@ -197,31 +201,6 @@ def _check_quantize(backend: str, dtype: torch.dtype, device: str) -> Comparison
     return max(results, key=lambda c: c.error / c.bound)
 
 
-def _check_attention(backend: str, dtype: torch.dtype, device: str) -> Comparison:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(3, 37, 2, 20, generator=generator).to(device, dtype) for _ in range(4)]
-
-    def run(backend: str, wide: bool) -> list[Tensor]:
-        *qkv, grad = (x.double() if wide else x for x in tensors)
-        leaves = [x.detach().requires_grad_() for x in qkv]
-        out = attention(*leaves, backend=backend)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-    triples = zip(run(backend, False), run("reference", False), run("reference", True), strict=True)
-    results = [_compare(name, *triple) for name, triple in zip(("out", "q", "k", "v"), triples, strict=True)]
-    return max(results, key=lambda c: c.error / c.bound)
-
-
-def _check_group_norm(backend: str, dtype: torch.dtype, device: str) -> Comparison:
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in ((3, 16, 33, 31), (16,), (16,))]
-
-    def run(backend: str, wide: bool) -> Tensor:
-        return group_norm_silu(*(x.double() if wide else x for x in tensors), groups=8, eps=1e-6, backend=backend)
-
-    return _compare("y", run(backend, False), run("reference", False), run("reference", True))
-
-
 _CHECKS: dict[str, Check] = {
     "add_noise": _check_noise,
     "nft_loss": _check_loss,
@@ -238,8 +217,14 @@ _CHECKS: dict[str, Check] = {
         [*[(2, 7, 3, 32)] * 2, *[(32,)] * 2, *[(2, 5, 3, 32)] * 2, *[(32,)] * 2, (2, 7, 3, 32), (2, 5, 3, 32)],
     ),
     "quantize_rows": _check_quantize,
-    "attention": _check_attention,
-    "group_norm_silu": _check_group_norm,
+    "attention": _check_rows(
+        lambda q, k, v, backend: (attention(q, k, v, backend=backend),), [(3, 37, 2, 20)] * 3, differentiated=3
+    ),
+    "group_norm_silu": _check_rows(
+        lambda x, weight, bias, backend: (group_norm_silu(x, weight, bias, groups=8, eps=1e-6, backend=backend),),
+        [(3, 16, 33, 31), (16,), (16,)],
+        differentiated=0,
+    ),
 }
 # Without kernels for a backend and a kind of device.
 _MISSING = {
