@@ -64,7 +64,7 @@ class Config(BaseModel):
     task: Literal["shapes", "geneval", "rewards"] = "shapes"
     """``rewards`` scores with ``rewards`` on the prompts of ``prompts``; the others bring both."""
     prompts: str | None = Field(None, min_length=1)
-    """For the task ``rewards``: ``shapes``, ``geneval``, ``ocr``, or a .txt or .jsonl file."""
+    """For the task ``rewards``: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a .txt or .jsonl file."""
     held_out_prompts: str | None = Field(None, min_length=1)
     """The same to evaluate on; by default of the same set, and beside a file it must be given."""
     rewards: dict[str, Any] = {}

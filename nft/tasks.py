@@ -119,7 +119,7 @@ class Rewards(Task):
         Args:
             device: of rewards that use one and whose spec names none.
             rewards: by the name they are logged under; the first one's score is reported, or its detail ``strict``.
-            train: prompts to train on: ``shapes``, ``geneval``, ``ocr``, or a .txt or .jsonl file.
+            train: prompts to train on: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a .txt or .jsonl file.
             held_out: prompts to report on, of the same kinds; by default the set's own, and needed beside a file.
             method: how several rewards become one, see ``nft.rewards.combine.combine``.
             max_pending: batches whose scoring is under way before ``submit`` waits.
