@@ -238,8 +238,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     if c.cuda_graphs:
         # Every kind of evaluation keeps its own.
         kinds = [OBJECTIVES[c.objective].needs_old, c.kl_weight > 0]
-        others = sum(kinds) * _measure(model, c, c.micro_batch, train=False).peak
-        memory["activations"] = step.peak + merged.peak + others
+        untrained = sum(kinds) * _measure(model, c, c.micro_batch, train=False).peak
+        memory["activations"] = step.peak + merged.peak + untrained
     if parts > 1:
         # A block, the one after it that is fetched meanwhile, and what is outside of them.
         memory["weights put together"] = (parameters - sum(blocks) + 2 * max(blocks)) * size
