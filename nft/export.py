@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from .checkpoint import check_folder, reading
-from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, read_lora
+from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
@@ -28,10 +28,11 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     folder = find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
-    layers, settings = read_lora(folder)
     # The file's format is the same for every pipeline with a ``transformer``.
     StableDiffusion3Pipeline.save_lora_weights(
-        output, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings
+        output,
+        transformer_lora_layers=lora_weights(folder),
+        transformer_lora_adapter_metadata=lora_settings(folder),
     )
 
 

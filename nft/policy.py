@@ -73,20 +73,28 @@ def find_weights(folder: Path, kind: str = "ema") -> Path:
     )
 
 
-def read_lora(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a LoRA in PEFT's format, and its settings.
+def lora_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a LoRA in PEFT's format.
 
     Raises:
         OSError: a file that is missing.
         ValueError: a file that is damaged.
     """
     with reading(folder / ADAPTER, "checkpoint"):
-        weights = load_file(folder / ADAPTER)
+        return load_file(folder / ADAPTER)
+
+
+def lora_settings(folder: Path) -> dict[str, Any]:
+    """The settings of a LoRA in PEFT's format, with ``r`` and ``lora_alpha``.
+
+    Raises:
+        OSError, ValueError: as of ``lora_weights``.
+    """
     with reading(path := folder / "adapter_config.json", "checkpoint"):
         settings = json.loads(path.read_text())
         if not (isinstance(settings["r"], int) and isinstance(settings["lora_alpha"], int | float)):
             raise TypeError("r and lora_alpha are no numbers")
-    return weights, settings
+        return settings
 
 
 def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:
@@ -331,7 +339,7 @@ class Policy:
             OSError, ValueError: files that are missing or damaged, or an adapter of other layers, or of layers of
                 another size.
         """
-        state, _ = read_lora(folder)
+        state = lora_weights(folder)
         shapes = {name: weight.shape for name, weight in state.items()}
         check_fit(folder / ADAPTER, shapes, get_peft_model_state_dict(self.transformer, adapter_name=adapter))
         set_peft_model_state_dict(self.transformer, state, adapter_name=adapter)
