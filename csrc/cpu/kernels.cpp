@@ -185,9 +185,8 @@ void reduce(const LossArgs& a) {
   const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
   double sum = 0;
   for (int64_t b = 0; b < a.batch; ++b)
-    sum += (static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b])) *
-           (a.outer.data ? value(a.outer, b) : 1.0);
-  *static_cast<T*>(a.loss) = static_cast<T>(a.outer.data ? sum : sum / static_cast<double>(a.batch));
+    sum += (static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b])) * value(a.outer, b);
+  *static_cast<T*>(a.loss) = static_cast<T>(sum);
 }
 
 // A sample's gradient is written in the same visit that sums its errors, while it is still in cache. Every thread has as
