@@ -159,30 +159,42 @@ void activate(const GroupNormArgs& a, const Cut& cut, int64_t b, int64_t part, c
   });
 }
 
+// Threads share parts only outside of a parallel region: within one, even of a single thread, OpenMP's runtime would
+// start new threads at every call.
+template <typename F>
+void each_part(const Cut& cut, bool shared, F body) {
+#pragma omp parallel for schedule(static) if (shared)
+  for (int64_t part = 0; part < cut.parts; ++part) body(part);
+}
+
+template <typename T>
+void normalize(const GroupNormArgs& a, const Cut& cut, int64_t b, bool shared) {
+  const int64_t size = 2 * a.channels;
+  std::vector<double> moments(cut.parts * size);
+  auto pixels = [&](int64_t part) {
+    return static_cast<double>((std::min((part + 1) * cut.part, a.elements) - part * cut.part) / a.channels);
+  };
+  each_part(cut, shared,
+            [&](int64_t part) { measure<T>(a, cut, b, part, Moments(&moments[part * size], a.channels)); });
+  Moments all(moments.data(), a.channels);
+  all.count = pixels(0);
+  for (int64_t part = 1; part < cut.parts; ++part) {
+    const Moments other(&moments[part * size], a.channels);
+    all.add(pixels(part), a.channels, [&](int64_t c) { return std::pair(other.mean[c], other.squares[c]); });
+  }
+  const Normalization<T> normed = normalization<T>(a, cut, all);
+  each_part(cut, shared, [&](int64_t part) { activate(a, cut, b, part, normed); });
+}
+
 template <typename T>
 void run(const GroupNormArgs& a) {
   const Cut cut(a);
-  const bool whole = a.batch >= omp_get_max_threads();
-  const int64_t size = 2 * a.channels;
-#pragma omp parallel for schedule(static) if (whole && a.batch * a.elements >= kParallel)
-  for (int64_t b = 0; b < a.batch; ++b) {
-    std::vector<double> moments(cut.parts * size);
-    auto pixels = [&](int64_t part) {
-      return static_cast<double>((std::min((part + 1) * cut.part, a.elements) - part * cut.part) / a.channels);
-    };
-#pragma omp parallel for schedule(static) if (!whole && a.elements >= kParallel)
-    for (int64_t part = 0; part < cut.parts; ++part)
-      measure<T>(a, cut, b, part, Moments(&moments[part * size], a.channels));
-    Moments all(moments.data(), a.channels);
-    all.count = pixels(0);
-    for (int64_t part = 1; part < cut.parts; ++part) {
-      const Moments other(&moments[part * size], a.channels);
-      all.add(pixels(part), a.channels, [&](int64_t c) { return std::pair(other.mean[c], other.squares[c]); });
-    }
-    const Normalization<T> normed = normalization<T>(a, cut, all);
-#pragma omp parallel for schedule(static) if (!whole && a.elements >= kParallel)
-    for (int64_t part = 0; part < cut.parts; ++part) activate(a, cut, b, part, normed);
+  if (a.batch < omp_get_max_threads()) {
+    for (int64_t b = 0; b < a.batch; ++b) normalize<T>(a, cut, b, a.elements >= kParallel);
+    return;
   }
+#pragma omp parallel for schedule(static) if (a.batch * a.elements >= kParallel)
+  for (int64_t b = 0; b < a.batch; ++b) normalize<T>(a, cut, b, false);
 }
 
 }  // namespace

@@ -159,7 +159,7 @@ def test_every_element_is_written_and_nothing_around(shape, groups, dtype, monke
 
 
 @compiled
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 16, 64, 64), (2, 32, 200, 70), (5, 32, 8, 8)], ids=str)
 def test_bits_depend_neither_on_threads_nor_on_the_batch(shape, dtype):
     x, weight, bias = inputs(shape, dtype)
