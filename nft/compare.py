@@ -11,7 +11,6 @@ import json
 import math
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
 from .objectives import unread
 from .plan import evaluations
+from .rewards.pool import end_with_parent
 from .statistics import holm
 
 COSTS = {
@@ -233,15 +233,8 @@ def _start_worker(threads: int) -> None:
 
     quieten_libraries()
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        """End with a command that was killed: another may go on in the same folder."""
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    # With a command that was killed: another may go on in the same folder.
+    end_with_parent()
 
 
 def _run_all(runs: Sequence[Run], jobs: int, on_run: Callable[[int, int], None]) -> None:

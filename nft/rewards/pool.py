@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Mapping
@@ -11,7 +13,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache, partial
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -52,6 +53,24 @@ class RewardSpec:
             raise ValueError(f"workers: got {self.workers}, accepted are positive numbers")
 
 
+def end_with_parent() -> None:
+    """Have this process end with the one that started it, even if that is killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _start_worker() -> None:
+    # Ctrl-C is the caller's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
+
+
 @cache
 def _in_this_process(name: str, options: str) -> Reward:
     torch.set_num_threads(1)
@@ -82,10 +101,9 @@ class _Processes:
             raise
 
     def _start(self) -> ProcessPoolExecutor:
-        # Forking a process that has threads and CUDA is not safe; Ctrl-C is the caller's to handle.
-        ignore = (signal.SIGINT, signal.SIG_IGN)
-        context = get_context("spawn")
-        return ProcessPoolExecutor(self.spec.workers, mp_context=context, initializer=signal.signal, initargs=ignore)
+        # Forking a process that has threads and CUDA is not safe.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self.spec.workers, mp_context=context, initializer=_start_worker)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         for _ in range(_TRIES):

@@ -516,6 +516,37 @@ def test_a_process_that_keeps_dying_is_named(tmp_path, monkeypatch):
             scorer.gather()
 
 
+def test_processes_end_with_a_run_that_is_killed(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text("""
+import multiprocessing, time
+from nft.rewards.pool import RewardSpec, Scorer
+
+if __name__ == "__main__":
+    with Scorer({"r": RewardSpec("jpeg", workers=2)}):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(100)
+""")
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+    ) as run:
+        workers = run.stdout.readline().split()
+        run.kill()
+
+    def alive(pid):
+        try:
+            # One that has ended and that nobody has waited for has no command.
+            return Path(f"/proc/{int(pid)}/cmdline").read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    end = time.monotonic() + 20
+    while any(map(alive, workers)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert len(workers) == 2 and not any(map(alive, workers))
+
+
 # --- beside sampling ---
 
 
