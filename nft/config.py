@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect
+from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
@@ -57,7 +58,7 @@ class ConfigError(ValueError, TypeError):
 class Config(BaseModel):
     """All settings of a run. Defaults are those of the shapes world."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     pipeline: str = Field("shapes", min_length=1)
     """Hub name or folder of a pipeline of a class in ``nft.models``; ``shapes`` is the bundled one."""
@@ -167,6 +168,17 @@ class Config(BaseModel):
     """For how many optimizer steps the loss is compared with the float64 reference; 0 turns it off."""
 
     _stages: list[Config] = PrivateAttr([])
+
+    def __init__(self, **values: Any) -> None:
+        """Check all settings, and how they fit together.
+
+        Raises:
+            ConfigError: an unknown key, or a value that cannot be used.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_problems(error)) from None
 
     @property
     def pictures(self) -> int:
@@ -449,7 +461,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(name: str, beside: Path, seen: tuple[Path, ...] = (), key: str = "config") -> dict[str, Any]:
     """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
     path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
     if not os.path.isfile(path):  # which is false, too, for a name that no file can have
@@ -458,7 +470,7 @@ def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any
         missing = "but there is no such file; " if path.parent != _BUNDLED else ""
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"config: got {name!r}, {missing}{hint}accepted are {', '.join(known)} or the path of a YAML file"
+            f"{key}: got {name!r}, {missing}{hint}accepted are {', '.join(known)} or the path of a YAML file"
         )
     if path.resolve() in seen:
         raise ConfigError(f"base: {path.name} is its own base")
@@ -469,7 +481,7 @@ def _read(name: str, beside: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any
         raise ConfigError(f"base: got {bases!r}, accepted is the name of a configuration or a list of names")
     inherited: dict[str, Any] = {}
     for base in bases:
-        inherited |= _read(base, path.parent, (*seen, path.resolve()))
+        inherited |= _read(base, path.parent, (*seen, path.resolve()), f"base of {path}")
     return inherited | values
 
 
@@ -495,23 +507,24 @@ def _index(part: str) -> int:
     return int(part)
 
 
+def _problems(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(map(str, problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            lines.append(registry.unknown(key, Config.model_fields, "`nft config show` lists the known ones"))
+        elif problem["type"] == "value_error":
+            lines.append(str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{key}: got {problem['input']!r}, {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(lines)
+
+
 def _validated(values: dict[str, Any]) -> Config:
-    try:
-        return Config(**{str(key): value for key, value in values.items()})
-    except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            key = ".".join(map(str, problem["loc"]))
-            if problem["type"] == "extra_forbidden":
-                lines.append(registry.unknown(key, Config.model_fields, "`nft config show` lists the known ones"))
-            elif problem["type"] == "value_error":
-                lines.append(str(problem["ctx"]["error"]))
-            else:
-                lines.append(f"{key}: got {problem['input']!r}, {problem['msg'][0].lower()}{problem['msg'][1:]}")
-        raise ConfigError("; ".join(lines)) from None
+    return Config(**{str(key): value for key, value in values.items()})
 
 
-def load_config(name: str, overrides: list[str] | None = None) -> Config:
+def load_config(name: str | Path, overrides: Sequence[str] | None = None) -> Config:
     """Read a configuration.
 
     Args:
@@ -522,7 +535,11 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
     Raises:
         ConfigError: a file that is missing, empty or no YAML mapping, an unknown key, or a value that cannot be used.
     """
-    values = _read(name, Path())
+    if not isinstance(name, str | Path):
+        raise ConfigError(f"config: got {name!r}, accepted is the name of a configuration or the path of a YAML file")
+    if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides or []):
+        raise ConfigError(f"overrides: got {overrides!r}, accepted is a list of key=value texts")
+    values = _read(str(name), Path())
     for item in overrides or []:
         _override(values, item)
     return _validated(values)

@@ -75,6 +75,26 @@ def test_bases_are_read_first_and_may_be_files_beside(tmp_path):
     assert "its own base" in refused(tmp_path / "loop.yaml")
 
 
+def test_a_base_that_is_missing_is_named_with_the_file_that_asks_for_it(tmp_path):
+    (tmp_path / "run.yaml").write_text("base: nope\n")
+    assert refused(tmp_path / "run.yaml").startswith(f"base of {tmp_path / 'run.yaml'}: got 'nope'")
+
+
+def test_a_library_gets_the_same_errors(tmp_path):
+    (tmp_path / "run.yaml").write_text("epochs: 3\n")
+    config = load_config(tmp_path / "run.yaml", ("seed=1",))
+    assert (config.epochs, config.seed) == (3, 1)
+    for name, overrides in ((None, None), (3, None), ("shapes", "epochs=3"), ("shapes", [3])):
+        with pytest.raises(ConfigError, match=r"got .*, accepted is"):
+            load_config(name, overrides)
+    with pytest.raises(ConfigError, match=r"^epoch: unknown key, did you mean epochs\?$"):
+        Config(epoch=3)
+    with pytest.raises(ConfigError, match=r"^group_size: got 1, "):
+        Config(group_size=1)
+    with pytest.raises(ValueError, match="frozen"):
+        config.epochs = "ten"
+
+
 def test_dotted_overrides_reach_nested_values():
     config = load_config("sd35_pickscore", ["rewards.hpsv2=0.5", "rollout_solver=ddim", "rollout_options.eta=5e-1"])
     assert config.rewards == {"pickscore": 1.0, "hpsv2": 0.5} and config.rollout_options == {"eta": 0.5}
@@ -333,7 +353,7 @@ def test_a_file_may_merge_what_it_has_named(tmp_path):
         ("epochs: [3\n", "is not YAML"),
         ("3: 4\n", "3: unknown key"),
         ("base: 3\n", "base: got 3"),
-        ("base: shape\n", "config: got 'shape', did you mean shapes?"),
+        ("base: shape\n", "got 'shape', did you mean shapes?"),
         ("a: !!python/object/apply:os.system ['true']\n", "is not YAML"),
     ],
 )
