@@ -52,7 +52,7 @@ def read_metrics(folder: Path, *, required: bool = True) -> list[dict[str, Any]]
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
             values = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if not line.endswith("\n"):
                 break
             values = None
@@ -83,13 +83,18 @@ def _flush(path: Path) -> None:
 
 
 def check_folder(output: Path) -> None:
-    """Whether a folder can be written to.
+    """Whether a folder can be written to, or made.
 
     Raises:
-        FileExistsError: it is a file.
+        FileExistsError: it is a file, or lies in one.
+        PermissionError: it cannot be written to, or made.
     """
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output: {output} is a file; give a folder")
+    there = next(folder for folder in (output, *output.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        within = "" if there == output else f" lies in {there}, which"
+        raise FileExistsError(f"output: {output}{within} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output: {output} cannot be written to; give another folder")
 
 
 def beside(path: Path) -> Path:
@@ -99,11 +104,19 @@ def beside(path: Path) -> Path:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that is, at any moment, the old one or the new one."""
+    """Write a file that is, at any moment, the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk, and is the old one.
+    """
     fresh = beside(path)
-    fresh.write_text(text)
-    _flush(fresh)
-    fresh.replace(path)
+    try:
+        fresh.write_text(text)
+        _flush(fresh)
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
 
 
 def write(folder: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> None:
@@ -153,7 +166,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         about = json.loads((folder / MANIFEST).read_text())
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"
         ) from None
@@ -181,8 +194,9 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def existing(parent: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(path for path in parent.glob("epoch-*") if (path / MANIFEST).is_file())
+    """The checkpoints of a run, oldest first. One without its manifest is damaged; a copy of another name is none."""
+    numbered = (path for path in parent.glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal())
+    return sorted(path for path in numbered if path.is_dir())
 
 
 def best(parent: Path) -> Path | None:

@@ -217,6 +217,41 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(p.name for p in parent.iterdir()) == ["epoch-000004", "epoch-000006", "epoch-000007"]
 
 
+def test_a_copy_of_a_checkpoint_is_none_and_stays_and_one_without_its_manifest_is_damaged(tmp_path):
+    for epoch in range(1, 5):
+        folder = tmp_path / f"epoch-{epoch:06d}"
+        checkpoint.write(folder, lambda f: (f / "weights").touch(), {"epoch": epoch, "score": None, "stage": 0})
+        if epoch == 1:
+            checkpoint.shutil.copytree(folder, tmp_path / "epoch-000001.bak")
+        checkpoint.prune(tmp_path, 2)
+    names = ["epoch-000003", "epoch-000004"]
+    assert [path.name for path in checkpoint.existing(tmp_path)] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-000001.bak", *names]
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"epoch-000004 has no readable manifest\.json.*delete"):
+        checkpoint.manifest(checkpoint.existing(tmp_path)[-1])
+
+
+def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    checkpoint.replace_text(tmp_path / "a", "old")
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    with pytest.raises(OSError, match=r"a could not be written: No space left"):
+        checkpoint.replace_text(tmp_path / "a", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_folder_within_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for name, message in (("file", "file is a file"), ("file/a/b", "which is a file")):
+        with pytest.raises(FileExistsError, match=f"^output: .*{message}"):
+            checkpoint.check_folder(tmp_path / name)
+    checkpoint.check_folder(tmp_path / "new" / "run")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture(scope="module")
 def finished(pipeline, tmp_path_factory):
     """A run of one epoch and its pipeline, and beside it what full fine-tuning leaves."""
