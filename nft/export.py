@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,6 +11,15 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from .checkpoint import check_folder, reading
 from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    # The libraries that write tensors wrap a full disk in errors of their own, without a common class.
+    except Exception as error:
+        raise OSError(f"output: {output} could not be written: {error}") from error
 
 
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
@@ -22,18 +33,19 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     Raises:
         FileExistsError: an output that is a file.
         FileNotFoundError: a source that holds no adapter.
+        OSError: an output that cannot be written to, as on a full disk.
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
     check_folder(output)
     folder = find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
+    layers, settings = lora_weights(folder), lora_settings(folder)
     # The file's format is the same for every pipeline with a ``transformer``.
-    StableDiffusion3Pipeline.save_lora_weights(
-        output,
-        transformer_lora_layers=lora_weights(folder),
-        transformer_lora_adapter_metadata=lora_settings(folder),
-    )
+    with _writing(output):
+        StableDiffusion3Pipeline.save_lora_weights(
+            output, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings
+        )
 
 
 def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema") -> None:
@@ -63,4 +75,5 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
             whole.load_lora_weights(lora)
         whole.fuse_lora(components=["transformer"])
         whole.unload_lora_weights()
-    whole.save_pretrained(output)
+    with _writing(output):
+        whole.save_pretrained(output)

@@ -9,6 +9,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusion3Pipeline
 from distributed_worker import Brightness
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from nft.cli import app
@@ -100,3 +101,13 @@ def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, messag
     names = {"RUN": str(trainer.folder), "PIPELINE": trainer.config.pipeline, "FILE": "file", "LORA": "lora"}
     result = CliRunner().invoke(app, ["export", *(names.get(argument, argument) for argument in arguments)])
     assert result.exit_code == 2 and message in result.output.replace("\n", "")
+
+
+def test_an_export_to_a_full_disk_is_named(trainer, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "save_lora_weights", full)
+    result = CliRunner().invoke(app, ["export", str(trainer.folder), str(tmp_path / "lora")])
+    text = " ".join(result.output.split())
+    assert result.exit_code == 2 and "lora could not be written: I/O error: No space left" in text, text
