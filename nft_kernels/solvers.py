@@ -95,7 +95,7 @@ def register(name: str) -> Callable[[Callable[..., SolverTable]], Callable[..., 
     return add
 
 
-def table(name: str, sigmas: Sequence[float], **options: Any) -> SolverTable:
+def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
     """Table of the solver ``name`` for falling times ``sigmas``.
 
     Args:

@@ -145,9 +145,9 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             _check(entry)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"prompts: {path}, line {number}: {error}") from None
         entries.append(entry)
     if not entries:
-        raise ValueError(f"{path}: got no prompts, accepted is one JSON object per line")
+        raise ValueError(f"prompts: {path}: got no prompts, accepted is one JSON object per line")
     return entries

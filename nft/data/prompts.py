@@ -48,7 +48,7 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
     for number, line in lines:
         try:
             entry = {"tag": path.stem, **json.loads(line)}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{key}: {path}, line {number}: {error}") from None
         for part in ("prompt", "tag"):
             text = entry.get(part)

@@ -128,7 +128,11 @@ def check(name: str, options: Mapping[str, Any] = _NONE, *, device: str | None =
             have or lacks.
         RewardError: packages that are not installed, with the command that installs them.
     """
-    kind, where = _kind(name), where or f"rewards.{name}"
+    try:
+        kind = _kind(name)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}" if where else str(error)) from error
+    where = where or f"rewards.{name}"
     missing = missing_packages(kind)
     if missing:
         raise RewardError(f"reward {name}: {', '.join(missing)} not installed: {install_hint(kind)}")
