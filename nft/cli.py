@@ -32,6 +32,11 @@ def _fail(error: Exception | str) -> typer.Exit:
     return typer.Exit(2)
 
 
+def _bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=_console)
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         """Run a command, and say what needs less where a GPU has not enough memory."""
@@ -109,9 +114,8 @@ def train(
         raise _fail(error) from None
     main = trainer.processes.main
     _console.quiet = not main
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     seen: dict[str, Any] = {}
-    with Progress(*columns, console=_console) as progress:
+    with _bars() as progress:
         bar = progress.add_task("evaluating", total=settings.epochs, completed=trainer.epoch)
 
         def on_epoch(metrics: dict[str, Any]) -> None:
@@ -143,7 +147,11 @@ def train(
             progress.stop()
             raise _fail(error) from None
     if main:
-        _console.print(f"report: {write_report(folder)}")
+        try:
+            page = write_report(folder)
+        except (OSError, ValueError) as error:
+            raise _fail(error) from None
+        _console.print(f"report: {page}")
 
 
 @_configs.command("show")
@@ -305,7 +313,7 @@ def sample(
         Path | None, typer.Option(help="run, checkpoint or folder of weights; none is the base")
     ] = None,
     solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
-    steps: Annotated[int, typer.Option(min=1)] = 20,
+    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="guide against the base, not the empty prompt")
@@ -330,11 +338,12 @@ def sample(
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         settings = load_config(config, override)
         quieten_libraries()
-        from nft_kernels.solvers import schedule, table
+        from nft_kernels.solvers import SOLVERS
 
         from .full import load_policy
 
-        table(solver, schedule(steps))
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: got {solver!r}, accepted are {', '.join(SOLVERS)}")
         if guidance is not None and not math.isfinite(guidance):
             raise ValueError(f"guidance: got {guidance}, accepted are finite numbers of at least 0")
         if seed + per_prompt > 2**63:
@@ -342,6 +351,7 @@ def sample(
         policy = load_policy(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
         raise _fail(error) from None
+    import torch
     from PIL import Image
 
     from .report import save_grid
@@ -354,12 +364,23 @@ def sample(
     weights = nullcontext() if reference else policy.merged("default")
     options: dict[str, Any] = {"guidance": guidance, "reference": reference}
     batch = min(settings.rollout_batch, len(entries))
-    with _console.status(f"drawing {len(entries)} pictures"), weights:
-        pictures = policy.decode(rollout(policy, entries, seeds, grid, solver, batch, **options)).cpu()
-    output.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture.numpy()).save(output / f"{i:04d}_seed{seeds[i]}.png")
-    save_grid(pictures, entries, output / "grid.png")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        pictures: list[Tensor] = []
+        with _bars() as progress, weights:
+            bar = progress.add_task("drawing", total=len(entries))
+            for start in range(0, len(entries), batch):
+                part = slice(start, start + batch)
+                x0 = rollout(policy, entries[part], seeds[part], grid, solver, batch, **options)
+                # What is drawn is kept, whatever ends the command.
+                for picture in policy.decode(x0).cpu():
+                    i = len(pictures)
+                    Image.fromarray(picture.numpy()).save(output / f"{i:04d}_seed{seeds[i]}.png")
+                    pictures.append(picture)
+                progress.update(bar, completed=len(pictures))
+        save_grid(torch.stack(pictures), entries, output / "grid.png")
+    except OSError as error:
+        raise _fail(error) from None
     _console.print(f"{len(entries)} pictures: {output}")
 
 
@@ -376,7 +397,7 @@ def pretrain(
 
     try:
         run(output, seed=seed, flow_steps=flow_steps, wrong_steps=wrong_steps, wrong_share=wrong_share)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _fail(error) from None
 
 

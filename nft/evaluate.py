@@ -138,6 +138,8 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
         settings = json.loads(path.read_text())
         if not isinstance(settings["subject"], str):
             raise TypeError
+    except OSError as error:
+        raise type(error)(f"{key}: {path} cannot be read: {error.strerror}; give the folder of an evaluation") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{key}: {path} is damaged, accepted is the folder of an evaluation") from None
     return settings

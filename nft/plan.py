@@ -186,8 +186,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         ConfigError: a transformer whose settings cannot be read.
         ValueError: no GPU, no speed, or a resolution that the transformer does not take.
     """
-    if gpus < 1 or not tflops > 0:
-        raise ValueError(f"gpus and tflops: got {gpus} and {tflops}, accepted are positive numbers")
+    if gpus < 1 or not 0 < tflops < math.inf:
+        raise ValueError(f"gpus and tflops: got {gpus} and {tflops}, accepted are finite numbers above 0")
     c, (model, others) = config.at(epoch), _outline(config)
     transformer, dtype = model.transformer, getattr(torch, c.dtype)
     check_resolution(c.resolution, model.unit, model.largest)

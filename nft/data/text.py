@@ -9,11 +9,13 @@ def read_text(path: Path, key: str) -> str:
     """The text of a file, which ``key`` is about.
 
     Raises:
-        OSError: no such file.
+        OSError: a file that cannot be read.
         ValueError: a file that is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise type(error)(f"{key}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{key}: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
 

@@ -55,7 +55,7 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
         target, separator, value = setting.partition("=")
         name, dot, key = target.rpartition(".")
         if not separator or not dot or name not in options:
-            raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(names)}")
+            raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(options)}")
         options[name][key] = _parse(value, f"--set {target}")
     return options
 

@@ -55,6 +55,22 @@ def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
         assert np.abs(alone - pixels(tmp_path / str(i) / "0000_seed1.png")).max() > 5
 
 
+def test_sample_keeps_what_it_has_drawn(pipeline, tmp_path, monkeypatch):
+    decode, calls = Policy.decode, []
+
+    def interrupted(policy, latents):
+        calls.append(len(latents))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(policy, latents)
+
+    monkeypatch.setattr(Policy, "decode", interrupted)
+    settings = ["--set", pipeline, "--set", "rollout_batch=2", "--steps", "1"]
+    result = run(app, ["sample", "a red circle", *settings, "--per-prompt", "6", "--output", str(tmp_path / "a")])
+    assert result.exit_code == 130 and calls == [2, 2, 2]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"000{i}_seed{i}.png" for i in range(4)]
+
+
 def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
     policy = Policy(load_config("shapes", [pipeline, "lora_rank=4"]))
     for parameter in policy.trained:
@@ -97,9 +113,9 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
     ("arguments", "message"),
     [
         ([], "prompts: got none"),
-        (["a", "--solver", "eulr"], "eulr"),
+        (["a", "--solver", "eulr"], "solver: got 'eulr', accepted are euler"),
         (["a", "--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
-        (["a", "--file", "/nowhere"], "/nowhere"),
+        (["a", "--file", "/nowhere"], "file: /nowhere cannot be read: No such file"),
         (["a", "--file", "latin.txt"], "file: latin.txt is not UTF-8"),
         (["a", "--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
         (["a", "--guidance", "inf"], "guidance: got inf, accepted are finite numbers"),
@@ -129,6 +145,27 @@ def test_an_adapter_of_another_model_is_named(pipeline, tmp_path):
         result = run(app, ["sample", "a red circle", "--set", pipeline, "--checkpoint", str(tmp_path)])
         assert result.exit_code == 2, result.output
         assert "does not fit the pipeline: 1 weights are missing, unknown or of another shape" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["file"], "output: file is a file; give a folder"),
+        (["file/a"], "output: file/a lies in "),
+        (["."], "output: . holds a pipeline already; give another folder"),
+        (["a", "--flow-steps", "0"], "flow_steps: got 0, accepted are positive numbers"),
+        (["a", "--wrong-steps", "-1"], "wrong_steps: got -1"),
+        (["a", "--wrong-share", "nan"], "wrong_share: got nan, accepted is 0 to 1"),
+        (["a", "--seed", "-1"], "seed: got -1, accepted are 0 to "),
+    ],
+)
+def test_pretrain_names_bad_input_before_any_work(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nft.worlds.shapes.pretrain.build_pipeline", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "model_index.json").touch()
+    result = run(app, ["pretrain", *arguments])
+    assert result.exit_code == 2 and f"error: {message}" in result.output, result.output
 
 
 def test_solvers_are_listed():
@@ -222,6 +259,14 @@ def test_pictures_and_reports_survive_odd_prompts_and_a_line_that_was_cut_off(tm
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line[:20]}")
     (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
     assert run(app, ["report", str(tmp_path)]).exit_code == 0
+
+
+def test_a_run_without_its_log_has_no_report(pipeline, tmp_path):
+    arguments = ["train", pipeline, *TINY, "epochs=1", "--output", str(tmp_path)]
+    assert run(app, arguments).exit_code == 0
+    (tmp_path / "metrics.jsonl").unlink()
+    result = run(app, ["train", "--output", str(tmp_path), "--resume"])
+    assert result.exit_code == 2 and "error: metrics: " in result.output, result.output
 
 
 def test_config_show_prints_a_file_that_trains_the_same(tmp_path):

@@ -18,6 +18,8 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from rich.progress import Progress
 
+from nft.checkpoint import check_folder
+
 from .prompts import GROUPS, split
 from .render import render
 from .tiny import TEXT_LENGTH, build_pipeline
@@ -152,7 +154,25 @@ def pretrain(
         wrong_steps: and then on partly wrong ones.
         batch: pictures per flow-matching step.
         wrong_share: share of pictures that carry another picture's caption in the second phase.
+
+    Raises:
+        OSError: an output that cannot be written to, or holds a pipeline already.
+        ValueError: a number that is out of range, named.
     """
+    check_folder(output)
+    if (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - 1}")
+    for key, count in (
+        ("pictures", pictures),
+        ("vae_steps", vae_steps),
+        ("flow_steps", flow_steps),
+        ("wrong_steps", wrong_steps),
+        ("batch", batch),
+    ):
+        if count < 1:
+            raise ValueError(f"{key}: got {count}, accepted are positive numbers")
     if not 0 <= wrong_share <= 1:
         raise ValueError(f"wrong_share: got {wrong_share}, accepted is 0 to 1")
     pipeline, rng = build_pipeline(seed), random.Random(seed)
