@@ -17,8 +17,6 @@ namespace nft {
 namespace NFT_ISA {
 namespace {
 
-// Elements below which waking other threads takes longer than the work.
-constexpr int64_t kParallel = 1 << 14;
 // Elements that are summed in the compute type: they are read twice, and stay in the first-level cache.
 constexpr int64_t kBlock = 4096;
 // Elements of a line at least, which is the pixels that are taken at a time: of few channels one would make short loops.
@@ -44,11 +42,8 @@ void each_block(const GroupNormArgs& a, const Cut& cut, int64_t part, F body) {
 
 template <typename F>
 void each_line(int64_t line, int64_t count, F body) {
-  for (int64_t start = 0; start < count; start += line) {
-    const int64_t there = std::min(line, count - start);
-#pragma omp simd
-    for (int64_t l = 0; l < there; ++l) body(start + l, l);
-  }
+  for (int64_t start = 0; start < count; start += line)
+    each(std::min(line, count - start), [&](int64_t l) { body(start + l, l); });
 }
 
 // Adds up the pixels of a line.

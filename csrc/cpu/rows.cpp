@@ -15,9 +15,6 @@ namespace nft {
 namespace NFT_ISA {
 namespace {
 
-// Elements below which waking other threads takes longer than the work.
-constexpr int64_t kParallel = 1 << 14;
-
 // One thread's buffers, of a row each.
 template <typename T>
 class Scratch {
@@ -79,12 +76,6 @@ const float* as_computed(const float* row, int64_t, float*) { return row; }
 const double* as_computed(const double* row, int64_t, double*) { return row; }
 const float* as_computed(const uint16_t* row, int64_t width, float* buffer) {
   return load_dense(row, kBFloat16, width, buffer);
-}
-
-template <typename F>
-void each(int64_t count, F body) {
-#pragma omp simd
-  for (int64_t k = 0; k < count; ++k) body(k);
 }
 
 template <typename T>

@@ -23,6 +23,14 @@ namespace NFT_ISA {
 // the number of threads.
 constexpr int64_t kChunk = 2048;
 constexpr int kLanes = 16;
+// Elements below which waking other threads takes longer than the work.
+constexpr int64_t kParallel = 1 << 14;
+
+template <typename F>
+inline void each(int64_t count, F body) {
+#pragma omp simd
+  for (int64_t k = 0; k < count; ++k) body(k);
+}
 
 inline float from_fp16(uint16_t bits) {
 #if defined(__F16C__)

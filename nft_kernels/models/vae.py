@@ -80,7 +80,7 @@ def accelerate(vae: AutoencoderKL) -> None:
     """
     if not isinstance(vae, AutoencoderKL):
         raise TypeError(f"vae: got {type(vae).__name__}, accepted is diffusers' AutoencoderKL")
-    decoder: Any = vae.get_submodule("decoder")
+    decoder: Any = vae.decoder
     if "forward" in vars(decoder):
         raise ValueError("vae: its decoder's forward was already replaced, by accelerate or by hooks; restore it first")
     decoder.forward = MethodType(_forward, decoder)
@@ -92,7 +92,7 @@ def restore(vae: AutoencoderKL) -> None:
     Raises:
         ValueError: a VAE that is not accelerated.
     """
-    decoder: Any = vae.get_submodule("decoder")
+    decoder: Any = vae.decoder
     if getattr(vars(decoder).get("forward"), "__func__", None) is not _forward:
         raise ValueError("vae: got one that is not accelerated")
     del decoder.forward
