@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "cuda/kernels.h"
 
 namespace py = pybind11;
@@ -65,6 +67,10 @@ Rows rows(const RowTensor& tensor) {
   return {reinterpret_cast<void*>(pointer), dtype, batch, row, head};
 }
 
+dlpack::DataType dlpack_type(int dtype) {
+  return {dtype == kBFloat16 ? dlpack::kBfloat : dlpack::kFloat, static_cast<uint8_t>(8 * item_size(dtype)), 1};
+}
+
 // Where to run: an instruction set of the CPU, or (device, stream, workspace) of CUDA.
 using Where = std::variant<std::string, std::tuple<int, uintptr_t, uintptr_t>>;
 
@@ -114,6 +120,19 @@ void dispatch(const Where& where, const Args& args, Kernel<Args> baseline, Kerne
 PYBIND11_MODULE(_C, m) {
   using namespace nft;
   m.attr("isas") = isas();
+  m.def("lend_memory", [](std::vector<int64_t> sizes, int dtype) {
+    auto lent = std::make_unique<Lent>(std::move(sizes), dlpack_type(dtype));
+    PyObject* capsule = PyCapsule_New(&lent->managed, "dltensor", [](PyObject* unused) {
+      // Whoever takes the memory over gives the capsule another name.
+      if (PyCapsule_IsValid(unused, "dltensor"))
+        delete static_cast<Lent*>(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"))->context);
+    });
+    if (!capsule) throw py::error_already_set();
+    lent.release();
+    return py::reinterpret_steal<py::object>(capsule);
+  });
+  m.def("release_memory", [] { Memory::instance().release(); });
+  m.def("memory_sizes", [] { return Memory::instance().sizes(); });
 #if defined(NFT_CUDA_ARCHS)
   m.attr("cuda_archs") = NFT_CUDA_ARCHS;
   m.def("cuda_why_not", cuda::why_not);

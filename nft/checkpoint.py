@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from .data.text import parse_json
 
 MANIFEST = "manifest.json"
 # What is read of a manifest.
@@ -51,8 +54,8 @@ def read_metrics(folder: Path, *, required: bool = True) -> list[dict[str, Any]]
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         try:
-            values = json.loads(line)
-        except (ValueError, RecursionError):
+            values = parse_json(line)
+        except ValueError:
             if not line.endswith("\n"):
                 break
             values = None
@@ -163,10 +166,10 @@ def manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it says nothing that can be used.
     """
     try:
-        about = json.loads((folder / MANIFEST).read_text())
+        about = parse_json((folder / MANIFEST).read_text())
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"
         ) from None
@@ -202,7 +205,9 @@ def existing(parent: Path) -> list[Path]:
 def best(parent: Path) -> Path | None:
     """The checkpoint with the highest held-out score of the newest one's stage, the earlier one of equals."""
     found = [(manifest(path), path) for path in existing(parent)]
-    scored = [(a["score"], -a["epoch"], path) for a, path in found if a["score"] is not None]
+    scored = [
+        (a["score"], -a["epoch"], path) for a, path in found if a["score"] is not None and math.isfinite(a["score"])
+    ]
     scored = [entry for entry in scored if manifest(entry[2])["stage"] == found[-1][0]["stage"]]
     return max(scored)[2] if scored else None
 

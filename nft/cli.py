@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import os
 import shlex
 import shutil
@@ -37,11 +37,22 @@ def _bars() -> Progress:
     return Progress(*columns, console=_console)
 
 
+# What Ctrl-C leaves of a command, but of ``train``, which says more.
+_LEFT = {
+    "compare": "the same command goes on where it was",
+    "eval": "the same command goes on where it was",
+    "sample": "the pictures drawn so far are kept",
+}
+
+
 class _Commands(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
-        """Run a command, and say what needs less where a GPU has not enough memory."""
+        """Run a command, and say what Ctrl-C leaves of it and what needs less where a GPU has not enough memory."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _console.print(f"stopped: {_LEFT.get(ctx.invoked_subcommand or '', 'nothing is kept')}")
+            raise typer.Exit(130) from None
         except RuntimeError as error:
             # By name, as most commands do without torch.
             if type(error).__name__ != "OutOfMemoryError":
@@ -320,16 +331,22 @@ def sample(
     ] = False,
     per_prompt: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="of the first picture of every prompt")] = 0,
-    output: Annotated[Path, typer.Option(help="folder for the pictures and grid.png")] = Path("samples"),
+    output: Annotated[
+        Path | None, typer.Option(help="folder for the pictures and grid.png; a new samples, samples-2, ... by default")
+    ] = None,
 ) -> None:
     """Draw pictures of prompts."""
     from .checkpoint import check_folder
-    from .config import ConfigError, load_config
+    from .config import ConfigError, check_float32, load_config
     from .data.text import read_lines
 
     lines = [*(prompts or [])]
+    numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
+    output = output or next(folder for folder in numbered if not os.path.lexists(folder))
     try:
         check_folder(output)
+        if drawn := sorted(output.glob("*.png")):
+            raise FileExistsError(f"output: {output} holds {drawn[0].name} already; give another folder")
         if file is not None:
             lines += [line.strip() for _, line in read_lines(file, "file")]
         if not lines:
@@ -344,8 +361,8 @@ def sample(
 
         if solver not in SOLVERS:
             raise ValueError(f"solver: got {solver!r}, accepted are {', '.join(SOLVERS)}")
-        if guidance is not None and not math.isfinite(guidance):
-            raise ValueError(f"guidance: got {guidance}, accepted are finite numbers of at least 0")
+        if guidance is not None:
+            check_float32("guidance", guidance)
         if seed + per_prompt > 2**63:
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
         policy = load_policy(settings, checkpoint)

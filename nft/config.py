@@ -201,7 +201,7 @@ class Config(BaseModel):
     @classmethod
     def _bounded(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, float):
-            _check_float32(str(info.field_name), value)
+            check_float32(str(info.field_name), value)
         if isinstance(value, int) and info.field_name != "seed" and value >= 2**31:
             raise ValueError(f"{info.field_name}: got {value}, accepted are numbers below 2**31")
         return value
@@ -375,7 +375,12 @@ class Config(BaseModel):
         return yaml.dump(self.model_dump(exclude=derived), Dumper=_Dumper, sort_keys=False)
 
 
-def _check_float32(key: str, value: float) -> None:
+def check_float32(key: str, value: float) -> None:
+    """Whether a number can be one of float32.
+
+    Raises:
+        ValueError: it cannot.
+    """
     held = torch.finfo(torch.float32)
     if value and not held.tiny <= abs(value) <= held.max:
         raise ValueError(f"{key}: got {value}, accepted are numbers that float32 holds, {held.tiny:g} to {held.max:g}")
@@ -390,7 +395,7 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
     weight = settings.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
         raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
-    _check_float32(f"rewards.{name}", weight)
+    check_float32(f"rewards.{name}", weight)
     try:
         spec = RewardSpec(**{"reward": name, **settings})
         if spec.device is not None:

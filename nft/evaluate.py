@@ -24,6 +24,7 @@ from torch import Tensor
 from .checkpoint import beside, check_folder, reading, replace_text
 from .data import geneval, prompts
 from .data.prompts import Entry
+from .data.text import parse_json
 from .distributed import Processes
 from .rewards import registry
 from .rewards.base import RewardError, check_entries, score
@@ -135,7 +136,7 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
     """
     path = folder / "settings.json"
     try:
-        settings = json.loads(path.read_text())
+        settings = parse_json(path.read_text())
         if not isinstance(settings["subject"], str):
             raise TypeError
     except OSError as error:
@@ -361,7 +362,7 @@ class Evaluation:
         texts = path.read_text().splitlines() if path.exists() else []
         for text, (_, _, picture) in zip(texts, self._jobs(name), strict=False):
             try:
-                line = json.loads(text)
+                line = parse_json(text)
             except ValueError:
                 break
             if not isinstance(line, dict) or line.get("picture") != picture.name:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from .checkpoint import check_folder, reading
+from .checkpoint import MANIFEST, check_folder, reading
 from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
@@ -22,6 +22,13 @@ def _writing(output: Path) -> Iterator[None]:
         raise OSError(f"output: {output} could not be written: {error}") from error
 
 
+def _check(output: Path) -> None:
+    check_folder(output)
+    kept = next((folder for folder in (output, *output.absolute().parents) if (folder / MANIFEST).is_file()), None)
+    if kept is not None:
+        raise FileExistsError(f"output: {output} lies in the checkpoint {kept}; give another folder")
+
+
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
 
@@ -31,12 +38,12 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
 
     Raises:
-        FileExistsError: an output that is a file.
+        FileExistsError: an output that is a file or lies in a checkpoint.
         FileNotFoundError: a source that holds no adapter.
         OSError: an output that cannot be written to, as on a full disk.
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
-    check_folder(output)
+    _check(output)
     folder = find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
@@ -57,11 +64,11 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
 
     Raises:
-        FileExistsError: an output that is a file or holds a pipeline already.
+        FileExistsError: an output that is a file, lies in a checkpoint or holds a pipeline already.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
         ValueError: damaged files.
     """
-    check_folder(output)
+    _check(output)
     if (output / "model_index.json").exists():
         raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline

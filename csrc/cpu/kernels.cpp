@@ -126,12 +126,12 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
 }
 
 template <typename T>
-Coefficients finish_sample(const LossArgs& a, int64_t b, const WeightedSums<double>& sums) {
+Coefficients finish_sample(const LossArgs& a, int64_t b, const WeightedSums<double>& sums, bool writes) {
   double details[kDetails];
   const Sample sample = sample_of(a, b);
   const Coefficients c = elementwise(a) ? finish(a, sample, sums, details)
                                         : finish(a, sample, sums.all, part_of(a, b).length, details);
-  for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
+  for (int i = 0; writes && i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
   return c;
 }
 
@@ -218,7 +218,7 @@ void loss(const LossArgs& a) {
       const Part p = part_of(a, b);
       WeightedSums<double> sums{};
       for (int64_t c = 0; c < chunks_of(p); ++c) sums.add(sums_of(b, p, c, buf));
-      const Coefficients coefficients = finish_sample<T>(a, b, sums);
+      const Coefficients coefficients = finish_sample<T>(a, b, sums, true);
       // Backwards: what was read last is nearest.
       for (int64_t c = a.want_grad ? chunks_of(p) : 0; c-- > 0;) write_grad(b, p, c, coefficients, buf);
     }
@@ -228,14 +228,10 @@ void loss(const LossArgs& a) {
       const int64_t chunks = chunks_of(p), thread = omp_get_thread_num();
       const int64_t first = chunks * thread / threads, last = chunks * (thread + 1) / threads;
       for (int64_t c = first; c < last; ++c) mine[c] = sums_of(b, p, c, buf);
-      Coefficients coefficients{};
 #pragma omp barrier
-#pragma omp single copyprivate(coefficients)
-      {
-        WeightedSums<double> sums{};
-        for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
-        coefficients = finish_sample<T>(a, b, sums);
-      }
+      WeightedSums<double> sums{};
+      for (int64_t c = 0; c < chunks; ++c) sums.add(mine[c]);
+      const Coefficients coefficients = finish_sample<T>(a, b, sums, thread == 0);
       for (int64_t c = a.want_grad ? last : first; c-- > first;) write_grad(b, p, c, coefficients, buf);
     }
     if (passes) finish_passing();

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
 
-from .text import read_lines
+from .text import parse_json, read_lines
 
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -143,9 +142,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     entries = []
     for number, line in read_lines(Path(path), "prompts"):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             _check(entry)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"prompts: {path}, line {number}: {error}") from None
         entries.append(entry)
     if not entries:

@@ -9,7 +9,7 @@ from typing import Any
 from nft.worlds.shapes import prompts as shapes
 
 from . import geneval, ocr, preference
-from .text import read_lines
+from .text import parse_json, read_lines
 
 Entry = dict[str, Any]
 SETS = ("shapes", "geneval", "ocr", "preference")
@@ -47,8 +47,8 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
     entries = []
     for number, line in lines:
         try:
-            entry = {"tag": path.stem, **json.loads(line)}
-        except (ValueError, TypeError, RecursionError) as error:
+            entry = {"tag": path.stem, **parse_json(line)}
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{key}: {path}, line {number}: {error}") from None
         for part in ("prompt", "tag"):
             text = entry.get(part)

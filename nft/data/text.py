@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 
 def read_text(path: Path, key: str) -> str:
@@ -27,3 +29,15 @@ def read_lines(path: Path, key: str) -> list[tuple[int, str]]:
         OSError, ValueError: see ``read_text``.
     """
     return [(number, line) for number, line in enumerate(read_text(path, key).split("\n"), start=1) if line.strip()]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` of what others wrote.
+
+    Raises:
+        ValueError: what is no JSON, or nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..data.text import parse_json
 from .base import Metadata, Scored
 
 MEDIA_TYPE = "application/vnd.safetensors"
@@ -34,9 +35,9 @@ def unpack(body: bytes, max_header: int) -> tuple[Tensor, list[str], Metadata]:
     try:
         pictures = safetensors.torch.load(body)["pictures"]
         # The file was found valid: its header is JSON.
-        header = json.loads(body[8 : 8 + length])["__metadata__"]
-        prompts, metadata = json.loads(header["prompts"]), json.loads(header["metadata"])
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        header = parse_json(body[8 : 8 + length])["__metadata__"]
+        prompts, metadata = parse_json(header["prompts"]), parse_json(header["metadata"])
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"body: got {type(error).__name__}, accepted is a batch made by nft.rewards.wire") from None
     if not (isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)):
         raise ValueError("prompts: got something else, accepted is a list of texts")

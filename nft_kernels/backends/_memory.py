@@ -1,4 +1,4 @@
-"""Memory for large results on the CPU, used again when the caller has let go of it.
+"""Memory for large results on the CPU, used again when the caller has let go of it (csrc/cpu/memory.h).
 
 The C library gives a large block back to the system once it is freed. The next call then pays a page fault for every
 4 KiB, or for the zeroing of a huge page, before a kernel can write: of a gradient of 32 MiB that took two thirds of the
@@ -8,56 +8,34 @@ time.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from ._compiled import _C, CODES
 
 _SMALLEST = 2**20  # bytes; the C library keeps what is smaller
-_KEPT = 2**28  # bytes of free memory at most
-_free: dict[int, Tensor] = {}  # by address, the oldest first
-_lent: dict[int, tuple[weakref.ref[Any], Tensor]] = {}
 
 
 def release() -> None:
     """Give the free memory back to the system."""
-    _free.clear()
+    if _C is not None:
+        _C.release_memory()
 
 
-def _block(size: int) -> Tensor:
-    for address, block in reversed(list(_free.items())):
-        # Another thread may have been faster.
-        if len(block) == size and _free.pop(address, None) is not None:
-            return block
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
-
-
-def _lend(block: Tensor) -> Tensor:
-    address, array = block.data_ptr(), block.numpy()
-
-    def take_back(_: Any) -> None:
-        _free[address] = _lent.pop(address)[1]
-        for oldest in list(_free):
-            if sum(map(len, list(_free.values()))) <= _KEPT:
-                break
-            _free.pop(oldest, None)
-
-    # Whatever shares the memory, be it a tensor, a storage or an array, holds this array.
-    _lent[address] = weakref.ref(array, take_back), block
-    return torch.from_numpy(array)
+def sizes() -> tuple[int, int]:
+    """Bytes in use, and bytes kept for later, 256 MiB at most."""
+    return (0, 0) if _C is None else _C.memory_sizes()
 
 
 def _used_again(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
-    size = math.prod(shape) * dtype.itemsize
     # torch.compile traces with tensors of other types, and torch.func with what has no memory.
-    plain = type(x) is Tensor and x.is_cpu and not torch._C._are_functorch_transforms_active()
-    if not plain or size < _SMALLEST:
+    plain = type(x) is Tensor and x.is_cpu and _C is not None and not torch._C._are_functorch_transforms_active()
+    if not plain or math.prod(shape) * dtype.itemsize < _SMALLEST:
         return None
-    storage = _lend(_block(size)).untyped_storage()
-    # Not a view, which autograd would not let a caller change in every way.
-    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape)  # type: ignore[call-overload]
+    return from_dlpack(_C.lend_memory(shape, CODES[dtype]))
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,19 +13,12 @@ from torch import Tensor
 from ..reference import compute_dtype
 from ..reference.nft_loss import PREDICTIONS, WEIGHTINGS, LossInputs, Options
 from ..reference.solver_step import Coefficients
+from ._compiled import _C, CODES, IMPORT_ERROR
 from ._layout import collapse
 from ._memory import empty_like
 
-# After torch, so that the module shares the OpenMP runtime torch has loaded.
-try:
-    from .. import _C  # type: ignore[attr-defined]
-except ImportError as error:
-    _C = None
-    _IMPORT_ERROR = str(error)
-
 # The loss' gradient is written in the visit that computes the loss.
 GRADIENT_AHEAD = True
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
 def isa() -> str:
@@ -60,7 +53,7 @@ _cuda_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def why_not(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take the tensors, or None when it can."""
     if _C is None:
-        return f"the compiled module is not installed ({_IMPORT_ERROR})"
+        return f"the compiled module is not installed ({IMPORT_ERROR})"
     if tensors[0].is_cpu:
         return None
     device = tensors[0].device
@@ -88,11 +81,11 @@ def _describe(x: Tensor | None, packed: bool = False) -> tuple[Any, ...] | None:
         x = x[None]
     # The common layout needs no search, and the small costs before a kernel are a good part of its time.
     sizes, strides = ([x.numel() // x.shape[0]], [1]) if x.is_contiguous() else collapse(x)
-    return x.data_ptr(), _CODES[x.dtype], x.stride(0), sizes, strides
+    return x.data_ptr(), CODES[x.dtype], x.stride(0), sizes, strides
 
 
 def _per_sample(x: Tensor | None, constant: float = 0.0) -> tuple[int, int, int] | float:
-    return constant if x is None else (x.data_ptr(), _CODES[x.dtype], x.stride(0))
+    return constant if x is None else (x.data_ptr(), CODES[x.dtype], x.stride(0))
 
 
 def _rows(x: Tensor | None, start: int = 0) -> tuple[int, ...] | None:
@@ -100,7 +93,7 @@ def _rows(x: Tensor | None, start: int = 0) -> tuple[int, ...] | None:
     if x is None or not x.numel():
         return None
     strides = (*x.stride()[:-1], 0, 0, 0)
-    return x.data_ptr() + start * strides[1] * x.itemsize, _CODES[x.dtype], *strides[:3]
+    return x.data_ptr() + start * strides[1] * x.itemsize, CODES[x.dtype], *strides[:3]
 
 
 def nft_loss(
@@ -165,7 +158,7 @@ def scale(grad: Tensor, grad_loss: Tensor) -> None:
             grad.mul_(value)
         return
     elements = grad.numel()
-    flat = (grad.data_ptr(), _CODES[grad.dtype], 0, [elements], [1])
+    flat = (grad.data_ptr(), CODES[grad.dtype], 0, [elements], [1])
     _C.cuda_scale(_where(grad.device), flat, elements, grad_loss.dtype == torch.float64, grad_loss.data_ptr())
 
 
@@ -283,9 +276,7 @@ def qk_norm_gradient(
 
 def gelu(x: Tensor, grad: Tensor | None, out: Tensor) -> None:
     """Write GELU(x) in the tanh form, or given the gradient of that, the gradient of x. All are dense."""
-    _C.gelu(
-        isa(), *(None if y is None else (y.data_ptr(), _CODES[y.dtype], 0, 1, 0) for y in (x, grad, out)), x.numel()
-    )
+    _C.gelu(isa(), *(None if y is None else (y.data_ptr(), CODES[y.dtype], 0, 1, 0) for y in (x, grad, out)), x.numel())
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, groups: int, eps: float) -> None:
@@ -307,7 +298,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, groups
 
 def _heads(x: Tensor) -> tuple[Any, ...]:
     """A (B, S, H, d) tensor as the attention takes it."""
-    return x.data_ptr(), _CODES[x.dtype], x.stride(0), list(x.shape[1:]), list(x.stride()[1:])
+    return x.data_ptr(), CODES[x.dtype], x.stride(0), list(x.shape[1:]), list(x.stride()[1:])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

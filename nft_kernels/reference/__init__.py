@@ -8,4 +8,7 @@ from torch import Tensor
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Dtype every backend computes in: float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32

@@ -284,7 +284,7 @@ def test_the_choice(kernel, monkeypatch):
         assert select("short", (1, 36, 4, 32), torch.float32, cpu) == "short"
     monkeypatch.delenv("NFT_KERNELS_BACKEND")
     monkeypatch.setattr(native, "_C", None)
-    monkeypatch.setattr(native, "_IMPORT_ERROR", "left out", raising=False)
+    monkeypatch.setattr(native, "IMPORT_ERROR", "left out")
     assert select("auto", (1, 36, 4, 32), torch.float32, cpu) == "flash"
     with pytest.raises(RuntimeError, match="the compiled module is not installed"):
         select("short", (1, 36, 4, 32), torch.float32, cpu)

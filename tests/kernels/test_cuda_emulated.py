@@ -83,7 +83,7 @@ def emulated(module, monkeypatch):
         return torch.full((module.cuda_workspace_size(batch),), 255, dtype=torch.uint8)
 
     def scale(grad, grad_loss):
-        flat = (grad.data_ptr(), native._CODES[grad.dtype], 0, [grad.numel()], [1])
+        flat = (grad.data_ptr(), native.CODES[grad.dtype], 0, [grad.numel()], [1])
         module.cuda_scale((0, 0, 0), flat, grad.numel(), grad_loss.dtype == torch.float64, grad_loss.data_ptr())
 
     monkeypatch.setattr(native, "_C", module)

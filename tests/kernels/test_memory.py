@@ -11,15 +11,22 @@ import torch
 from torch import Tensor
 
 from nft_kernels import add_noise
-from nft_kernels.backends import _memory
+from nft_kernels.backends import _memory, native
 from nft_kernels.backends._memory import empty_like
 
 LARGE = 2**18  # float32 elements, 1 MiB
 
 
+pytestmark = pytest.mark.skipif(native._C is None, reason="the compiled module is not installed")
+
+
 @pytest.fixture(autouse=True)
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_memory, "_free", {})
+def no_memory() -> None:
+    _memory.release()
+
+
+def kept() -> int:
+    return _memory.sizes()[1]
 
 
 def test_memory_is_used_again_once_the_last_view_of_it_is_gone() -> None:
@@ -69,20 +76,38 @@ def test_other_tensors_are_torchs_own(x: Tensor) -> None:
         expected.dtype,
         expected.device,
     )
-    assert not _memory._free
+    assert not kept()
 
 
-def test_no_more_is_kept_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_memory, "_KEPT", 3 * 4 * LARGE)
-    x = torch.zeros(LARGE)
-    held = [empty_like(x) for _ in range(5)]
+def test_no_more_is_kept_than_stated() -> None:
+    x, before = torch.empty(2**24), _memory.sizes()[0]
+    size = 4 * len(x)
+    held = [empty_like(x) for _ in range(6)]
     addresses = [y.data_ptr() for y in held]
+    assert _memory.sizes() == (before + 6 * size, 0)
     while held:
         del held[0]
-    assert list(_memory._free) == addresses[2:]
-    assert empty_like(x).data_ptr() == addresses[-1], "the newest is the likeliest to be in cache"
+    assert _memory.sizes() == (before, 4 * size), "256 MiB"
+    again = [empty_like(x) for _ in range(4)]
+    assert [y.data_ptr() for y in again] == addresses[:1:-1], "the newest is the likeliest to be in cache"
+    assert _memory.sizes() == (before + 4 * size, 0)
+    del again
     _memory.release()
-    assert not _memory._free
+    assert _memory.sizes() == (before, 0)
+
+
+def test_memory_that_nobody_takes_over_is_not_lost() -> None:
+    before = _memory.sizes()[0]
+    capsule = native._C.lend_memory((LARGE,), 0)
+    assert _memory.sizes() == (before + 4 * LARGE, 0)
+    del capsule
+    assert _memory.sizes() == (before, 4 * LARGE)
+
+
+def test_more_than_there_is_raises() -> None:
+    with pytest.raises(MemoryError):
+        native._C.lend_memory((2**50,), 0)
+    assert empty_like(torch.empty(LARGE)).numel() == LARGE
 
 
 @pytest.mark.parametrize("hold", [Tensor.untyped_storage, Tensor.numpy, Tensor.detach], ids=lambda hold: hold.__name__)
@@ -95,15 +120,16 @@ def test_whatever_shares_the_memory_keeps_it(hold: Callable[[Tensor], object]) -
     assert empty_like(x).data_ptr() != address
     del held
     gc.collect()
-    assert address in _memory._free
+    assert empty_like(x).data_ptr() == address
 
 
 def test_memory_shared_with_other_processes_is_not_taken() -> None:
     x = torch.zeros(LARGE)
     shared = empty_like(x).share_memory_()
-    address = shared.data_ptr()
+    held, address = _memory.sizes()[0], shared.data_ptr()
     del shared
-    assert address not in _memory._free
+    assert _memory.sizes()[0] == held
+    assert empty_like(x).data_ptr() != address
 
 
 def test_threads_do_not_share_memory() -> None:

@@ -217,6 +217,13 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(p.name for p in parent.iterdir()) == ["epoch-000004", "epoch-000006", "epoch-000007"]
 
 
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    for epoch, score in enumerate([float("nan"), 0.2, 0.1], 1):
+        about = {"epoch": epoch, "score": score, "stage": 0}
+        checkpoint.write(tmp_path / f"epoch-{epoch:06d}", lambda f: (f / "weights").touch(), about)
+    assert checkpoint.best(tmp_path).name == "epoch-000002"
+
+
 def test_a_copy_of_a_checkpoint_is_none_and_stays_and_one_without_its_manifest_is_damaged(tmp_path):
     for epoch in range(1, 5):
         folder = tmp_path / f"epoch-{epoch:06d}"

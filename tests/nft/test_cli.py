@@ -68,7 +68,16 @@ def test_sample_keeps_what_it_has_drawn(pipeline, tmp_path, monkeypatch):
     settings = ["--set", pipeline, "--set", "rollout_batch=2", "--steps", "1"]
     result = run(app, ["sample", "a red circle", *settings, "--per-prompt", "6", "--output", str(tmp_path / "a")])
     assert result.exit_code == 130 and calls == [2, 2, 2]
+    assert "stopped: the pictures drawn so far are kept" in result.output
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"000{i}_seed{i}.png" for i in range(4)]
+
+
+def test_sample_takes_a_new_folder_every_time(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("samples", "samples-2", "samples-3"):
+        result = run(app, ["sample", "a red circle", "--set", pipeline, "--steps", "1"])
+        assert result.exit_code == 0 and result.output.endswith(f": {name}\n"), result.output
+        assert (tmp_path / name / "0000_seed0.png").is_file()
 
 
 def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
@@ -118,7 +127,9 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--file", "/nowhere"], "file: /nowhere cannot be read: No such file"),
         (["a", "--file", "latin.txt"], "file: latin.txt is not UTF-8"),
         (["a", "--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
-        (["a", "--guidance", "inf"], "guidance: got inf, accepted are finite numbers"),
+        (["a", "--guidance", "inf"], "guidance: got inf, accepted are numbers that float32 holds"),
+        (["a", "--guidance", "1e300"], "guidance: got 1e+300, accepted are numbers that float32 holds"),
+        (["a", "--output", "drawn"], "output: drawn holds 0000_seed0.png already; give another folder"),
         (["a", "--per-prompt", "2", "--seed", str(2**63 - 1)], f"seed: got {2**63 - 1}, accepted are 0 to {2**63 - 2}"),
         (["a", "--set", "devise=cuda"], "devise: unknown key, did you mean device?"),
     ],
@@ -126,6 +137,8 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
 def test_sample_names_bad_input(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "drawn").mkdir()
+    (tmp_path / "drawn" / "0000_seed0.png").touch()
     result = run(app, ["sample", *arguments])
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 

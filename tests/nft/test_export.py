@@ -91,6 +91,8 @@ def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_
         (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "/nowhere"),
         (["RUN", "FILE"], "is a file"),
         (["RUN", "FILE", "--merge"], "is a file"),
+        (["RUN", "CHECKPOINT"], "lies in the checkpoint"),
+        (["RUN", "CHECKPOINT", "--merge"], "lies in the checkpoint"),
         (["LORA", "out", "--merge"], "pipeline: got none, and"),
     ],
 )
@@ -99,6 +101,7 @@ def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, messag
     (tmp_path / "file").touch()
     shutil.copytree(trainer.folder / "checkpoint" / "default", tmp_path / "lora")
     names = {"RUN": str(trainer.folder), "PIPELINE": trainer.config.pipeline, "FILE": "file", "LORA": "lora"}
+    names["CHECKPOINT"] = str(trainer.folder / "checkpoint" / "default")
     result = CliRunner().invoke(app, ["export", *(names.get(argument, argument) for argument in arguments)])
     assert result.exit_code == 2 and message in result.output.replace("\n", "")
 
