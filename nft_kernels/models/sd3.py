@@ -25,9 +25,9 @@ from torch.autograd.function import once_differentiable
 from ..backends import BACKENDS
 from ..ops import _validate
 from ..ops._rows import backend_of
-from ..ops.gelu import gelu
-from ..ops.layer_norm_modulate import layer_norm_modulate
-from ..ops.qk_norm import qk_norm
+from ..ops.gelu import unchecked as gelu
+from ..ops.layer_norm_modulate import unchecked as layer_norm_modulate
+from ..ops.qk_norm import unchecked as qk_norm
 from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
@@ -62,6 +62,7 @@ class FastPath:
     keep_float8: bool = False
     """Whether float8 weights stay in memory after a rollout, and those of the next are written over them: for CUDA
     graphs, which read them at their addresses."""
+    _chosen: str = "reference"
     _in_rollout: bool = False
     _float8: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _quantized: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] | None = None
@@ -89,8 +90,9 @@ class FastPath:
             if not self.keep_float8:
                 self._float8.clear()
 
-    def check(self, x: Tensor) -> None:
-        """Whether the evaluation of x can run."""
+    def begin(self, x: Tensor) -> None:
+        """Look whether the evaluation of x can run, and by which backend, once for all its ops."""
+        self._chosen = backend_of("layer_norm_modulate", self.backend, x)
         if self._in_rollout and torch.is_grad_enabled():
             raise RuntimeError("rollout: cannot run: it gives no gradients, evaluate under torch.no_grad()")
         if self._quantized is not None:
@@ -115,8 +117,9 @@ class FastPath:
 
     def gelu(self, x: Tensor) -> Tensor:
         """On the CPU by the kernels that normalize. Triton has none for this, and GPUs need none but torch's own."""
-        chosen = backend_of("layer_norm_modulate", self.backend, x) if x.is_cpu else "triton"
-        return F.gelu(x, approximate="tanh") if chosen == "triton" else gelu(x, backend=chosen)
+        if self._chosen == "native":
+            return gelu(x, backend="native")
+        return F.gelu(x, approximate="tanh")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
@@ -173,8 +176,11 @@ def _known(layer: Any) -> _Layer | None:
     linear = layer.base_layer if wrapped else layer
     if not _plain(linear):
         return None
-    weight, bias = linear.weight, linear.bias
-    if any(p is not None and (type(p) is not nn.Parameter or p.requires_grad) for p in (weight, bias)):
+    # Asked of every layer at every forward: a module's attributes take many times as long as these.
+    weight, bias = map(linear._parameters.get, ("weight", "bias"))
+    if type(weight) is not nn.Parameter or weight.requires_grad:
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
         return None
     if not wrapped:
         return _Layer(weight, bias, [])
@@ -344,7 +350,7 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
         weights = attn.norm_q.weight, attn.norm_k.weight
         more = (*joined[:2], attn.norm_added_q.weight, attn.norm_added_k.weight) if joined else ()
         values = {"v": v, "context_v": joined[2]} if joined else {}
-        q, k, *joint = qk_norm(q, k, *weights, *more, **values, eps=attn.norm_q.eps, backend=path.backend)
+        q, k, *joint = qk_norm(q, k, *weights, *more, **values, eps=attn.norm_q.eps, backend=path._chosen)
         v = joint[0] if joint else v
     elif joined:
         q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), joined, strict=True))
@@ -384,7 +390,7 @@ def _block(
     path: FastPath, block: Any, sample: Stream, context: Stream, mod: Sequence[Tensor], context_mod: Sequence[Tensor]
 ) -> tuple[Stream, Stream]:
     """One joint block: sample and context under modulations (B, D), in the order of their linears."""
-    norm = functools.partial(layer_norm_modulate, eps=block.norm1.norm.eps, backend=path.backend)
+    norm = functools.partial(layer_norm_modulate, eps=block.norm1.norm.eps, backend=path._chosen)
     shift, scale, gate, ff_shift, ff_scale, ff_gate, *dual = mod
     last = block.context_pre_only
     context_scale, context_shift = context_mod if last else (context_mod[1], context_mod[0])
@@ -437,7 +443,7 @@ def _forward(
                 f"{name}: got {type(value).__name__}, accepted is None; restore(transformer) brings it back"
             )
     path = self._fast_path
-    path.check(hidden_states)
+    path.begin(hidden_states)
     height, width = hidden_states.shape[-2:]
     sample = Stream(self.pos_embed(hidden_states).contiguous())
     context = Stream(self.context_embedder(encoder_hidden_states))
@@ -449,7 +455,7 @@ def _forward(
             sample, context = _block(path, block, sample, context, mod, context_mod)
     x, y, gate = sample
     scale, shift = out_mod
-    _, x = layer_norm_modulate(x, scale, shift, y=y, gate=gate, eps=self.norm_out.norm.eps, backend=path.backend)
+    _, x = layer_norm_modulate(x, scale, shift, y=y, gate=gate, eps=self.norm_out.norm.eps, backend=path._chosen)
     p = self.config.patch_size
     patches = self.proj_out(x).unflatten(-1, (p, p, self.out_channels)).unflatten(1, (height // p, width // p))
     out = torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)

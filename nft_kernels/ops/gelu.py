@@ -51,6 +51,11 @@ _op.register_autograd(lambda ctx, grad: _backward(ctx, _gradient_op, grad), setu
 _Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, *grads))
 
 
+def unchecked(x: Tensor, *, backend: str) -> Tensor:
+    """``gelu`` of what fits, by a backend that can run."""
+    return reference.gelu(x) if backend == "reference" else call(_op, _Fused, x, backend)
+
+
 def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """GELU in its tanh form (Hendrycks and Gimpel, arXiv 1606.08415), with a gradient.
 
@@ -69,5 +74,4 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: an explicit backend that cannot run.
     """
     _validate.latents("x", x)
-    backend = backend_of("gelu", backend, x, kernels=("native",))
-    return reference.gelu(x) if backend == "reference" else call(_op, _Fused, x, backend)
+    return unchecked(x, backend=backend_of("gelu", backend, x, kernels=("native",)))

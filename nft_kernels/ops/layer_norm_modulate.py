@@ -115,6 +115,30 @@ _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), s
 _Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, grads))
 
 
+def unchecked(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    *,
+    y: Tensor | None = None,
+    gate: Tensor | None = None,
+    y_bias: Tensor | None = None,
+    y2: Tensor | None = None,
+    gate2: Tensor | None = None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """``layer_norm_modulate`` of arguments that fit, by a backend that can run: checks cost a model's forward, which
+    knows both, a good part of the time that Python needs to launch it."""
+    args = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps)
+    if backend == "reference":
+        return reference.layer_norm_modulate(*args)
+    h, out, out2 = call(_op, _Fused, *args, backend)
+    return (x if y is None else h, out) if scale2 is None else (x if y is None else h, out, out2)
+
+
 def layer_norm_modulate(
     x: Tensor,
     scale: Tensor,
@@ -175,9 +199,6 @@ def layer_norm_modulate(
     for name, modulation in named.items():
         if modulation is not None or name in ("scale", "shift"):
             matching(name, modulation, x, (x.shape[0], x.shape[2]), "(B, D)")
-    args = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, float(eps))
-    backend = backend_of("layer_norm_modulate", backend, x)
-    if backend == "reference":
-        return reference.layer_norm_modulate(*args)
-    h, out, out2 = call(_op, _Fused, *args, backend)
-    return (x if y is None else h, out) if scale2 is None else (x if y is None else h, out, out2)
+    chosen = backend_of("layer_norm_modulate", backend, x)
+    residuals = {"y": y, "gate": gate, "y_bias": y_bias, "y2": y2, "gate2": gate2}
+    return unchecked(x, scale, shift, scale2, shift2, **residuals, eps=float(eps), backend=chosen)

@@ -113,6 +113,30 @@ _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), s
 _Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, grads))
 
 
+def unchecked(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    context_q: Tensor | None = None,
+    context_k: Tensor | None = None,
+    context_weight_q: Tensor | None = None,
+    context_weight_k: Tensor | None = None,
+    *,
+    v: Tensor | None = None,
+    context_v: Tensor | None = None,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """``qk_norm`` of arguments that fit, by a backend that can run."""
+    context = context_q, context_k, context_weight_q, context_weight_k
+    args = (q, k, weight_q, weight_k, *context, v, context_v, eps)
+    if backend == "reference":
+        return reference.qk_norm(*args)
+    normed_q, normed_k, values = call(_op, _Fused, *args, backend)
+    return (normed_q, normed_k) if v is None else (normed_q, normed_k, values)
+
+
 def qk_norm(
     q: Tensor,
     k: Tensor,
@@ -173,9 +197,5 @@ def qk_norm(
         if weight is not None or not name.startswith("context"):
             matching(name, weight, q, q.shape[-1:], "(d,)")
     _validate.number("eps", eps, positive=True)
-    args = (q, k, weight_q, weight_k, *context, v, context_v, float(eps))
-    backend = backend_of("qk_norm", backend, q)
-    if backend == "reference":
-        return reference.qk_norm(*args)
-    normed_q, normed_k, values = call(_op, _Fused, *args, backend)
-    return (normed_q, normed_k) if v is None else (normed_q, normed_k, values)
+    chosen = backend_of("qk_norm", backend, q)
+    return unchecked(q, k, weight_q, weight_k, *context, v=v, context_v=context_v, eps=float(eps), backend=chosen)
