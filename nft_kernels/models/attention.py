@@ -119,6 +119,6 @@ def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # Some versions also return the logarithms of the sums.
         return out[0] if isinstance(out, tuple) else out
     if name == "short":
-        return short.unchecked(q, k, v, backend="native")
+        return short.attention(q, k, v, backend="native")
     with sdpa_kernel(_TORCH[name]):
         return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)

@@ -60,11 +60,6 @@ _op.register_autograd(lambda ctx, grad: _gradient_op(*ctx.saved_tensors, grad), 
 _Fused = function(_run, _setup_context, lambda ctx, grads: _gradient(*ctx.saved_tensors, *grads))
 
 
-def unchecked(q: Tensor, k: Tensor, v: Tensor, *, backend: str) -> Tensor:
-    """``attention`` of what fits, by a backend that can run."""
-    return reference.attention(q, k, v) if backend == "reference" else call(_op, _Fused, q, k, v)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
     """Attention without a mask, softmax(q k^T / sqrt(d)) v (Vaswani et al., arXiv 1706.03762).
 
@@ -90,5 +85,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
         _validate.tensor_like(name, x, q, "q")
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: got {x.dtype}, accepted is the dtype of q, {q.dtype}")
-    chosen = backend_of("attention", backend, q, kernels=("native",), native_dtype=torch.float32)
-    return unchecked(q, k, v, backend=chosen)
+    if backend_of("attention", backend, q, kernels=("native",), native_dtype=torch.float32) == "reference":
+        return reference.attention(q, k, v)
+    return call(_op, _Fused, q, k, v)
