@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers")
@@ -349,6 +351,26 @@ def test_gradient_checkpointing(model):
     with Products() as recomputed:
         assert_same(evaluate(model), wanted)
     assert recomputed.count("addmm", "mm") > kept.count("addmm", "mm")
+
+
+def test_a_tangent_is_right_or_refused_but_never_lost(model):
+    path = accelerate(model, attention="math")
+    x, *others = inputs()
+
+    def tangent(forward):
+        with torch.no_grad(), forward_ad.dual_level():
+            (y,) = forward(forward_ad.make_dual(x, torch.ones_like(x)), *others, return_dict=False)
+            return forward_ad.unpack_dual(y).tangent
+
+    got = tangent(model)
+    path.attention, path.attention_used = "auto", {}
+    if AUTO == "short":
+        model(*inputs())  # which chooses it
+        with pytest.raises(RuntimeError, match="forward-mode derivatives see into plain PyTorch only"):
+            tangent(model)
+    restore(model)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_same(got, tangent(model))
 
 
 def test_compiles_without_a_break():
