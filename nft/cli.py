@@ -37,7 +37,7 @@ def _bars() -> Progress:
     return Progress(*columns, console=_console)
 
 
-# What Ctrl-C leaves of a command, but of ``train``, which says more.
+# What Ctrl-C leaves of a command; ``train`` says more.
 _LEFT = {
     "compare": "the same command goes on where it was",
     "eval": "the same command goes on where it was",
@@ -51,7 +51,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _console.print(f"stopped: {_LEFT.get(ctx.invoked_subcommand or '', 'nothing is kept')}")
+            left = _LEFT.get(ctx.invoked_subcommand or "")
+            _console.print(f"stopped: {left}" if left else "stopped")
             raise typer.Exit(130) from None
         except RuntimeError as error:
             # By name, as most commands do without torch.
