@@ -124,8 +124,9 @@ PYBIND11_MODULE(_C, m) {
     auto lent = std::make_unique<Lent>(std::move(sizes), dlpack_type(dtype));
     PyObject* capsule = PyCapsule_New(&lent->managed, "dltensor", [](PyObject* unused) {
       // Whoever takes the memory over gives the capsule another name.
-      if (PyCapsule_IsValid(unused, "dltensor"))
-        delete static_cast<Lent*>(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"))->context);
+      if (!PyCapsule_IsValid(unused, "dltensor")) return;
+      auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"));
+      managed->deleter(managed);
     });
     if (!capsule) throw py::error_already_set();
     lent.release();

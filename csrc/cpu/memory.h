@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -92,7 +93,9 @@ class Memory {
  private:
   static constexpr size_t kMost = size_t(256) << 20, kAlignment = 64;
 
-  static void* fresh(size_t size) { return std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment); }
+  static void* fresh(size_t size) {
+    return std::aligned_alloc(kAlignment, (size + kAlignment - 1) / kAlignment * kAlignment);
+  }
 
   void release_oldest() {
     std::free(free_.front().first);
