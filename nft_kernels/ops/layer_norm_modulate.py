@@ -39,7 +39,7 @@ def _run(
 
 def _fake(x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps, backend):
     wanted = (y is not None, True, scale2 is not None)
-    h, out, out2 = (new_empty(x, x.shape if want else (0,)) for want in wanted)
+    h, out, out2 = (new_empty(x, x.shape) if want else x.new_empty(0) for want in wanted)
     return h, out, out2
 
 
@@ -64,7 +64,7 @@ def _gradient(
 
 def _fake_gradient(h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, eps, backend):
     wanted = (True, gate is not None, gate2 is not None)
-    grad_x, grad_y, grad_y2 = (new_empty(h, h.shape if want else (0,)) for want in wanted)
+    grad_x, grad_y, grad_y2 = (new_empty(h, h.shape) if want else h.new_empty(0) for want in wanted)
     return grad_x, grad_y, grad_y2
 
 
