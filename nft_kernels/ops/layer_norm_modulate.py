@@ -116,20 +116,8 @@ _Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradi
 
 
 def unchecked(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    scale2: Tensor | None = None,
-    shift2: Tensor | None = None,
-    *,
-    y: Tensor | None = None,
-    gate: Tensor | None = None,
-    y_bias: Tensor | None = None,
-    y2: Tensor | None = None,
-    gate2: Tensor | None = None,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
+    x, scale, shift, scale2=None, shift2=None, *, y=None, gate=None, y_bias=None, y2=None, gate2=None, eps, backend
+):
     """``layer_norm_modulate`` of arguments that fit, by a backend that can run: checks cost a model's forward, which
     knows both, a good part of the time that Python needs to launch it."""
     args = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps)

@@ -113,24 +113,9 @@ _op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), s
 _Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, grads))
 
 
-def unchecked(
-    q: Tensor,
-    k: Tensor,
-    weight_q: Tensor,
-    weight_k: Tensor,
-    context_q: Tensor | None = None,
-    context_k: Tensor | None = None,
-    context_weight_q: Tensor | None = None,
-    context_weight_k: Tensor | None = None,
-    *,
-    v: Tensor | None = None,
-    context_v: Tensor | None = None,
-    eps: float,
-    backend: str,
-) -> tuple[Tensor, ...]:
+def unchecked(q, k, weight_q, weight_k, *context, v=None, context_v=None, eps, backend):
     """``qk_norm`` of arguments that fit, by a backend that can run."""
-    context = context_q, context_k, context_weight_q, context_weight_k
-    args = (q, k, weight_q, weight_k, *context, v, context_v, eps)
+    args = (q, k, weight_q, weight_k, *(context or (None,) * 4), v, context_v, eps)
     if backend == "reference":
         return reference.qk_norm(*args)
     normed_q, normed_k, values = call(_op, _Fused, *args, backend)
