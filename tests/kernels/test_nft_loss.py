@@ -173,12 +173,13 @@ def test_gradient_scale_and_second_backward(backend):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_loss_scale_keeps_float16_gradients_from_underflow(backend, compiled):
-    x, t, r = inputs((8, 16, 32, 32), torch.float16)
-    _, _, exact, _ = closed_form(*x[:4], t, r)
+    # Few elements, which the interpreter is slow at, with gradients as small as those of many.
+    x, t, r = inputs((8, 16, 8, 8), torch.float16)
+    exact = closed_form(*x[:4], t, r)[2] / 16
     assert exact.abs().median() < torch.finfo(torch.float16).smallest_normal  # digits are lost without a scale
 
     def loss(v):
-        return nft_loss(v, *x[1:4], t, r, backend=backend).loss
+        return nft_loss(v, *x[1:4], t, r, adv_clip_max=5 / 16, backend=backend).loss
 
     leaf = x[0].clone().requires_grad_()
     run = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
