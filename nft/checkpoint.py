@@ -100,6 +100,16 @@ def check_folder(output: Path) -> None:
         raise PermissionError(f"output: {output} cannot be written to; give another folder")
 
 
+def check_no_pipeline(output: Path) -> None:
+    """Whether a folder has room for a pipeline.
+
+    Raises:
+        FileExistsError: it holds one.
+    """
+    if (output / "model_index.json").exists():
+        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+
+
 def beside(path: Path) -> Path:
     """A name for what is not finished, which no other process takes, in a folder that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,9 +216,10 @@ def best(parent: Path) -> Path | None:
     """The checkpoint with the highest held-out score of the newest one's stage, the earlier one of equals."""
     found = [(manifest(path), path) for path in existing(parent)]
     scored = [
-        (a["score"], -a["epoch"], path) for a, path in found if a["score"] is not None and math.isfinite(a["score"])
+        (about["score"], -about["epoch"], path)
+        for about, path in found
+        if about["stage"] == found[-1][0]["stage"] and about["score"] is not None and math.isfinite(about["score"])
     ]
-    scored = [entry for entry in scored if manifest(entry[2])["stage"] == found[-1][0]["stage"]]
     return max(scored)[2] if scored else None
 
 

@@ -32,9 +32,9 @@ def _fail(error: Exception | str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def _bars() -> Progress:
+def _bars(console: Console = _console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=_console)
+    return Progress(*columns, console=console)
 
 
 # What Ctrl-C leaves of a command; ``train`` says more.

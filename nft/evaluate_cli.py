@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 # What the pictures depend on besides pipeline, weights, prompts and solver.
@@ -123,13 +122,13 @@ def _subject(pipeline: str, checkpoint: Path | None) -> str:
 
 
 def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any) -> None:
+    from .cli import _bars
     from .full import load_policy
     from .rollout import rollout, times
 
     policy, suite = load_policy(run, checkpoint), evaluation.suite
     grid = times(suite.steps, **policy.schedule)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress, policy.merged("default"):
+    with _bars(console) as progress, policy.merged("default"):
         bar = progress.add_task("drawing", total=None)
         evaluation.draw(
             lambda texts, seeds: policy.decode(

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from .checkpoint import MANIFEST, check_folder, reading
+from .checkpoint import MANIFEST, check_folder, check_no_pipeline, reading
 from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
@@ -69,8 +69,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         ValueError: damaged files.
     """
     _check(output)
-    if (output / "model_index.json").exists():
-        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    check_no_pipeline(output)
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
     whole, folder = DiffusionPipeline.from_pretrained(name), find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():

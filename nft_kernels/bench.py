@@ -287,11 +287,11 @@ def peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[fl
         kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         return (torch.cuda.max_memory_allocated() - before) / 1e6, len(kernels)
     _memory.release()
-    lent, _ = _memory.sizes()
+    before, _ = _memory.sizes()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = call()
     # The profiler does not see this memory, which stays until it is released.
-    lent = sum(_memory.sizes()) - lent
+    lent = sum(_memory.sizes()) - before
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     del result

@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from rich.progress import Progress
 
-from nft.checkpoint import check_folder
+from nft.checkpoint import check_folder, check_no_pipeline
 
 from .prompts import GROUPS, split
 from .render import render
@@ -160,8 +160,7 @@ def pretrain(
         ValueError: a number that is out of range, named.
     """
     check_folder(output)
-    if (output / "model_index.json").exists():
-        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    check_no_pipeline(output)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - 1}")
     for key, count in (
