@@ -60,6 +60,8 @@ NONFINITE, HACKING = "nonfinite_updates", "reward_hacking"
 THRESHOLDS = {**{name: alarm.threshold for name, alarm in ALARMS.items()}, NONFINITE: 3.0, HACKING: 0.05}
 """Value beyond which each alarm is raised. ``nonfinite_updates``: how many updates in a row may be skipped before the
 run stops. ``reward_hacking``: by how much the held-out score falls while the trained one rises by as much."""
+SHARES = ("saturated", "zero_variance")
+"""Those that are shares of pictures or groups."""
 
 
 class Alarms:

@@ -46,6 +46,12 @@ _LEFT = {
 
 
 class _Commands(TyperGroup):
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        # An unset variable, which as a path would be the current folder.
+        if "--output=" in args or ("--output", "") in itertools.pairwise(args):
+            raise typer.BadParameter("got an empty name, accepted is a path", ctx=ctx, param_hint="--output")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: typer.Context) -> Any:
         """Run a command, and say what Ctrl-C leaves of it and what needs less where a GPU has not enough memory."""
         try:

@@ -27,7 +27,7 @@ from pydantic import (
 
 from nft_kernels.solvers import SOLVERS, schedule, table
 
-from .alarms import THRESHOLDS
+from .alarms import SHARES, THRESHOLDS
 from .objectives import OBJECTIVES, unread
 from .rewards import registry
 from .rewards.pool import RewardSpec
@@ -136,7 +136,7 @@ class Config(BaseModel):
     shared_noise: bool = False
     """Times and noise are drawn once for all pictures of a prompt."""
     updates_per_epoch: int = Field(6, gt=0)
-    micro_batch: int = Field(48, gt=0)
+    micro_batch: int = Field(144, gt=0)
     """Most pairs of picture and time that a process differentiates at a time."""
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -206,6 +206,14 @@ class Config(BaseModel):
             raise ValueError(f"{info.field_name}: got {value}, accepted are numbers below 2**31")
         return value
 
+    @field_validator("fused_transformer", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any) -> Any:
+        # A literal takes 1 for True.
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise ValueError(f"fused_transformer: got {value}, accepted are auto, true and false")
+        return value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -219,8 +227,10 @@ class Config(BaseModel):
         for name in alarms:
             if name not in THRESHOLDS:
                 raise ValueError(f"alarms.{registry.unknown(name, THRESHOLDS)}")
-            if alarms[name] < 0:
-                raise ValueError(f"alarms.{name}: got {alarms[name]}, accepted are numbers of at least 0")
+            share = name in SHARES
+            if alarms[name] < 0 or (share and alarms[name] > 1):
+                accepted = "shares, 0 to 1" if share else "numbers of at least 0"
+                raise ValueError(f"alarms.{name}: got {alarms[name]}, accepted are {accepted}")
         return alarms
 
     @field_validator("rewards")

@@ -127,6 +127,8 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--file", "/nowhere"], "file: /nowhere cannot be read: No such file"),
         (["a", "--file", "latin.txt"], "file: latin.txt is not UTF-8"),
         (["a", "--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
+        (["a", "--output", ""], "--output: got an empty name, accepted is a path"),
+        (["a", "--output="], "--output: got an empty name, accepted is a path"),
         (["a", "--guidance", "inf"], "guidance: got inf, accepted are numbers that float32 holds"),
         (["a", "--guidance", "1e300"], "guidance: got 1e+300, accepted are numbers that float32 holds"),
         (["a", "--output", "drawn"], "output: drawn holds 0000_seed0.png already; give another folder"),

@@ -178,6 +178,8 @@ def test_positive_numbers(key, value):
         ("combine=gdpo", "combine: got gdpo with task=shapes"),
         ("lr=1e-4", "lr: unknown key, `nft config show` lists the known ones"),
         ("EPOCHS=3", "EPOCHS: unknown key, did you mean epochs?"),
+        ("fused_transformer=1", "fused_transformer: got 1, accepted are auto, true and false"),
+        ("alarms.saturated=5.0", "alarms.saturated: got 5.0, accepted are shares, 0 to 1"),
         ("alarms.Velocity=3.0", "alarms.Velocity: unknown key, did you mean velocity?"),
         ("alarms.x=3.0", "alarms.x: unknown key, accepted are old_deviation, saturated,"),
         ("alarms={x: 1.0, x: 2.0}", "alarms: is not YAML: x: comes 2 times, accepted is once"),
