@@ -132,6 +132,14 @@ def replace_text(path: Path, text: str) -> None:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
 
 
+def _seal(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest_text(about: dict[str, Any]) -> str:
+    return json.dumps({**about, "seal": _seal(about)}, indent=1)
+
+
 def write(folder: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> None:
     """Write a checkpoint beside its place, then put it there in one step.
 
@@ -150,7 +158,7 @@ def write(folder: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         fill(fresh)
         files = sorted(path for path in fresh.rglob("*") if path.is_file())
         checksums = {path.relative_to(fresh).as_posix(): checksum(path) for path in files}
-        (fresh / MANIFEST).write_text(json.dumps({**about, "sha256": checksums}, indent=1))
+        (fresh / MANIFEST).write_text(_manifest_text({**about, "sha256": checksums}))
         for path in (fresh, *fresh.rglob("*")):
             _flush(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -179,6 +187,9 @@ def manifest(folder: Path) -> dict[str, Any]:
         about = parse_json((folder / MANIFEST).read_text())
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
+        # Those of older versions have none.
+        if about.pop("seal", None) not in (None, _seal(about)):
+            raise ValueError("it has another checksum than when it was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"
@@ -188,7 +199,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def amend(folder: Path, **about: Any) -> None:
     """Change what a checkpoint's manifest says, such as its score once it is known."""
-    replace_text(folder / MANIFEST, json.dumps({**manifest(folder), **about}, indent=1))
+    replace_text(folder / MANIFEST, _manifest_text({**manifest(folder), **about}))
 
 
 def verify(folder: Path) -> dict[str, Any]:

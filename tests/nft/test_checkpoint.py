@@ -192,6 +192,17 @@ def test_damage_is_named(written):
             checkpoint.verify(written)
 
 
+def test_a_manifest_that_says_something_else_is_damaged(written):
+    checkpoint.amend(written, score=0.5)
+    about = checkpoint.verify(written)
+    assert (about["epoch"], about["score"]) == (1, 0.5)
+    text = (written / "manifest.json").read_text()
+    for before, after in (('"epoch": 1', '"epoch": 3'), ("0.5", "0.7")):
+        (written / "manifest.json").write_text(text.replace(before, after))
+        with pytest.raises(CheckpointError, match=r"manifest.json.*another checksum.*delete"):
+            checkpoint.verify(written)
+
+
 def test_a_damaged_checkpoint_is_not_resumed(pipeline, tmp_path):
     trainer = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run")
     trainer.train()
