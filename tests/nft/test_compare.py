@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -299,18 +300,20 @@ def test_a_run_ends_once_its_evaluation_has_reached_the_target(tiny, tmp_path, m
 def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_after_another_does(
     tiny, tmp_path, monkeypatch
 ):
+    suite = replace(SUITES["shapes"](), rates=(1e-3, 3e-3), solvers=("deis",))
+    monkeypatch.setitem(SUITES, "shapes", lambda: suite)
     options = {"objectives": ["sft"], "seeds": 1, "epochs": 1, "tune": True, "overrides": tiny}
     seen = []
     compare("shapes", tmp_path / "two", jobs=2, on_run=lambda *progress: seen.append(progress), **options)
-    assert seen == [(i, 6) for i in range(6)] + [(0, 2), (1, 2)]
-    assert "3 runs of the same length" in (tmp_path / "two" / "compare.md").read_text()
-    best = {"nft": 3e-3, "sft": 1e-2}
+    assert seen == [(i, 4) for i in range(4)] + [(0, 2), (1, 2)]
+    assert "2 runs of the same length" in (tmp_path / "two" / "compare.md").read_text()
+    best = {"nft": 3e-3, "sft": 1e-3}
     monkeypatch.setattr("nft.compare.tuning_score", lambda run: -abs(float(run.name) - best[run.parent.name]))
     compare("shapes", tmp_path / "one", **options)
     for name, rate in best.items():
         config = load_config(str(tmp_path / "one" / "runs" / name / "seed-0" / "config.yaml"))
         assert (config.learning_rate, config.epochs, config.seed) == (rate, 1, 0)
-        for rate in SUITES["shapes"]().rates:
+        for rate in suite.rates:
             folders = [tmp_path / jobs / "tuning" / name / f"{rate:g}" for jobs in ("one", "two")]
             config = load_config(str(folders[0] / "config.yaml"))
             assert (config.learning_rate, config.epochs, config.seed) == (rate, 1, 1000)
