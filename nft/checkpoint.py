@@ -59,8 +59,10 @@ def read_metrics(folder: Path, *, required: bool = True) -> list[dict[str, Any]]
             if not line.endswith("\n"):
                 break
             values = None
-        if not isinstance(values, dict) or not all(isinstance(values.get(key), int) for key in ("epoch", "step")):
-            raise ValueError(f"metrics: {path}, line {number}: got {line[:40]!r}, accepted is JSON with epoch and step")
+        numbers = isinstance(values, dict) and all(isinstance(value, int | float | list) for value in values.values())
+        if not numbers or not all(isinstance(values.get(key), int) for key in ("epoch", "step")):
+            accepted = "JSON of numbers and lists, with epoch and step"
+            raise ValueError(f"metrics: {path}, line {number}: got {line[:40]!r}, accepted is {accepted}")
         found.append(values)
     if required and not found:
         raise FileNotFoundError(f"metrics: {folder} holds no metrics.jsonl with an epoch in it")

@@ -112,7 +112,8 @@ def train(
     name = config or "shapes"
     folder = output or Path("runs") / Path(name).stem
     saved = folder / "config.yaml"
-    resumed = resume and saved.exists()
+    # Unlike a path's own exists it says no of a name that is too long.
+    resumed = resume and os.path.exists(saved)
     try:
         settings = load_config(str(saved) if resumed else name, [*(overrides or []), *extra])
     except ConfigError as error:

@@ -306,6 +306,7 @@ LORA, WHOLE = "checkpoint/ema/adapter_config.json", "checkpoint/ema/diffusion_py
     [
         *(("run/metrics.jsonl", says("no\n{}\n"), c, "metrics.jsonl, line 1: got 'no") for c in (RESUME, REPORT)),
         ("run/metrics.jsonl", says("[]\n"), REPORT, "metrics.jsonl, line 1: got '[]"),
+        ("run/metrics.jsonl", says('{"epoch": 1, "step": 1, "eval_strict": null}\n'), REPORT, "line 1: got"),
         ("run/metrics.jsonl", says('{"epoch": 1}\n'), REPORT, 'line 1: got \'{"epoch": 1}'),
         ("run/metrics.jsonl", lambda path: path.write_bytes(bytes([255, 10])), REPORT, "metrics.jsonl, line 1: got"),
         ("run/metrics.jsonl", os.unlink, [*REPORT, "full"], "run holds no metrics.jsonl with an epoch in it"),

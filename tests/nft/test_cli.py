@@ -145,6 +145,12 @@ def test_sample_names_bad_input(arguments, message, tmp_path, monkeypatch):
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_an_output_whose_name_is_too_long_is_named(more):
+    result = run(app, ["train", "--output", "a" * 300, *more])
+    assert result.exit_code == 2 and "error: [Errno 36] File name too long" in result.output
+
+
 def test_an_adapter_of_another_model_is_named(pipeline, tmp_path):
     policy = Policy(load_config("shapes", [pipeline, "lora_rank=4"]))
     policy.save_adapter("default", tmp_path)
