@@ -310,13 +310,18 @@ def compare(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="folders of runs")],
-    output: Annotated[Path, typer.Option(help="page that compares several runs")] = Path("comparison.html"),
+    output: Annotated[
+        Path | None, typer.Option(help="page of the comparison; comparison.html of several runs by default")
+    ] = None,
 ) -> None:
-    """Write a run's report anew, or compare several runs on one page."""
+    """Write a run's report anew, or compare runs on one page."""
     from .report import write_comparison, write_report
 
     try:
-        page = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, output)
+        if len(runs) == 1 and output is None:
+            page = write_report(runs[0])
+        else:
+            page = write_comparison(runs, output or Path("comparison.html"))
     except (OSError, ValueError) as error:
         raise _fail(error) from None
     _console.print(f"report: {page}")

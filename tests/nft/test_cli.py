@@ -231,6 +231,8 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
     both = (tmp_path / "both.html").read_text()
     assert both.count("data:image/png") == 3 and "<td>beta</td><td>0.5</td><td>2</td>" in both.replace("2.0", "2")
     assert "<td>lora_rank</td>" not in both
+    alone = tmp_path / "alone.html"
+    assert run(app, ["report", str(folder), "--output", str(alone)]).exit_code == 0 and "Curves" in alone.read_text()
     result = run(app, ["report", str(folder), str(tmp_path / "none")])
     assert result.exit_code == 2 and "holds no metrics.jsonl" in result.output.replace("\n", " ")
 
