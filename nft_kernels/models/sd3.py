@@ -31,6 +31,7 @@ from ..ops.qk_norm import unchecked as qk_norm
 from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
+from ._linear import linear
 from ._modules import untouched
 
 # What may stand where the transformer has a linear layer.
@@ -100,12 +101,16 @@ class FastPath:
             if reason is not None:
                 raise RuntimeError(f"float8: cannot run: {reason}")
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear, in float8 if so wanted."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear, on the CPU by the faster of two libraries."""
         if x.is_cpu:
             # There rows with gaps between samples would be multiplied sample by sample.
             x = x.contiguous()
-        return F.linear(x, weight, bias) if self._quantized is None else self.float8_product(x, weight, bias)
+        return linear(x, weight, bias) if self._chosen == "native" else F.linear(x, weight, bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear, in float8 if so wanted."""
+        return (self.linear if self._quantized is None else self.float8_product)(x, weight, bias)
 
     def float8_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
         """F.linear of x or of its GELU. A weight is quantized once, and kept so that its address stays its own."""
@@ -292,7 +297,7 @@ def _worth_adding(layers: Sequence[_Layer], x: Tensor) -> bool:
     return True
 
 
-def _project(layers: Sequence[Any], x: Tensor, product: Any = F.linear) -> Sequence[Tensor]:
+def _project(layers: Sequence[Any], x: Tensor, product: Any) -> Sequence[Tensor]:
     """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
 
     Layers of another kind are called one by one, and so are all under torch.compile, which must not move weights.
@@ -409,10 +414,10 @@ def _block(
     return sample, Stream(x, _feed_forward(path, block.ff_context, normed), ff_gate)
 
 
-def _modulations(transformer: Any, temb: Tensor) -> list[tuple[Tensor, ...]]:
+def _modulations(path: FastPath, transformer: Any, temb: Tensor) -> list[tuple[Tensor, ...]]:
     """All modulations of one timestep: of the blocks' samples and contexts in turn, and of the output."""
     norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    outs = _project([norm.linear for norm in (*norms, transformer.norm_out)], F.silu(temb))
+    outs = _project([norm.linear for norm in (*norms, transformer.norm_out)], F.silu(temb), path.linear)
     return [out.split(temb.shape[-1], -1) for out in outs]
 
 
@@ -446,8 +451,8 @@ def _forward(
     path.begin(hidden_states)
     height, width = hidden_states.shape[-2:]
     sample = Stream(self.pos_embed(hidden_states).contiguous())
-    context = Stream(self.context_embedder(encoder_hidden_states))
-    *mods, out_mod = _modulations(self, self.time_text_embed(timestep, pooled_projections))
+    context = Stream(*_project([self.context_embedder], encoder_hidden_states, path.linear))
+    *mods, out_mod = _modulations(path, self, self.time_text_embed(timestep, pooled_projections))
     for block, mod, context_mod in zip(self.transformer_blocks, mods[::2], mods[1::2], strict=True):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
             sample, context = self._gradient_checkpointing_func(_block, path, block, sample, context, mod, context_mod)
@@ -457,7 +462,8 @@ def _forward(
     scale, shift = out_mod
     _, x = layer_norm_modulate(x, scale, shift, y=y, gate=gate, eps=self.norm_out.norm.eps, backend=path._chosen)
     p = self.config.patch_size
-    patches = self.proj_out(x).unflatten(-1, (p, p, self.out_channels)).unflatten(1, (height // p, width // p))
+    (patches,) = _project([self.proj_out], x, path.linear)
+    patches = patches.unflatten(-1, (p, p, self.out_channels)).unflatten(1, (height // p, width // p))
     out = torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
