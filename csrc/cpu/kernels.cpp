@@ -156,7 +156,8 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
   S* grad = target<T, S>(a.grad, row, start, buf.grad);
   passes = passes && grad != static_cast<void*>(buf.grad) && reinterpret_cast<uintptr_t>(grad) % 32 == 0;
   int64_t k = 0;
-  auto write = [&](auto past_caches) {
+  // As a function of its own it would have to take the closure's values for what the stores may change, and stay scalar.
+  auto write = [&](auto past_caches) __attribute__((always_inline)) {
     alignas(32) S held[2 * kLanes];
     for (; k + 2 * kLanes <= count; k += 2 * kLanes) {
       S* to = past_caches ? held : grad + k;
