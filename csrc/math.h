@@ -12,18 +12,20 @@ struct Philox {
   uint32_t v[4];
 };
 
-// Philox4x32-10 (Salmon et al., SC 2011).
+// Philox4x32-10 (Salmon et al., SC 2011). Without a loop of rounds, so that compilers can compute several at a time.
 NFT_HD Philox philox(uint64_t key, uint64_t low, uint64_t high) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   Philox c{{static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
             static_cast<uint32_t>(high >> 32)}};
-  for (int round = 0; round < 10; ++round) {
+  auto round = [&] {
     const uint64_t p0 = 0xD2511F53ull * c.v[0], p1 = 0xCD9E8D57ull * c.v[2];
     c = Philox{{static_cast<uint32_t>(p1 >> 32) ^ c.v[1] ^ k0, static_cast<uint32_t>(p1),
                 static_cast<uint32_t>(p0 >> 32) ^ c.v[3] ^ k1, static_cast<uint32_t>(p0)}};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
-  }
+  };
+  round(), round(), round(), round(), round();
+  round(), round(), round(), round(), round();
   return c;
 }
 
@@ -40,18 +42,38 @@ NFT_HD void cos_sin(float angle, float& cosine, float& sine) {
   sine = quarter & 2 ? -(odd ? c : s) : (odd ? c : s);
 }
 
-// Four standard normals from one counter. The uniforms are (24 high bits + 1/2) / 2^24, never 0 or 1.
+// Natural logarithm of a number from 2^-25 to 1, within an ulp. The library's also looks for what is none, and takes one
+// number at a time.
+NFT_HD float log_of_uniform(float u) {
+  int32_t bits;
+  memcpy(&bits, &u, 4);
+  // u = 2^exponent (1 + y), with 1 + y from sqrt(1/2) to sqrt(2).
+  const int32_t exponent = (bits - 0x3f3504f3) >> 23;
+  bits -= exponent * (1 << 23);
+  float y;
+  memcpy(&y, &bits, 4);
+  y -= 1.0f;
+  float p = 0.12761575f + y * -0.07634493f;
+  p = 0.14201759f + y * (-0.13160183f + y * p);
+  p = 0.33333331f + y * (-0.2500082f + y * (0.20001227f + y * (-0.16623357f + y * p)));
+  // ln 2 in two parts, the first short enough for its multiples to be exact.
+  const float n = static_cast<float>(exponent), y2 = y * y;
+  return (y + ((y * y2 * p + n * -2.1219444e-4f) - 0.5f * y2)) + n * 0.693359375f;
+}
+
+// Four standard normals from one counter. The uniforms are (24 high bits + 1/2) / 2^24, never 0.
 NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]) {
   const Philox bits = philox(seed, block, sample);
-  for (int pair = 0; pair < 2; ++pair) {
-    const float u1 = (static_cast<float>(bits.v[2 * pair] >> 8) + 0.5f) * 0x1p-24f;
-    const float u2 = (static_cast<float>(bits.v[2 * pair + 1] >> 8) + 0.5f) * 0x1p-24f;
-    const float radius = sqrtf(-2.0f * logf(u1)), angle = 6.283185307179586f * u2;
+  auto uniform = [](uint32_t word) { return (static_cast<float>(static_cast<int32_t>(word >> 8)) + 0.5f) * 0x1p-24f; };
+  auto box_muller = [&](uint32_t radial, uint32_t angular, float& first, float& second) __attribute__((always_inline)) {
+    const float radius = sqrtf(-2.0f * log_of_uniform(uniform(radial)));
     float cosine, sine;
-    cos_sin(angle, cosine, sine);
-    out[2 * pair] = radius * cosine;
-    out[2 * pair + 1] = radius * sine;
-  }
+    cos_sin(6.283185307179586f * uniform(angular), cosine, sine);
+    first = radius * cosine;
+    second = radius * sine;
+  };
+  box_muller(bits.v[0], bits.v[1], out[0], out[1]);
+  box_muller(bits.v[2], bits.v[3], out[2], out[3]);
 }
 
 // One sample's numbers: `outer` is what it counts in the loss.

@@ -295,10 +295,17 @@ double total(const T* lanes) {
 // Standard normals for elements [start, start + count) of one sample; start is a multiple of 4.
 template <typename T>
 void draw(int64_t seed, int64_t sample, int64_t start, int64_t count, T* out) {
-  for (int64_t k = 0; k < count; k += 4) {
-    float four[4];
-    normals(static_cast<uint64_t>(seed), static_cast<uint64_t>(sample), static_cast<uint64_t>((start + k) / 4), four);
-    for (int64_t j = 0; j < std::min<int64_t>(4, count - k); ++j) out[k + j] = static_cast<T>(four[j]);
+  float values[4 * kLanes];
+  for (int64_t k = 0; k < count; k += 4 * kLanes) {
+    // A variable of the loop itself would become an array in memory.
+    auto lane = [&](int l) __attribute__((always_inline)) {
+      float four[4];
+      normals(static_cast<uint64_t>(seed), static_cast<uint64_t>(sample), static_cast<uint64_t>((start + k) / 4 + l), four);
+      values[4 * l] = four[0], values[4 * l + 1] = four[1], values[4 * l + 2] = four[2], values[4 * l + 3] = four[3];
+    };
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) lane(l);
+    std::copy_n(values, std::min<int64_t>(4 * kLanes, count - k), out + k);
   }
 }
 

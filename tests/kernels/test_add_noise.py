@@ -53,6 +53,19 @@ def test_backends_draw_the_same_noise(kernels):
     assert ((a - b).abs() <= 4 * torch.finfo(torch.float32).eps * a.abs().clamp_min(1)).all()
 
 
+def test_noise_is_box_mullers(kernels):
+    n = 20_000 if kernels == "triton" else 2_000_000
+    noise = add_noise(torch.zeros(1, n), torch.ones(1), seed=7, backend=kernels)[0].double()
+    words = [torch.arange(n // 4), *[torch.zeros(n // 4, dtype=torch.int64)] * 3]
+    bits = torch.stack(philox(words, [torch.tensor([7]), torch.tensor([0])]), -1).view(-1, 2)
+    radial, angular = ((bits >> 8).float().add(0.5).mul(2.0**-24)).unbind(-1)
+    radius, angle = (-2 * radial.double().log()).sqrt(), (2 * math.pi * angular).double()
+    exact = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()
+    # An ulp of the logarithm, half of it after the root, and of 1 for the cosine; the root and the product are rounded.
+    bound = 2.5 * torch.finfo(torch.float32).eps * radius.repeat_interleave(2)
+    assert ((noise.cpu() - exact).abs() <= bound).all()
+
+
 def test_per_sample_seeds_do_not_depend_on_the_batch(backend):
     seeds = torch.tensor([3, -(2**62), 2**40 + 1])
     x0, t = torch.randn(3, 4, 7), torch.tensor([0.2, 0.5, 0.9])
