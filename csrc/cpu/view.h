@@ -93,7 +93,8 @@ inline void store_one(void* data, int dtype, int64_t i, T value) {
   }
 }
 
-// Calls body(offset, index) for elements [start, start + count) of one sample, in logical order.
+// Calls body(offset, k, n) for elements [start, start + count) of one sample, in logical order and in runs: n of them
+// from number k on, which lie from ``offset`` on with the stride of the last dimension.
 template <typename F>
 inline void walk(const View& view, int64_t start, int64_t count, F body) {
   int64_t index[kMaxDims] = {0}, rest = start, offset = 0;
@@ -102,13 +103,16 @@ inline void walk(const View& view, int64_t start, int64_t count, F body) {
     rest /= view.size[d];
     offset += index[d] * view.stride[d];
   }
-  for (int64_t k = 0; k < count; ++k) {
-    body(offset, k);
-    for (int d = view.dims - 1; d >= 0; --d) {
-      offset += view.stride[d];
-      if (++index[d] < view.size[d]) break;
-      offset -= view.size[d] * view.stride[d];
+  const int last = view.dims - 1;
+  for (int64_t k = 0, n; k < count; k += n) {
+    n = std::min(count - k, view.size[last] - index[last]);
+    body(offset, k, n);
+    offset += n * view.stride[last];
+    index[last] += n;
+    for (int d = last; d > 0 && index[d] == view.size[d]; --d) {
+      offset += view.stride[d - 1] - view.size[d] * view.stride[d];
       index[d] = 0;
+      ++index[d - 1];
     }
   }
 }
@@ -162,7 +166,15 @@ template <typename T>
 const T* load(const View& view, int64_t b, int64_t start, int64_t count, T* buffer) {
   const char* base = sample_start(view, b);
   if (dense(view)) return load_dense(base + start * item_size(view.dtype), view.dtype, count, buffer);
-  walk(view, start, count, [&](int64_t o, int64_t k) { buffer[k] = load_one<T>(base, view.dtype, o); });
+  const int64_t stride = view.stride[view.dims - 1];
+  walk(view, start, count, [&](int64_t o, int64_t k, int64_t n) {
+    if (stride == 1) {
+      const T* run = load_dense(base + o * item_size(view.dtype), view.dtype, n, buffer + k);
+      if (run != buffer + k) std::copy_n(run, n, buffer + k);
+    } else {
+      for (int64_t i = 0; i < n; ++i) buffer[k + i] = load_one<T>(base, view.dtype, o + i * stride);
+    }
+  });
   return buffer;
 }
 
@@ -178,7 +190,14 @@ template <typename T>
 void store(const View& view, int64_t b, int64_t start, int64_t count, const T* values) {
   char* base = sample_start(view, b);
   if (dense(view)) return store_dense(base + start * item_size(view.dtype), view.dtype, count, values);
-  walk(view, start, count, [&](int64_t o, int64_t k) { store_one<T>(base, view.dtype, o, values[k]); });
+  const int64_t stride = view.stride[view.dims - 1];
+  walk(view, start, count, [&](int64_t o, int64_t k, int64_t n) {
+    if (stride == 1) {
+      store_dense(base + o * item_size(view.dtype), view.dtype, n, values + k);
+    } else {
+      for (int64_t i = 0; i < n; ++i) store_one<T>(base, view.dtype, o + i * stride, values[k + i]);
+    }
+  });
 }
 
 // Asks for large pages for an output of many megabytes. Memory fresh from the system is faulted in page by page as it is
