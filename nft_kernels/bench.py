@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import datetime
 import itertools
 import json
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,11 +241,23 @@ def _replayed(name: str, call: Callable[[], Any]) -> Callable[[], Any] | None:
     return replay
 
 
+@cache
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed, up to blocks of 32 MiB, which it otherwise gives back in whichever call happens to
+    free next: that can take longer than the call, and is seldom the provider's whose memory it was."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**25)
+
+
 def _time(
     calls: dict[str, Callable[[], Any]], device: torch.device, seconds: float, *, cold: bool
 ) -> dict[str, list[float]]:
     """Seconds of every call, interleaved for ``seconds`` in all, at least five times each. Before each of them the
     caches are flushed, or else the same call is made once, so that they hold what it left and not what others did."""
+    _keep_freed_memory()
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
