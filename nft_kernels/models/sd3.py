@@ -502,8 +502,8 @@ def accelerate(transformer: SD3Transformer2DModel, *, attention: str = "auto", b
             ``flash``, ``efficient`` and ``math``; ``short`` is this package's for short sequences on a CPU; ``flash2``,
             ``flash3`` and ``flash4`` are the packages flash_attn, flash_attn_interface and flash_attn.cute. A choice
             that cannot run raises at the first forward.
-        backend: of the fused normalizations and, on the CPU, of the GELU: ``auto``, ``native`` (on the CPU), ``triton``
-            or ``reference``.
+        backend: of the fused normalizations and, on the CPU, of the GELU and of products in float32: ``auto``,
+            ``native`` (on the CPU), ``triton`` or ``reference``.
 
     Returns:
         The handle; its ``attention_used`` says which attention ran for which shapes.
