@@ -56,7 +56,7 @@ def measure(overrides: list[str], folder: Path, rate: float) -> dict[str, float]
     trainer.optimize(trainer.sample())
     data = trainer.sample()
     t = trainer.grid[1].item()
-    pairs = [(i, t, i) for i in range(config.micro_batch)]
+    pairs = [(i % len(data["prompts"]), t, i) for i in range(config.micro_batch)]
     megabytes, _ = peak_and_launches(lambda: trainer._accumulate(data, pairs), trainer.policy.device)
     trainer.optimizer.zero_grad()
     begin = time.perf_counter()
