@@ -245,11 +245,10 @@ def _replayed(name: str, call: Callable[[], Any]) -> Callable[[], Any] | None:
 def _keep_freed_memory() -> None:
     """Have glibc keep what is freed, up to blocks of 32 MiB, which it otherwise gives back in whichever call happens to
     free next: that can take longer than the call, and is seldom the provider's whose memory it was."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**25)
 
 
 def _time(
