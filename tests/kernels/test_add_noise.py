@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nft_kernels import add_noise
+from nft_kernels.backends import native
 from nft_kernels.reference.add_noise import philox
 
 
@@ -64,6 +65,14 @@ def test_noise_is_box_mullers(kernels):
     # An ulp of the logarithm, half of it after the root, and of 1 for the cosine; the root and the product are rounded.
     bound = 2.5 * torch.finfo(torch.float32).eps * radius.repeat_interleave(2)
     assert ((noise.cpu() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("isa", getattr(native._C, "isas", []))
+def test_instruction_sets_draw_the_same_bits(isa, monkeypatch):
+    x0, t, seeds = torch.zeros(3, 10_003), torch.ones(3), torch.tensor([3, -5, 2**62])
+    best = add_noise(x0, t, seed=seeds, backend="native")
+    monkeypatch.setenv("NFT_KERNELS_ISA", isa)
+    assert torch.equal(add_noise(x0, t, seed=seeds, backend="native"), best)
 
 
 def test_per_sample_seeds_do_not_depend_on_the_batch(backend):
