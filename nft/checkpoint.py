@@ -189,9 +189,11 @@ def manifest(folder: Path) -> dict[str, Any]:
         about = parse_json((folder / MANIFEST).read_text())
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
-        # Those of older versions have none.
+        # Those of older versions have neither a checksum nor surroundings.
         if about.pop("seal", None) not in (None, _seal(about)):
             raise ValueError("it has another checksum than when it was written")
+        if not isinstance(about.setdefault("surroundings", {}), dict):
+            raise ValueError("surroundings: accepted is an object")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"

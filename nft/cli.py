@@ -133,6 +133,10 @@ def train(
         raise _fail(error) from None
     main = trainer.processes.main
     _console.quiet = not main
+    if trainer.changes:
+        differs = ", ".join(trainer.changes)
+        text = f"resumed with {differs}: the run goes on, but not to the last bit as it would have"
+        _console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
     seen: dict[str, Any] = {}
     with _bars() as progress:
         bar = progress.add_task("evaluating", total=settings.epochs, completed=trainer.epoch)

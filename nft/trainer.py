@@ -35,6 +35,7 @@ from .rewards.base import RewardError
 from .rewards.combine import Combined, combine, weighted_sum
 from .rollout import noisy, rollout, solver_options, times
 from .selection import extremes, uninformative
+from .surroundings import changes, surroundings
 from .tracking import Tracker
 
 # Seconds to wait before a failed reward is asked again.
@@ -87,6 +88,9 @@ class Trainer:
         self.score: float | None = None
         """Held-out score of the weights as they are, where it was measured."""
         self.epoch = self.step = 0
+        self._surroundings = surroundings(self.policy.device, self.processes.count)
+        self.changes: list[str] = []
+        """What is not as it was when the checkpoint was written that this run goes on from: it rounds otherwise."""
         self.task: tasks.Task | None = None
         if resume and (found := checkpoint.existing(folder / "checkpoints")):
             self._load(found[-1])
@@ -428,7 +432,7 @@ class Trainer:
         if self.processes.main:
             stage = self.config.stage_index(self.epoch - 1)
             about = {"format": 1, "epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
-            checkpoint.write(self._checkpoint, self._fill, about)
+            checkpoint.write(self._checkpoint, self._fill, {**about, "surroundings": self._surroundings})
             self._tidy()
         elif self.policy.sharded:
             self._fill(None)
@@ -472,6 +476,7 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         about = checkpoint.verify(folder)
+        self.changes = changes(about["surroundings"], self._surroundings)
         self.policy.load_adapter("default", folder / "ema")
         shadow = [parameter.detach().clone() for parameter in self.policy.trained]
         for adapter in ("default", "old"):

@@ -184,7 +184,10 @@ def test_damage_is_named(written):
         (lambda f: (f / "weights").unlink(), "weights is missing"),
         *(
             (lambda f, text=text: (f / "manifest.json").write_text(text), "no readable manifest.*delete")
-            for text in ("{", "[]", "{}", "1", '{"epoch": 1, "stage": 0, "score": "a", "sha256": {}}')
+            for text in (
+                *("{", "[]", "{}", "1", '{"epoch": 1, "stage": 0, "score": "a", "sha256": {}}'),
+                '{"epoch": 1, "stage": 0, "score": null, "sha256": {}, "surroundings": 1}',
+            )
         ),
     ):
         damage(written)

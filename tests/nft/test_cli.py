@@ -202,7 +202,7 @@ def train(pipeline, output, *more):
     return run(app, ["train", pipeline, *TINY, "--output", str(output), *more])
 
 
-def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
+def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path, monkeypatch):
     for name in ("one", "two"):
         result = train(pipeline, tmp_path / name, f"seed={len(name)}", "beta=0.5" if name == "one" else "beta=2")
         assert result.exit_code == 0, result.output
@@ -218,6 +218,11 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path):
     # A resumed run keeps its settings but for what is given anew.
     result = run(app, ["train", "epochs=3", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 0 and "epoch 3: held-out strict score" in result.output
+    assert "resumed with" not in result.output
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("NFT_KERNELS_BACKEND", "reference")
+        result = run(app, ["train", "--resume", "--output", str(tmp_path / "one")])
+    assert "resumed with kernels reference" in result.output and "not to the last bit" in result.output
     folder = tmp_path / "one"
     epochs = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [0, 1, 2, 2, 3, 3]

@@ -8,6 +8,8 @@ from distributed_worker import Brightness, train_until
 
 pytest.importorskip("diffusers")
 
+import peft
+
 from nft import checkpoint
 from nft.config import ConfigError, load_config
 from nft.policy import Policy, old_policy_decay
@@ -52,6 +54,24 @@ def test_interrupted_and_resumed_run_equals_an_unbroken_one(pipeline, tmp_path):
     assert [line["epoch"] for line in lines] == [0, 1, 2, 2, 3, 3]
     assert "eval_strict" in lines[0] and "reward" in lines[1]
     assert write_report(tmp_path / "whole").read_text().count("data:image/png") == 1
+
+
+def test_a_run_that_is_resumed_elsewhere_says_what_differs(pipeline, tmp_path, monkeypatch):
+    train_until(Trainer(settings(pipeline, "epochs=2"), tmp_path / "run"), 1)
+    here = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
+    assert here.changes == []
+    threads, version = torch.get_num_threads(), peft.__version__
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(peft, "__version__", "0.0.1")
+    monkeypatch.setenv("NFT_KERNELS_BACKEND", "reference")
+    there = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
+    assert f"threads 77 (was {threads})" in there.changes and f"peft 0.0.1 (was {version})" in there.changes
+    assert any(change.startswith("kernels reference, ") for change in there.changes)
+    folder = checkpoint.existing(tmp_path / "run" / "checkpoints")[-1]
+    about = checkpoint.manifest(folder)
+    del about["surroundings"]
+    (folder / "manifest.json").write_text(json.dumps(about))  # as an older version wrote it
+    assert Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True).changes == []
 
 
 def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_path):
