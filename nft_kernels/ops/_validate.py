@@ -57,7 +57,8 @@ def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, 
     if not x.is_cpu or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
         return
     # A few values are read faster than an operator is called. Python's min and max may pass over a NaN, a sum does not.
-    values = x.tolist() if x.ndim == 1 and x.shape[0] <= _FEW else [bound.item() for bound in x.detach().aminmax()]
+    few = x.ndim == 1 and x.shape[0] <= _FEW and not torch._C._are_functorch_transforms_active()
+    values = x.tolist() if few else [bound.item() for bound in x.detach().aminmax()]
     smallest, largest = min(values), max(values)
     inside = low <= smallest and largest <= high and not math.isnan(sum(values))
     if not inside or (above and smallest == low) or (below and largest == high):
@@ -120,7 +121,7 @@ def dimension(name: str, value: int | None, x0: Tensor) -> None:
 
 def number(name: str, value: float, *, positive: bool) -> None:
     """``value`` must be a finite number, above zero or at least zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {type(value).__name__}, accepted is a number")
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise ValueError(f"{name}: got {value}, accepted is a finite number {'above' if positive else 'of at least'} 0")

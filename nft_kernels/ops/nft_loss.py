@@ -148,9 +148,10 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def _run(inputs: LossInputs, options: Options, backend: str, per_sample: bool) -> tuple[Tensor, Tensor]:
     """The loss, a scalar or what every sample adds to it, and the details (8, B)."""
-    others = [x if x is None or not x.requires_grad else x.detach() for x in inputs[1:]]
-    # Kernels read memory, where a lazy negation has not been done.
-    inputs = LossInputs._make(x if x is None else x.resolve_neg() for x in (inputs.v_theta, *others))
+    v_theta, *frozen = inputs
+    others = [x if x is None or not x.requires_grad else x.detach() for x in frozen]
+    # Kernels read memory, where a lazy negation has not been done. The compiler of torch 2.6 knows no _make.
+    inputs = LossInputs(*[x if x is None else x.resolve_neg() for x in (v_theta, *others)])  # type: ignore[arg-type]
     if backend == "reference":
         losses, *rows = reference.nft_loss(inputs, options)
         return losses if per_sample else losses.sum(), torch.stack(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import List, NamedTuple  # noqa: UP035
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ def _run(
     v: Tensor,
     v_uncond: Tensor | None,
     noise: Tensor | None,
-    history: list[Tensor],
+    history: List[Tensor],  # noqa: UP006 (torch 2.6 reads the schema from these, and knows no list)
     seed: Tensor | None,
     sample: Tensor | None,
     a: float,
-    b: list[float],
+    b: List[float],  # noqa: UP006
     c: float,
     p: float,
     q: float,

@@ -16,7 +16,7 @@ def capability(request, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
     _linear._onednn.cache_clear()
     if request.param == "AVX512" and _linear._onednn() is None:
-        pytest.skip("this torch has no oneDNN")
+        pytest.skip("this torch has no oneDNN that fits")
     yield request.param
     _linear._onednn.cache_clear()
 

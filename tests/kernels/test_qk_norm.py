@@ -98,7 +98,8 @@ def test_compiles_and_passes_opcheck(backend, values):
     tensors = list((with_values(named) if values else named).values())
 
     def run(*tensors):
-        return qk_norm(*tensors[:8], **dict(zip(VALUES, tensors[8:], strict=False)), backend=backend)
+        more = dict(zip(list(VALUES)[: len(tensors) - 8], tensors[8:], strict=True))
+        return qk_norm(*tensors[:8], **more, backend=backend)
 
     eager, outs = run(*tensors), torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors)
     grads = [torch.autograd.grad(sum(out.square().sum() for out in r), tensors) for r in (eager, outs)]

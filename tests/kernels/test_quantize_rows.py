@@ -16,7 +16,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture
 def kernels():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.4")
     if reason := module.why_not(DEVICE):
         pytest.skip(reason)
 

@@ -200,7 +200,7 @@ def test_projections_and_modulations_are_single_products(model):
 
 
 def test_blocks_add_their_residuals_and_the_biases_of_parts_in_the_norms():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.4")
     counts = []
     for layers in (1, 2):
         model = build("sd35", layers).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -511,7 +511,7 @@ def float8_products():
 
 
 def test_float8_by_the_kernels(float8_products):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.4")
     model, outs = build("sd35", layers=1), []
     wanted = run(model)
     for backend in ("reference", "triton"):

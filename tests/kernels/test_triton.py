@@ -11,7 +11,7 @@ from nft_kernels.backends import choose, load
 from nft_kernels.reference import nft_loss as reference
 from nft_kernels.reference.solver_step import Coefficients
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.4")
 tl = pytest.importorskip("triton.language")
 common = pytest.importorskip("nft_kernels.backends.triton._common")
 offsets = common.offsets

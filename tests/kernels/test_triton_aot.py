@@ -159,7 +159,7 @@ def compile_for(script, target):
 
 def reports(script):
     """What ``script`` reports for every target, each in a process of its own."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.4")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [row for report in pool.map(partial(compile_for, script), TARGETS) for row in json.loads(report)]
 
@@ -180,7 +180,7 @@ def test_kernels_compile_without_spills(report, target, dtype, layout):
 
 
 def test_whatever_may_be_missing_or_constant_in_the_loss_is_understood():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.4")
     compile_for(__file__, "combinations")
 
 
