@@ -210,6 +210,8 @@ def _distributed(rank, port, sharded):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes(sharded):
+    if sharded and torch.__version__ < "2.9":
+        pytest.skip("older versions shard on GPUs only")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -177,7 +177,9 @@ def test_a_picture_depends_on_its_prompt_and_not_on_its_batch(pipeline):
     assert (alone - other).abs().max() > 1e-4
 
 
-def test_half_precision_and_compiled_rollouts_draw_what_float32_does(pipeline, monkeypatch):
+def test_half_precision_and_compiled_rollouts_draw_what_float32_does(pipeline, monkeypatch, request):
+    if "qwen" in request.node.name and torch.__version__ < "2.9":
+        pytest.skip("older compilers do not take diffusers' rotary embedding")
     compiled, compile = [], torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda module, mode: (compiled.append(mode), compile(module, backend="aot_eager"))[1]
