@@ -21,3 +21,8 @@ def pytest_xdist_make_scheduler(config, log):
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that fork come first: a fork cannot use autograd once other tests, or a GPU, have started its threads."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)

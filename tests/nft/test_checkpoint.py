@@ -25,6 +25,8 @@ from nft.config import load_config
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
+pytestmark = pytest.mark.forks
+
 SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
          "eval_steps=1", "eval_every=2", "lora_rank=4", "epochs=4", "eval_solver=euler"]  # fmt: skip
 

@@ -17,6 +17,8 @@ from nft.distributed import Processes
 from nft.tasks import TASKS
 from nft.worlds.shapes.tiny import build_pipeline
 
+pytestmark = pytest.mark.forks
+
 
 def by_torchrun(count, folder, pipeline):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]

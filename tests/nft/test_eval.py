@@ -30,6 +30,8 @@ from nft.rewards.base import score
 from nft.worlds.shapes.tiny import build_pipeline
 from nft.worlds.shapes.verify import verify
 
+pytestmark = pytest.mark.forks
+
 run = CliRunner().invoke
 PAPER = ("--suite", "paper", "--override", "device=cpu")
 

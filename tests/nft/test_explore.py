@@ -22,6 +22,8 @@ from nft.tasks import TASKS, Shapes
 from nft.trainer import Trainer
 from nft_kernels.models import float8
 
+pytestmark = pytest.mark.forks
+
 SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
          "eval_prompts_per_group=1", "eval_steps=2", "lora_rank=4", "updates_per_epoch=3", "epochs=2",
          "preflight=false", "verify_kernels_steps=0"]  # fmt: skip

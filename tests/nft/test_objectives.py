@@ -19,6 +19,8 @@ from nft.trainer import Trainer
 from nft_kernels import add_noise
 from nft_kernels.solvers import table
 
+pytestmark = pytest.mark.forks
+
 
 def config(objective, **changes):
     base = "shapes_flow_grpo" if objective == "grpo" else "shapes"

@@ -21,6 +21,8 @@ from nft.distributed import whole
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
+pytestmark = pytest.mark.forks
+
 # Five pictures two at a time, and updates of two and three pairs one at a time: processes have unlike numbers of
 # batches in rollouts and in updates, and in the one of a single held-out prompt one has none.
 SETTINGS = ["prompts_per_epoch=1", "group_size=5", "rollout_steps=2", "timesteps_per_sample=1", "micro_batch=1",
