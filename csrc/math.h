@@ -64,6 +64,7 @@ NFT_HD float log_of_uniform(float u) {
 // Four standard normals from one counter. The uniforms are (24 high bits + 1/2) / 2^24, never 0.
 NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]) {
   const Philox bits = philox(seed, block, sample);
+  // Signed, as processors convert a vector of these.
   auto uniform = [](uint32_t word) { return (static_cast<float>(static_cast<int32_t>(word >> 8)) + 0.5f) * 0x1p-24f; };
   auto box_muller = [&](uint32_t radial, uint32_t angular, float& first, float& second) __attribute__((always_inline)) {
     const float radius = sqrtf(-2.0f * log_of_uniform(uniform(radial)));

@@ -18,7 +18,7 @@ from .data.text import parse_json
 
 MANIFEST = "manifest.json"
 # What is read of a manifest.
-_ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict}
+_ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict, "surroundings": dict}
 
 
 class CheckpointError(RuntimeError):
@@ -186,19 +186,18 @@ def manifest(folder: Path) -> dict[str, Any]:
         CheckpointError: it says nothing that can be used.
     """
     try:
-        about = parse_json((folder / MANIFEST).read_text())
-        if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
-            raise ValueError(f"accepted are {', '.join(_ABOUT)}")
+        about = dict(parse_json((folder / MANIFEST).read_text()))
         # Those of older versions have neither a checksum nor surroundings.
         if about.pop("seal", None) not in (None, _seal(about)):
             raise ValueError("it has another checksum than when it was written")
-        if not isinstance(about.setdefault("surroundings", {}), dict):
-            raise ValueError("surroundings: accepted is an object")
+        about.setdefault("surroundings", {})
+        if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
+            raise ValueError(f"accepted are {', '.join(_ABOUT)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"
         ) from None
-    return dict(about)
+    return about
 
 
 def amend(folder: Path, **about: Any) -> None:

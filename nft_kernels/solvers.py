@@ -179,7 +179,7 @@ def _orders(order: int, steps: int) -> list[int]:
 
 
 def _check_eta(eta: float, high: float = _LARGEST) -> None:
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= high:
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= high:
         raise ValueError(f"eta: got {eta!r}, accepted is a number in [0, {high:g}]")
 
 
