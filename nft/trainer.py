@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -302,25 +303,24 @@ class Trainer:
 
     def _accumulate(self, data: dict[str, Any], pairs: list[tuple[int, float, int]]) -> Tensor:
         """Gradients of this process' share of an update's pairs of picture, time and seed, and sums of ``_MEASURED``
-        over that share. Nothing waits for the device."""
+        over that share."""
         policy, device, size = self.policy, self.policy.device, self.stage.micro_batch
         own, sums = pairs[self.processes.share(len(pairs))], torch.zeros(len(_MEASURED), device=device)
         rounds = self.processes.rounds(len(pairs), size) if policy.sharded else math.ceil(len(own) / size)
-        for step in range(rounds):
-            part = own[step * size : (step + 1) * size]
-            count = len(part)
-            # A process that has none left still has to bring its part of the weights to the others.
-            part = part or pairs[:1]
+        counts = [len(own[k * size : (k + 1) * size]) for k in range(rounds)]
+        # A process that has none left still has to bring its part of the weights to the others.
+        parts = [own[k * size : k * size + count] or pairs[:1] for k, count in enumerate(counts)]
+        # Copied before the first evaluation: a copy waits for all that the device has been given.
+        columns = (torch.tensor(column, device=device) for column in zip(*chain(*parts), strict=True))
+        split = (column.split([len(part) for part in parts]) for column in columns)
+        for step, (index, t, seeds) in enumerate(zip(*split, strict=True)):
             if policy.sharded:
                 policy.transformer.set_requires_gradient_sync(step == rounds - 1)
-            index = [i for i, _, _ in part]
-            t = torch.tensor([t for _, t, _ in part], device=device)
-            seeds = torch.tensor([seed for _, _, seed in part], device=device)
-            prompts = [data["prompts"][i] for i in index]
+            prompts = [data["prompts"][i] for i, *_ in parts[step]]
             states = None if data["states"] is None else data["states"][index]
             batch = data["x0"][index], data["r"][index], prompts, t, seeds, states
             # The mean over all pairs of all processes.
-            sums += count * self._differentiate(*batch, share=count / len(pairs))
+            sums += counts[step] * self._differentiate(*batch, share=counts[step] / len(pairs))
         return sums
 
     def _update(self, sums: Tensor, count: int) -> dict[str, float]:
@@ -328,7 +328,7 @@ class Trainer:
         policy = self.policy
         sums = self.processes.sum_gradients(policy.trained, sums)
         norm = whole(torch.nn.utils.clip_grad_norm_(policy.trained, self.stage.max_grad_norm))
-        # The only place where an update waits for the device.
+        # All that an update reads back: what is read has to be waited for.
         *means, grad_norm = torch.cat([sums / count, norm[None]]).tolist()
         finite = math.isfinite(grad_norm) and all(map(math.isfinite, means))
         if finite:

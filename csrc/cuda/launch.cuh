@@ -43,7 +43,8 @@ struct Shape {
   int threads;
   int cluster = 0;  // blocks per cluster; 0 is a launch without clusters
   size_t shared_bytes = 0;
-  bool early = false;  // may start before the launch before it is done, which it waits for itself
+  bool early = false;     // may start before the launch before is done, which it waits for itself
+  bool together = false;  // all blocks run at once, or none
 };
 
 // Kernels loop over their slices, so a grid may be smaller than the work.
@@ -54,10 +55,10 @@ inline Shape shape_of(int64_t batch, const Slices& slices) {
 // A launch configuration in CUDA's terms.
 struct Configuration {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchAttribute attributes[3]{};
 
   Configuration(const Shape& shape, void* stream) {
-    // Older devices accept neither attribute.
+    // Older devices accept neither of the first two.
     if (shape.cluster > 0) {
       cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
       cluster.id = cudaLaunchAttributeClusterDimension;
@@ -68,6 +69,11 @@ struct Configuration {
       cudaLaunchAttribute& early = attributes[config.numAttrs++];
       early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       early.val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (shape.together) {
+      cudaLaunchAttribute& together = attributes[config.numAttrs++];
+      together.id = cudaLaunchAttributeCooperative;
+      together.val.cooperative = 1;
     }
     config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
     config.blockDim = dim3(static_cast<unsigned>(shape.threads));

@@ -1,7 +1,7 @@
-// The loss and its gradient. Where a thread-block cluster can hold a sample's errors, one launch reads every input
-// once; elsewhere a first launch adds up slices of samples and a second reads the inputs again for the gradient.
-// kGeneral kernels, always in two launches, know what the common ones leave out: masks, r per element, segments, and
-// gradients through the weights.
+// The loss and its gradient. Where a thread-block cluster can hold a sample's errors, or all processors together those
+// of a large one, one launch reads every input once; elsewhere a first launch adds up slices of samples and a second
+// reads the inputs again for the gradient. kGeneral kernels, always in two launches, know what the common ones leave
+// out: masks, r per element, segments, and gradients through the weights.
 #include <cooperative_groups.h>
 
 #include <map>
@@ -154,6 +154,66 @@ __device__ void count_sample(const LossArgs& a, unsigned long long* finished) {
   add_losses<T>(a);
 }
 
+// A block's packs of a sample, and their errors in shared memory, where every thread keeps those of its own packs until
+// the sums of the whole sample tell the gradient's coefficients.
+struct Held {
+  int64_t b, first;
+  int count, length;
+  uint4* words;
+
+  template <typename T>
+  __device__ Place place(const LossArgs& a, int pack) const {
+    return {b, (first + pack) * kPack<T>, a.elements};
+  }
+  // Words of the same kind lie side by side, so that a warp's accesses do not collide.
+  template <typename T>
+  __device__ void put(int kind, int pack, const Pack<T>& values) const {
+    uint4 two[2];
+    memcpy(two, &values, sizeof two);
+    words[2 * kind * length + pack] = two[0];
+    words[(2 * kind + 1) * length + pack] = two[1];
+  }
+  template <typename T>
+  __device__ Pack<T> get(int kind, int pack) const {
+    const uint4 two[2] = {words[2 * kind * length + pack], words[(2 * kind + 1) * length + pack]};
+    Pack<T> values;
+    memcpy(&values, two, sizeof two);
+    return values;
+  }
+};
+
+__device__ Held held_of(int64_t b, const Slices& slices, int64_t split, uint4* words) {
+  const int64_t first = slices.first(split);
+  return {b, first, static_cast<int>(slices.last(split) - first), static_cast<int>(slices.length), words};
+}
+
+// This thread's sums over its packs; without a gradient nothing is held.
+template <typename T, bool kPacked>
+__device__ Sums<T> sum_and_hold(const LossArgs& a, const Held& held) {
+  const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+  Affine<T> f;
+  Sums<T> sums{};
+  for (int pack = me; pack < held.count; pack += threads) {
+    auto ask_affine = [&] { return f = pack == me ? affine_of<T>(a, held.b) : f; };
+    const Errors<T> e = load_errors<T, kPacked, false>(a, held.b, held.place<T>(a, pack), ask_affine, sums);
+    if (!a.want_grad) continue;
+    held.put(0, pack, e.positive);
+    held.put(1, pack, e.negative);
+    if (with_kl(a)) held.put(2, pack, e.delta);
+  }
+  return sums;
+}
+
+template <typename T, bool kPacked>
+__device__ void store_held_gradient(const LossArgs& a, const Held& held, const Coefficients& c) {
+  const int threads = static_cast<int>(blockDim.x);
+  for (int pack = static_cast<int>(threadIdx.x); a.want_grad && pack < held.count; pack += threads) {
+    Errors<T> e{held.get<T>(0, pack), held.get<T>(1, pack), {}};
+    if (with_kl(a)) e.delta = held.get<T>(2, pack);
+    store_gradient<T, kPacked, false>(a, held.place<T>(a, pack), e, c);
+  }
+}
+
 // Blocks that share a processor where the elements are packed, as registers allow without spills.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kClusterBlocks = 2;
@@ -161,56 +221,28 @@ constexpr int kClusterBlocks = 2;
 constexpr int kClusterBlocks = 3;
 #endif
 
-// One cluster per sample. Every thread keeps the errors of its packs in shared memory until the cluster's sums tell
-// the gradient's coefficients.
+// One cluster per sample.
 template <typename T, bool kPacked>
 __global__ void __launch_bounds__(kThreads, kPacked ? kClusterBlocks : 1)
     loss_in_clusters(const __grid_constant__ LossArgs a, int64_t packs) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  extern __shared__ uint4 held[];
+  extern __shared__ uint4 words[];
   __shared__ Sums<T> warps[kWarps];
   __shared__ Sample sample;
   __shared__ Coefficients coefficients;
   const auto cluster = cooperative_groups::this_cluster();
   const int ranks = static_cast<int>(cluster.num_blocks()), rank = static_cast<int>(cluster.block_rank());
-  const int64_t b = blockIdx.x / ranks, length = (packs + ranks - 1) / ranks;
-  const Slices slices{packs, ranks, length};
-  const int64_t first = slices.first(rank);
-  const int count = static_cast<int>(slices.last(rank) - first);
-  // Words of the same kind lie side by side, so that a warp's accesses to shared memory do not collide.
-  auto held_word = [&](int word, int pack) -> uint4& { return held[word * static_cast<int>(length) + pack]; };
-  auto hold = [&](int kind, int pack, const Pack<T>& values) {
-    uint4 words[2];
-    memcpy(words, &values, sizeof words);
-    held_word(2 * kind, pack) = words[0];
-    held_word(2 * kind + 1, pack) = words[1];
-  };
-  auto recall = [&](int kind, int pack) {
-    const uint4 words[2] = {held_word(2 * kind, pack), held_word(2 * kind + 1, pack)};
-    Pack<T> values;
-    memcpy(&values, words, sizeof words);
-    return values;
-  };
-  auto place_of_pack = [&](int pack) { return Place{b, (first + pack) * kPack<T>, a.elements}; };
-  const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-
-  Affine<T> f;
-  Sums<T> sums{};
-  for (int pack = me; pack < count; pack += threads) {
-    auto ask_affine = [&] { return f = pack == me ? affine_of<T>(a, b) : f; };
-    const Errors<T> e = load_errors<T, kPacked, false>(a, b, place_of_pack(pack), ask_affine, sums);
-    if (!a.want_grad) continue;
-    hold(0, pack, e.positive);
-    hold(1, pack, e.negative);
-    if (with_kl(a)) hold(2, pack, e.delta);
-  }
+  const int64_t b = blockIdx.x / ranks;
+  const Held held = held_of(b, {packs, ranks, (packs + ranks - 1) / ranks}, rank, words);
+  const int me = static_cast<int>(threadIdx.x);
+  Sums<T> sums = sum_and_hold<T, kPacked>(a, held);
   cudaTriggerProgrammaticLaunchCompletion();
   if (me == 0) sample = sample_of(a, b);
   sums = warp_total(sums);
   if (me % 32 == 0) warps[me / 32] = sums;
   cluster.sync();
   if (me < 32) {
-    const int of_block = threads / 32;
+    const int of_block = static_cast<int>(blockDim.x) / 32;
     Sums<double> total{};
     for (int i = me; i < ranks * of_block; i += 32)
       total.add(*cluster.map_shared_rank(warps + i % of_block, i / of_block));
@@ -221,16 +253,58 @@ __global__ void __launch_bounds__(kThreads, kPacked ? kClusterBlocks : 1)
   // A block must not end, and its shared memory with it, while others read its sums. Nothing is handed over by it, so
   // that the gradient need not wait until all that was written is seen by everyone.
   __cluster_barrier_arrive_relaxed();
-  if (a.want_grad) {
-    const Coefficients c = coefficients;
-    for (int pack = me; pack < count; pack += threads) {
-      Errors<T> e{recall(0, pack), recall(1, pack), {}};
-      if (with_kl(a)) e.delta = recall(2, pack);
-      store_gradient<T, kPacked, false>(a, place_of_pack(pack), e, c);
-    }
-  }
+  store_held_gradient<T, kPacked>(a, held, coefficients);
   cluster.barrier_wait();
 #endif
+}
+
+// Bytes of each input of the next sample that a block has brought into the second-level cache while it waits: memory is
+// busy meanwhile, and all blocks' together stay there until they are read.
+constexpr int64_t kAhead = 16 << 10;
+
+template <typename T, bool kPacked>
+__device__ void bring_near(const LossArgs& a, const Held& next) {
+  const View views[] = {a.v_theta, a.v_old, a.x_t, a.x0, a.v_ref};
+  const int me = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < 5; ++i) {
+    if (!kPacked || me != 32 * i || next.count <= 0 || (i == 4 && !a.has_ref)) continue;
+    const int size = item_size(views[i].dtype);
+    const int64_t bytes = int64_t(next.count) * kPack<T> * size;
+    prefetch(sample_start(views[i], next.b) + next.place<T>(a, 0).first * size, bytes < kAhead ? bytes : kAhead);
+  }
+}
+
+// One sample after the other, each by all blocks, which are on the device together and wait for each other's sums.
+template <typename T, bool kPacked>
+__global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
+    loss_on_device(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices, Sums<double>* partial) {
+  extern __shared__ uint4 words[];
+  __shared__ Sums<T> warps[kWarps];
+  __shared__ Coefficients coefficients;
+  const auto grid = cooperative_groups::this_grid();
+  Held held = held_of(0, slices, blockIdx.x, words);
+  for (; held.b < a.batch; ++held.b) {
+    // Two sets, as other blocks may still read those of the sample before.
+    Sums<double>* parts = partial + (held.b & 1) * gridDim.x;
+    const Sums<double> mine = block_total(sum_and_hold<T, kPacked>(a, held), warps);
+    if (threadIdx.x == 0) parts[blockIdx.x] = mine;
+    auto arrival = grid.barrier_arrive();
+    Held next = held;
+    if (++next.b < a.batch) bring_near<T, kPacked>(a, next);
+    grid.barrier_wait(std::move(arrival));
+    if (threadIdx.x < 32) {
+      Sums<double> total{};
+      for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) total.add(parts[i]);
+      total = warp_total(total);
+      if (threadIdx.x == 0)
+        coefficients = finish_sample<T, false>(a, held.b, sample_of(a, held.b), total, blockIdx.x == 0);
+    }
+    __syncthreads();
+    store_held_gradient<T, kPacked>(a, held, coefficients);
+  }
+  // It wrote the details itself.
+  if (blockIdx.x == 0) add_losses<T>(a);
 }
 
 // The scalar loss after ``loss_in_clusters``, by one block that is there already when that is done.
@@ -388,19 +462,59 @@ Shape ask_cluster_shape(Kernel kernel, int64_t batch, int64_t packs, int64_t byt
   return shape;
 }
 
-// Asked once: the answers take longer than the kernel runs.
+// The same for the kernel on the whole device, as one block for every processor or two. Where threads have fewer than
+// two packs, two launches wait less for each other.
+template <typename Kernel>
+Shape ask_device_shape(Kernel kernel, int device, int64_t packs, int64_t bytes_of_pack) {
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  };
+  if (!attribute(cudaDevAttrCooperativeLaunch)) return {};
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  const int64_t shared_bytes =
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int64_t>(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  for (int together = 2; together > 0; --together) {
+    const int64_t blocks = std::min<int64_t>(together * attribute(cudaDevAttrMultiProcessorCount), kBlocks);
+    const int64_t length = (packs + blocks - 1) / blocks, bytes = length * bytes_of_pack;
+    int fit = 0;
+    if (length < 2 * kThreads) break;
+    if (bytes > shared_bytes) continue;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, kernel, kThreads, static_cast<size_t>(bytes)));
+    if (fit < together) continue;
+    Shape shape{blocks, kThreads, 0, static_cast<size_t>(bytes)};
+    shape.together = true;
+    return shape;
+  }
+  return {};
+}
+
+// An answer of CUDA's, which takes longer than the kernel runs: every caller asks once for a key.
+template <typename Key, typename Ask>
+auto remember(const Key& key, const Ask& ask) {
+  static std::mutex mutex;
+  static std::map<Key, decltype(ask())> answers;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = answers.find(key);
+  return found != answers.end() ? found->second : answers[key] = ask();
+}
+
 template <typename Kernel>
 Shape cluster_shape(Kernel kernel, int device, int64_t batch, int64_t packs, int64_t bytes_of_pack) {
-  static std::mutex mutex;
-  static std::map<std::pair<int, Kernel>, ClusterLimits> limits;
-  static std::map<std::tuple<int, Kernel, int64_t, int64_t, int64_t>, Shape> shapes;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(device, kernel, batch, packs, bytes_of_pack);
-  const auto found = shapes.find(key);
-  if (found != shapes.end()) return found->second;
-  const auto place = std::make_pair(device, kernel);
-  if (!limits.count(place)) limits[place] = ask_cluster_limits(kernel, device);
-  return shapes[key] = ask_cluster_shape(kernel, batch, packs, bytes_of_pack, limits[place]);
+  return remember(std::make_tuple(device, kernel, batch, packs, bytes_of_pack), [&] {
+    const ClusterLimits limits =
+        remember(std::make_tuple(device, kernel), [&] { return ask_cluster_limits(kernel, device); });
+    return ask_cluster_shape(kernel, batch, packs, bytes_of_pack, limits);
+  });
+}
+
+template <typename Kernel>
+Shape device_shape(Kernel kernel, int device, int64_t packs, int64_t bytes_of_pack) {
+  return remember(std::make_tuple(device, kernel, packs, bytes_of_pack),
+                  [&] { return ask_device_shape(kernel, device, packs, bytes_of_pack); });
 }
 
 template <typename T, bool kPacked, bool kGeneral>
@@ -413,8 +527,9 @@ void loss_in_slices(const LossArgs& a, const Queue& queue, const Slices& slices)
 
 }  // namespace
 
+// For two launches or for two sets of sums of all blocks.
 size_t workspace_size(int64_t batch) {
-  return sizeof(unsigned long long) + static_cast<size_t>(batch + kBlocks) * sizeof(WeightedSums<double>);
+  return sizeof(unsigned long long) + static_cast<size_t>(batch + 2 * kBlocks) * sizeof(WeightedSums<double>);
 }
 
 void nft_loss(const LossArgs& a, const Queue& queue) {
@@ -430,9 +545,16 @@ void nft_loss(const LossArgs& a, const Queue& queue) {
       const Slices most{packs, most_splits(a.batch), kThreads};
       return loss_in_slices<T, kPacked, true>(a, queue, a.offsets ? most : slices);
     }
+    const int64_t bytes_of_pack = 32 * (with_kl(a) ? 3 : 2);
     const auto in_clusters = loss_in_clusters<T, kPacked>;
-    Shape clusters = cluster_shape(in_clusters, queue.device, a.batch, packs, 32 * (with_kl(a) ? 3 : 2));
-    if (clusters.blocks == 0) return loss_in_slices<T, kPacked, false>(a, queue, slices);
+    Shape clusters = cluster_shape(in_clusters, queue.device, a.batch, packs, bytes_of_pack);
+    if (clusters.blocks == 0) {
+      const auto on_device = loss_on_device<T, kPacked>;
+      const Shape whole = device_shape(on_device, queue.device, packs, bytes_of_pack);
+      if (whole.blocks == 0) return loss_in_slices<T, kPacked, false>(a, queue, slices);
+      const Slices each{packs, whole.blocks, (packs + whole.blocks - 1) / whole.blocks};
+      return launch(on_device, whole, queue, a, each, static_cast<Sums<double>*>(queue.workspace));
+    }
     // Without a gradient nothing is held.
     if (!a.want_grad) clusters.shared_bytes = 0;
     launch(in_clusters, clusters, queue, a, packs);

@@ -145,6 +145,15 @@ __device__ void store(const View& view, const Place& place, const Pack<T>& value
   }
 }
 
+// Has the second-level cache fetch whole 16-byte words, and does not wait for them.
+__device__ inline void prefetch(const char* data, int64_t bytes) {
+#if defined(__NVCC__) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(data)), "r"(static_cast<unsigned>(bytes)));
+#endif
+}
+
 // Standard normals for a pack of one sample.
 template <typename T>
 __device__ Pack<T> draw(int64_t seed, int64_t sample, int64_t pack) {

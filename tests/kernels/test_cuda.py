@@ -36,8 +36,11 @@ SHAPES = [
     (24, 16, 64, 64),
     (1, 16, 128, 128),
     (2, 16, 160, 161),
-    (1, 3_000_001),  # one sample for the whole GPU, in two launches
-    (2, 16, 21, 60, 104),  # a video
+    (1, 1_000_001),  # in two launches
+    (1, 3_000_001),
+    (2, 16, 21, 60, 104),  # a video, on all processors at once
+    (3, 2_000_000),
+    (2, 8_000_000),  # more than they can hold
     (70_000, 16),
 ]
 
@@ -134,7 +137,7 @@ def test_misaligned_pointers_and_samples(elements, dtype):
     compare(x, t, r)
 
 
-@pytest.mark.parametrize("elements", [16, 1003, 65_536, 1_000_001])
+@pytest.mark.parametrize("elements", [16, 1003, 65_536, 1_000_001, 2_000_000])
 def test_nothing_is_written_around_the_outputs(elements, monkeypatch):
     x, t, r = inputs((3, elements), torch.bfloat16)
     buffers = []
@@ -169,7 +172,7 @@ def test_forward_alone_gives_the_same_values():
         assert equal(nft_loss(*x[:4], t, r, backend="native"), loss_and_gradient(x, t, r)[:-1])
 
 
-@pytest.mark.parametrize("shape", [(3, 7, 9), (2, 16, 64, 64), (2, 1_000_000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7, 9), (2, 16, 64, 64), (2, 1_000_000), (2, 2_000_000)], ids=str)
 def test_gradient_vanishes_exactly_where_nothing_is_to_learn(shape):
     x, t, _ = inputs(shape)
     x[0] = x[1].clone()
@@ -189,7 +192,7 @@ def test_gradient_scale(elements, dtype):
         assert torch.equal(four[-1], 4 * one[-1])
 
 
-@pytest.mark.parametrize("shape", [(2, 40), (2, 16, 64, 64), (2, 1_000_000)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 40), (2, 16, 64, 64), (2, 1_000_000), (2, 2_000_000)], ids=str)
 def test_nan_is_not_hidden(shape):
     x, t, r = inputs(shape)
     x[0][0].view(-1)[3] = float("nan")
@@ -235,8 +238,9 @@ def test_cuda_graph(shape, dtype):
         assert equal(captured, step())
 
 
-def test_streams_do_not_disturb_each_other():
-    sets = [inputs((9, 16, 64, 64), torch.bfloat16, seed) for seed in range(4)]
+@pytest.mark.parametrize("shape", [(9, 16, 64, 64), (2, 16, 21, 60, 104)], ids=str)
+def test_streams_do_not_disturb_each_other(shape):
+    sets = [inputs(shape, torch.bfloat16, seed) for seed in range(4)]
     expected = [loss_and_gradient(*s) for s in sets]
     streams = [torch.cuda.Stream() for _ in sets]
     torch.cuda.synchronize()

@@ -28,6 +28,17 @@ struct cluster_group {
 
 inline cluster_group this_cluster() { return {}; }
 
+// The blocks that run at once are all of the grid's.
+struct grid_group {
+  int barrier_arrive() const {
+    this_cluster().barrier_arrive();
+    return 0;
+  }
+  void barrier_wait(int&&) const { this_cluster().barrier_wait(); }
+};
+
+inline grid_group this_grid() { return {}; }
+
 }  // namespace cooperative_groups
 
 inline void __cluster_barrier_arrive_relaxed() { cooperative_groups::this_cluster().barrier_arrive(); }

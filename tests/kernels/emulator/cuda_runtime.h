@@ -57,7 +57,7 @@ struct Warp {
   uint64_t lanes[32];
 };
 
-// Where the shared memory of each block begins, and how often its threads have arrived.
+// Where the shared memory of each block begins, and how often threads of all have arrived.
 struct Cluster {
   std::vector<char*> origins;
   std::atomic<uint64_t> arrivals{0};
@@ -168,10 +168,11 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
-// So little shared memory that small samples need clusters of several blocks, and larger ones have none.
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 8 << 10;
+// So small a device that small samples need clusters of several blocks, larger ones all of it, and still larger ones two
+// launches.
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount, cudaDevAttrCooperativeLaunch };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 64 << 10 : which == cudaDevAttrMultiProcessorCount ? 3 : 1;
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
@@ -189,12 +190,16 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization,
+  cudaLaunchAttributeCooperative
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
-    int programmaticStreamSerializationAllowed;
+    int programmaticStreamSerializationAllowed, cooperative;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -205,13 +210,13 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
-  *blocks = 3;
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t shared_bytes) {
+  *blocks = shared_bytes > 60 << 10 ? 1 : 3;
   return cudaSuccess;
 }
 template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
-  *clusters = 4;
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t* config) {
+  *clusters = config->attrs[0].val.clusterDim.x > 2 ? 0 : 4;
   return cudaSuccess;
 }
 
@@ -223,9 +228,13 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+  // Blocks that run at once: those of a cluster, or all.
   unsigned size = 1;
-  for (unsigned i = 0; i < config->numAttrs; ++i)
-    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) size = config->attrs[i].val.clusterDim.x;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) size = attribute.val.clusterDim.x;
+    if (attribute.id == cudaLaunchAttributeCooperative) size = config->gridDim.x;
+  }
   for (unsigned first = 0; first < config->gridDim.x; first += size) {
     emulator::Cluster cluster;
     cluster.origins.resize(size);

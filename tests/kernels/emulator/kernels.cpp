@@ -4,8 +4,8 @@
 namespace nft {
 namespace cuda {
 namespace {
-// What the kernel declares as dynamic shared memory.
-thread_local uint4 held[512];
+// What the kernels declare as dynamic shared memory.
+thread_local uint4 words[4096];
 }  // namespace
 }  // namespace cuda
 }  // namespace nft
