@@ -124,8 +124,12 @@ class NinjaBuild(build_ext):
             for source in ("nft_loss", "add_noise", "solver_step"):
                 compile_to(f"{source}_cuda.o", "nvcc", f"cuda/{source}.cu")
             toolkit = Path(nvcc).resolve().parent.parent
-            folders = [p.parent for p in toolkit.glob("**/libcudart_static.a")] or [
-                p.parent for p in Path("/usr/local/cuda").glob("**/libcudart_static.a")
+            # Of its own places first: a toolkit may be a whole environment, with other versions in it.
+            folders = [
+                library.parent
+                for root in (toolkit, Path("/usr/local/cuda"))
+                for pattern in ("lib64", "lib", "targets/*/lib", "**")
+                for library in root.glob(f"{pattern}/libcudart_static.a")
             ]
             libraries = " ".join([*(f"-L{folder}" for folder in folders[:1]), "-lcudart_static -ldl -lrt -lpthread"])
         compile_to("bindings.o", "cxx", "bindings.cpp", has)

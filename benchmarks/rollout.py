@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     policy = Policy(load_config("shapes", options.set))
+    if policy.device.type == "cuda":
+        torch.cuda.set_device(policy.device.index or 0)
     official = Policy(load_config("shapes", [*options.set, "fused_transformer=false"]))
     with torch.no_grad():
         for pair in zip(policy.trained, official.trained, strict=True):

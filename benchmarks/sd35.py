@@ -43,7 +43,7 @@ from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft_kernels import add_noise, nft_loss
 from nft_kernels.bench import plain_loss, provenance
-from nft_kernels.models import attention
+from nft_kernels.models import attention, float8
 
 KL_WEIGHT = 1e-4
 LOSSES = 100
@@ -250,7 +250,7 @@ def draws_of(fused: Policy, official: Plain, compiled: dict[str, Draw], batch: i
     calls: Calls = {"official": partial(official.draw, x, grid, wide)}
     calls |= {name: partial(draw, x, grid, narrow) for name, draw in compiled.items()}
     calls["nft"] = partial(ours, False)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
+    if device.type == "cuda" and float8.why_not(x.to(fused.dtype)) is None:
         calls["nft, float8"] = partial(ours, True)
     return calls
 
@@ -315,6 +315,8 @@ def main() -> None:
     options = parser.parse_args()
     quieten_libraries()
     device = torch.device(options.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     graphs = f"cuda_graphs={str(device.type == 'cuda').lower()}"
     fused = make_policy(options, "dtype=bfloat16", "fused_transformer=true", graphs)
     plain = {"official": Plain(make_policy(options, "dtype=float32"), compiled=False)}

@@ -358,7 +358,7 @@ def measure(case: Case, device: torch.device, seconds: float, wanted: Sequence[s
 def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
     """What a figure has to carry: date, device and versions, of torch, Python and ``packages``."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
     else:
         listed = Path("/proc/cpuinfo")
         lines = listed.read_text().splitlines() if listed.is_file() else []
@@ -494,6 +494,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, wanted = options.device, options.providers or PROVIDERS
+    if device.type == "cuda":
+        # Streams, events, graphs and the memory in use are those of the current one.
+        torch.cuda.set_device(device)
     absent = {"native", "triton"}.intersection(options.providers or ()) - set(_fused(device, wanted))
     if absent:
         parser.error(f"--providers: got {', '.join(sorted(absent))}, which cannot run on {device}")

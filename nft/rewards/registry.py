@@ -13,6 +13,8 @@ from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from .base import Reward, RewardError, install_hint, missing_packages
 
 ENTRY_POINTS = "nft.rewards"
@@ -90,6 +92,9 @@ def _ours(name: str, kind: type[Reward], device: str) -> dict[str, Any]:
     """The arguments that are no options."""
     if name.startswith(REMOTE):
         return {"url": name}
+    if device == "cuda":
+        # Another thread will ask for scores, and there it would be the first one.
+        device = f"cuda:{torch.cuda.current_device()}"
     return {"device": device} if kind.uses_device else {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -112,13 +113,14 @@ def select(choice: str, shape: tuple[int, ...], dtype: torch.dtype, device: torc
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, S, H, d) by the implementation that ``select`` named."""
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *, force: bool = True) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (B, S, H, d) by the implementation that ``select`` named. One that torch takes by
+    itself need not be forced, which leaves all threads of the process no other meanwhile."""
     if name in _PACKAGES:
         out = _package(name)(q, k, v)
         # Some versions also return the logarithms of the sums.
         return out[0] if isinstance(out, tuple) else out
     if name == "short":
         return short.attention(q, k, v, backend="native")
-    with sdpa_kernel(_TORCH[name]):
+    with sdpa_kernel(_TORCH[name]) if force else nullcontext():
         return F.scaled_dot_product_attention(*_heads_first(q, k, v)).transpose(1, 2)

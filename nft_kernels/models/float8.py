@@ -12,23 +12,22 @@ from ..ops.quantize_rows import why_not as no_float8
 
 
 @functools.cache
-def _on_cpu() -> str | None:
-    """Why torch has no row-wise product on the CPU, as older versions have not; None when it has."""
-    rows, scale = torch.zeros(16, 16, dtype=torch.float8_e4m3fn), torch.ones(16, 1)
+def _no_product(device: torch.device) -> str | None:
+    """Why torch has no row-wise product there, as older versions have not on a CPU and some GPUs; None when it has."""
+    rows = torch.zeros(16, 16, dtype=torch.float8_e4m3fn, device=device)
+    scale, dtype = torch.ones(16, 1, device=device), torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        torch._scaled_mm(rows, rows.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.float32)
+        torch._scaled_mm(rows, rows.t(), scale_a=scale, scale_b=scale.t(), out_dtype=dtype)
     except RuntimeError as error:
-        return f"torch {torch.__version__} has none on the CPU ({str(error).splitlines()[0]})"
+        return f"torch {torch.__version__} has none on {device} ({str(error).splitlines()[0]})"
     return None
 
 
 def why_not(x: Tensor) -> str | None:
     """Why torch's row-wise product cannot take x, or None when it can."""
-    if x.device.type == "cpu":
-        return _on_cpu()
-    if reason := no_float8(x.device):
+    if reason := no_float8(x.device) or _no_product(x.device):
         return reason
-    return None if x.dtype == torch.bfloat16 else f"on a GPU it takes bfloat16, not {x.dtype}"
+    return None if x.is_cpu or x.dtype == torch.bfloat16 else f"on a GPU it takes bfloat16, not {x.dtype}"
 
 
 def linear(

@@ -63,6 +63,7 @@ class FastPath:
     keep_float8: bool = False
     """Whether float8 weights stay in memory after a rollout, and those of the next are written over them: for CUDA
     graphs, which read them at their addresses."""
+    _torchs_own: dict[tuple[Any, ...], str] = field(default_factory=dict)
     _chosen: str = "reference"
     _in_rollout: bool = False
     _float8: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
@@ -131,7 +132,9 @@ class FastPath:
         key = tuple(q.shape), q.dtype, q.device
         if key not in self.attention_used:
             self.attention_used[key] = attention_kernels.select(self.attention, *key)
-        return attention_kernels.attend(self.attention_used[key], q, k, v).flatten(2)
+            self._torchs_own[key] = attention_kernels.select("native", *key)
+        chosen = self.attention_used[key]
+        return attention_kernels.attend(chosen, q, k, v, force=chosen != self._torchs_own[key]).flatten(2)
 
 
 def _one_after_another(parameters: Sequence[Tensor]) -> bool:

@@ -100,7 +100,11 @@ def test_kernels_use_no_local_memory(source, arch, tmp_path):
 
 
 def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path):
-    nvcc = tmp_path / "nvcc"
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    for folder in ("a/of/another/version", "lib64"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "libcudart_static.a").touch()
     nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && printf "sm_80\\nsm_89\\nsm_90\\n"\n')
     nvcc.chmod(0o755)
     unset = {"NFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "NFT_KERNELS_CUDA", "NFT_KERNELS_CPU"}
@@ -113,4 +117,5 @@ def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path):
     assert f"{nvcc} does not know 10.0, building without" in done.stderr
     (commands,) = tmp_path.rglob("build.ninja")
     flags = set(re.findall(r"-gencode=(\S+)", commands.read_text()))
+    assert f"-L{tmp_path}/lib64 " in commands.read_text()
     assert flags == {"arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"}

@@ -459,6 +459,20 @@ def test_flash_attention_packages_are_used_when_installed(monkeypatch, name, mod
     assert "it needs an NVIDIA GPU of compute capability" in attention.why_not(name, q, q, q)
 
 
+@pytest.mark.parametrize(("choice", "others"), [("native", True), ("math", False)])
+def test_what_torch_would_take_leaves_other_threads_their_choice(model, monkeypatch, choice, others):
+    seen, plain = [], F.scaled_dot_product_attention
+
+    def spy(*qkv):
+        seen.append(torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled())
+        return plain(*qkv)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    accelerate(model, attention=choice)
+    run(model)
+    assert set(seen) == {others}
+
+
 def fake_quantized(linear):
     """A linear layer whose factors went through float8, with a scale for every row, and came back."""
 

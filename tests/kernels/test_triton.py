@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,11 @@ def test_offsets_reach_beyond_32_bits(kernels, sizes, strides, start):
             rest, digit = divmod(rest, size)
             expected += digit * stride
         assert got == expected + rest * (strides[0] if strides else 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it can")
+def test_a_gpu_on_which_triton_cannot_launch_says_so(kernels):
+    assert load("triton").why_not([SimpleNamespace(device=torch.device("cuda"))]).startswith("triton cannot launch: ")
 
 
 def arguments(shape, dtype=torch.float32):

@@ -82,6 +82,22 @@ def test_bad_batches_and_scores_are_named(change, error, message):
         score(Brightness(), **batch)
 
 
+class Placed(Brightness):
+    uses_device = threaded = True
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+
+def test_a_reward_is_on_the_gpu_of_its_process_and_not_of_its_thread(monkeypatch):
+    """CUDA's current device is a thread's own, and the first one in a new thread."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(registry, "find", lambda name: Placed)
+    for device, given in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert registry.load("placed", device=device).device == given
+
+
 OWN = '''
 import torch
 from nft.rewards.base import Reward

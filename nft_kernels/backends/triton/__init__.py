@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -41,6 +42,19 @@ __all__ = [
 ]
 
 
+@functools.cache
+def _no_driver() -> str | None:
+    """Why Triton cannot launch on the GPU: it compiles its driver the first time that it is asked for."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"triton cannot launch: {type(error).__name__}: {error}"
+    return None
+
+
+_no_driver._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def why_not(tensors: Sequence[Tensor]) -> str | None:
     """Why this backend cannot take the tensors, or None when it can."""
     if _PROBLEM is not None:
@@ -48,4 +62,6 @@ def why_not(tensors: Sequence[Tensor]) -> str | None:
     device = tensors[0].device.type
     if device == "cpu" and not INTERPRETED:
         return "CPU tensors need TRITON_INTERPRET=1, set before the backend is first used"
-    return None if device in ("cpu", "cuda") else f"it has no kernels for {device} tensors"
+    if device == "cuda":
+        return _no_driver()
+    return None if device == "cpu" else f"it has no kernels for {device} tensors"
