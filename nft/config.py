@@ -112,6 +112,9 @@ class Config(BaseModel):
     """A group is not trained on if its mean reward reaches this and its deviation is below ``filter_std``."""
     filter_std: float = Field(0.05, gt=0)
     rollout_steps: int = Field(10, gt=0, le=1000)
+    timestep_spacing: Literal["even", "pipeline"] = "even"
+    """How times are spaced before the scheduler's shift, in rollouts and evaluations: evenly down to 0, or as by
+    diffusers' own call of the pipeline."""
     rollout_solver: Solver = "euler"
     rollout_options: dict[str, Any] = {}
     """The solver's own options, such as ``{eta: 0.5}``."""
@@ -142,6 +145,8 @@ class Config(BaseModel):
     weight_decay: float = Field(1e-4, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     old_policy: Literal["copy", "linear_0.5", "delayed_0.999"] = "linear_0.5"
+    old_policy_counts: Literal["epochs", "updates"] = "epochs"
+    """What that schedule goes by: epochs, the iterations of the paper, or optimizer steps, as in its code."""
 
     beta: float = Field(1.0, gt=0)
     adv_clip_max: float = Field(5.0, gt=0)

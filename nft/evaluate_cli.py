@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 # What the pictures depend on besides pipeline, weights, prompts and solver.
-_SAMPLING = {"resolution", "dtype", "max_sequence_length", "fused_transformer", "float8_rollout", "compile_rollout"}
+_SAMPLING = {"resolution", "dtype", "max_sequence_length", "timestep_spacing", "fused_transformer", "float8_rollout",
+             "compile_rollout"}  # fmt: skip
 
 
 def _pairs(settings: list[str] | None, label: str) -> dict[str, str]:

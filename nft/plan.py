@@ -106,7 +106,8 @@ def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int,
     )
     trained = c.pictures - filtered * c.group_size
     pairs = trained * c.timesteps_per_sample
-    copied = old_policy_decay(c.old_policy, epoch) == 0
+    steps = sum(config.at(i).updates_per_epoch for i in range(epoch)) if c.old_policy_counts == "updates" else epoch
+    copied = old_policy_decay(c.old_policy, steps) == 0
     updates = max(min(c.updates_per_epoch, trained), 1)
     first = trained // updates * c.timesteps_per_sample if copied else 0
     old = pairs - first if OBJECTIVES[c.objective].needs_old else 0

@@ -32,7 +32,7 @@ SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
 
 def old_policy_decay(schedule: str, step: int) -> float:
-    """eta of theta_old <- eta theta_old + (1-eta) theta at optimizer phase ``step``."""
+    """eta of theta_old <- eta theta_old + (1-eta) theta after ``step`` epochs, or optimizer steps."""
     if schedule == "copy":
         return 0.0
     if schedule == "linear_0.5":
@@ -178,6 +178,7 @@ class Policy:
             torch.compile(self.transformer, mode=config.compile_rollout) if config.compile_rollout else self.transformer
         )
         self._resolution = config.resolution
+        self._spacing = config.timestep_spacing
         self._max_sequence_length = config.max_sequence_length
         self._conditions: dict[str, tuple[Tensor, ...]] = {}
         self.use("default")
@@ -312,7 +313,8 @@ class Policy:
     @property
     def schedule(self) -> dict[str, float | None]:
         """What ``rollout.times`` needs to give the times of the pipeline's scheduler."""
-        return {"shift": self.model.shift(self._resolution), "terminal": self.model.terminal}
+        last = self.model.last if self._spacing == "pipeline" else None
+        return {"shift": self.model.shift(self._resolution), "terminal": self.model.terminal, "last": last}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -16,10 +16,11 @@ from .config import Config
 from .policy import Policy, blocks
 
 
-def times(steps: int, shift: float, terminal: float | None = None) -> Tensor:
-    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given. Those above 0 are
-    stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal`` does."""
-    *above, zero = schedule(steps, shift=shift)
+def times(steps: int, shift: float, terminal: float | None = None, last: float | None = None) -> Tensor:
+    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given, spaced as ``schedule``
+    has them. Those above 0 are stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal``
+    does."""
+    *above, zero = schedule(steps, shift=shift, last=last)
     if terminal and steps > 1:
         above = [1 - (1 - t) / (1 - above[-1]) * (1 - terminal) for t in above]
     return torch.tensor([*above, zero], dtype=torch.float32)

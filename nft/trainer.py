@@ -367,7 +367,8 @@ class Trainer:
             ]
             updates.append(self._update(self._accumulate(data, pairs), len(pairs)))
         self.epoch += 1
-        self.policy.update_old(old_policy_decay(c.old_policy, self.epoch))
+        done = self.epoch if c.old_policy_counts == "epochs" else self.step
+        self.policy.update_old(old_policy_decay(c.old_policy, done))
         if not updates:
             return {"nonfinite_updates": 0}
         finite = [update for update in updates if all(map(math.isfinite, update.values()))]

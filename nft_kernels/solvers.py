@@ -16,8 +16,8 @@ To add a solver, write a function from sigmas and options to a table and registe
         return SolverTable("my-euler", 1, "velocity", tuple(Row(t, 1.0, (s - t,)) for t, s in pairwise(sigmas)))
 
 Coefficients are Python floats (float64). In the half log-SNR lambda = log((1-t)/t) the ends of the path lie at
-infinity; coefficients are written in ratios of sigmas, and a polynomial through predictions loses the one at
-lambda = -inf, whose Lagrange weight vanishes in the limit. Nothing is clamped.
+infinity; coefficients are written in ratios of sigmas, and there as limits: a polynomial through predictions loses the
+one at lambda = -inf, for one, whose Lagrange weight vanishes. Nothing is clamped.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
 
 def shifted(t: float, shift: float) -> float:
     """SD3's time shift, shift t / (1 + (shift-1) t) (Esser et al., arXiv 2403.03206); 1 leaves t as it is."""
-    return shift * t / (1 + (shift - 1) * t)
+    # 1 exactly: beside it a solver has no limit.
+    return shift * t / (1 + (shift - 1) * t) if t < 1 else t
 
 
 def schedule(steps: int, *, shift: float = 1.0, last: float | None = None) -> Sigmas:

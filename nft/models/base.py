@@ -128,6 +128,12 @@ class Model(ABC):
         """The last time above 0 to which the scheduler stretches its times."""
         return self.pipeline.scheduler.config.get("shift_terminal")
 
+    @property
+    def last(self) -> float | None:
+        """The last time above 0 before the shift, where diffusers' pipeline leaves the times to its scheduler; None
+        where it spaces them evenly between 1 and 0 itself."""
+        return None
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of clean latents."""
         vae = self.pipeline.vae

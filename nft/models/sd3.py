@@ -50,6 +50,11 @@ class StableDiffusion3(Model):
         return config.in_channels, size, size
 
     @property
+    def last(self) -> float:
+        # The smallest that it was trained on, which a constant shift has moved already and moves again.
+        return self.pipeline.scheduler.sigma_min
+
+    @property
     def patch(self) -> int:
         return self.transformer.config.patch_size
 

@@ -145,15 +145,15 @@ def packed(latents):
 
 
 def theirs(pipeline, latents, steps, output_type):
-    """diffusers' own pipeline from the same noise, at the evenly spaced sigmas that its scheduler shifts itself."""
+    """diffusers' own pipeline from the same noise, at the times that it takes by itself."""
     side = latents.shape[-1] * pipeline.vae_scale_factor
     return pipeline(prompt=PROMPTS, height=side, width=side, latents=packed(latents), num_inference_steps=steps,
-                    sigmas=[1 - i / steps for i in range(steps)], max_sequence_length=LENGTH,
-                    output_type=output_type).images  # fmt: skip
+                    max_sequence_length=LENGTH, output_type=output_type).images  # fmt: skip
 
 
-def test_a_euler_rollout_is_diffusers_own(pipeline):
-    policy = Policy(settings(pipeline))
+@pytest.mark.parametrize("spacing", ["even", "pipeline"])
+def test_a_euler_rollout_is_diffusers_own(pipeline, spacing):
+    policy = Policy(settings(pipeline, f"timestep_spacing={spacing}"))
     whole = find(pipeline).pipeline_class.from_pretrained(pipeline)
     whole.set_progress_bar_config(disable=True)
     noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
@@ -271,22 +271,27 @@ def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, t
         Policy(settings(tmp_path))
 
 
-@pytest.mark.parametrize("fused", ["false", "true"])
-def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_path, fused):
+@pytest.mark.parametrize(("fused", "spacing"), [("false", "pipeline"), ("true", "pipeline"), ("false", "even")])
+def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_path, fused, spacing):
     """Beside its size, Large differs from Medium by having no dual attention (its transformer's config.json)."""
     whole = build_pipeline()
     config = dict(whole.transformer.config) | {"dual_attention_layers": (), "num_layers": 2}
-    whole.register_modules(transformer=SD3Transformer2DModel.from_config(config))
+    whole.register_modules(
+        transformer=SD3Transformer2DModel.from_config(config), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0)
+    )
     whole.save_pretrained(tmp_path)
     whole = StableDiffusion3Pipeline.from_pretrained(tmp_path)
     whole.set_progress_bar_config(disable=True)
     changes = ["device=cpu", "dtype=float32", "resolution=64", f"max_sequence_length={TEXT_LENGTH}"]
-    policy = Policy(load_config("sd35_geneval", [f"pipeline={tmp_path}", *changes, f"fused_transformer={fused}"]))
+    # The configuration has the pipeline's own times.
+    changes += [f"fused_transformer={fused}", *(["timestep_spacing=even"] if spacing == "even" else [])]
+    policy = Policy(load_config("sd35_geneval", [f"pipeline={tmp_path}", *changes]))
     noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
     with policy.merged("old"):
         x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
+    sigmas = [1.0, 0.75, 0.5, 0.25] if spacing == "even" else None
     expected = whole(PROMPTS, height=64, width=64, latents=noise, guidance_scale=0.0, num_inference_steps=4,
-                     sigmas=[1.0, 0.75, 0.5, 0.25], max_sequence_length=TEXT_LENGTH, output_type="latent")  # fmt: skip
+                     sigmas=sigmas, max_sequence_length=TEXT_LENGTH, output_type="latent")  # fmt: skip
     torch.testing.assert_close(x0, expected.images, rtol=1e-4, atol=1e-4)
     v = policy.velocity(x0, torch.full((2,), 0.5), *policy.embed(PROMPTS))
     gradients = torch.autograd.grad(v.square().sum(), policy.trained)

@@ -290,6 +290,15 @@ def test_solvers_reach_their_order_on_a_closed_form_velocity():
     assert 3.2 < error("heun", 20) / error("heun", 40) < 4.8
 
 
+@pytest.mark.parametrize(("counts", "expected"), [("epochs", [1, 2, 3]), ("updates", [2, 4, 6])])
+def test_the_old_policy_follows_by_epochs_or_by_updates(pipeline, tmp_path, monkeypatch, counts, expected):
+    overrides = ["epochs=3", "updates_per_epoch=2", f"old_policy_counts={counts}"]
+    trainer, decays = Trainer(settings(pipeline, *overrides), tmp_path), []
+    monkeypatch.setattr(trainer.policy, "update_old", decays.append)
+    trainer.train()
+    assert decays == pytest.approx([0.001 * count for count in expected])
+
+
 @pytest.mark.parametrize(
     ("schedule", "values"),
     [
