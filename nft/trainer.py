@@ -84,7 +84,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.policy.trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.ema = EMAModel(self.policy.trained, decay=0.9)
+        # Its decay after update s is min((1+s) / (10+s), 0.9), from the first one on.
+        self.ema = EMAModel(self.policy.trained, decay=0.9, update_after_step=-1)
         self.alarms = Alarms(config.alarms)
         self.score: float | None = None
         """Held-out score of the weights as they are, where it was measured."""

@@ -290,6 +290,22 @@ def test_solvers_reach_their_order_on_a_closed_form_velocity():
     assert 3.2 < error("heun", 20) / error("heun", 40) < 4.8
 
 
+def test_the_averaged_weights_follow_by_their_schedule(pipeline, tmp_path, monkeypatch):
+    trainer = Trainer(settings(pipeline, "updates_per_epoch=6", "verify_kernels_steps=0"), tmp_path)
+    expected, step = [p.detach().double() for p in trainer.policy.trained], trainer.ema.step
+
+    def follow(parameters):
+        decay = min((1 + (trainer.step + 1)) / (10 + (trainer.step + 1)), 0.9)
+        expected[:] = [decay * e + (1 - decay) * p.detach().double() for e, p in zip(expected, parameters, strict=True)]
+        step(parameters)
+
+    monkeypatch.setattr(trainer.ema, "step", follow)
+    trainer.optimize(trainer.sample())
+    assert trainer.step == 6
+    for got, wanted in zip(trainer.ema.shadow_params, expected, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.parametrize(("counts", "expected"), [("epochs", [1, 2, 3]), ("updates", [2, 4, 6])])
 def test_the_old_policy_follows_by_epochs_or_by_updates(pipeline, tmp_path, monkeypatch, counts, expected):
     overrides = ["epochs=3", "updates_per_epoch=2", f"old_policy_counts={counts}"]
