@@ -18,8 +18,8 @@ GROUPS, SIZE, STEPS, TIMES, UPDATES = 3, 4, 4, 2, 2
 SETTINGS = {"prompts_per_epoch": GROUPS, "group_size": SIZE, "rollout_solver": "euler", "rollout_steps": STEPS,
             "timesteps_per_sample": TIMES, "updates_per_epoch": UPDATES, "micro_batch": 5, "rollout_batch": 8,
             "epochs": 500, "lora_rank": 4, "lora_alpha": 6, "kl_weight": 0.3, "beta": 0.7, "adv_clip_max": 1.5,
-            "learning_rate": 0.003, "weight_decay": 0.1, "max_grad_norm": 0.005, "eval_steps": 3, "eval_solver": "euler",
-            "eval_prompts_per_group": 1}  # fmt: skip
+            "learning_rate": 0.003, "weight_decay": 0.1, "max_grad_norm": 0.005, "eval_steps": 3,
+            "eval_solver": "euler", "eval_prompts_per_group": 1}  # fmt: skip
 EPOCH = 400
 
 
