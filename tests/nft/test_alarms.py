@@ -115,6 +115,33 @@ def test_a_reward_that_is_exploited():
     assert found == [[], [], ["reward_hacking"], [], []]
 
 
+def test_both_must_move_by_more_than_the_threshold_on_average():
+    def raised(*evaluations):
+        watch = Alarms({"reward_hacking": 0.1})
+        for rewards, held_out in evaluations:
+            for reward in rewards:
+                watch.epoch({"reward": reward})
+            messages = watch.evaluation(held_out)
+        return bool(messages)
+
+    assert raised(([0.5], 0.5), ([0.7], 0.3))
+    assert not raised(([0.5], 0.5), ([0.55], 0.3)) and not raised(([0.5], 0.5), ([0.7], 0.45))
+    # What counts is the mean of the epochs since the evaluation before.
+    assert raised(([0.5], 0.5), ([0.9, 0.5], 0.3)) and raised(([0.0], 0.5), ([0.15], 0.3))
+
+
+def test_what_an_epochs_pictures_say():
+    r = torch.tensor([0.0, 0.05, 0.5, 0.55, 0.999, 1.0])
+    rewards = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 4.0]])
+    x0 = torch.tensor([3.0, -4.0]).repeat(6, 2).view(6, 1, 2, 2)
+    measured = distribution(r, rewards, x0)
+    assert measured["r_histogram"] == [2, 0, 0, 0, 0, 2, 0, 0, 0, 2]
+    assert distribution(r[1:4], rewards, x0)["r_histogram"] == [1, 0, 0, 0, 0, 2, 0, 0, 0, 0]
+    assert measured["r_saturated"] == pytest.approx(2 / 6) and measured["zero_variance_groups"] == 0.5
+    assert measured["reward_std"] == pytest.approx((9.5 / 6) ** 0.5)
+    assert measured["x0_rms"] == pytest.approx(12.5**0.5)
+
+
 # As docs/training.md lists them: the metric, its threshold, whether beyond is above, and what it usually is.
 DOCUMENTED = {
     "old_deviation": ("old_deviation_relative", 0.5, True, "learning rate is too high"),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,6 +254,81 @@ def test_a_copy_of_a_checkpoint_is_none_and_stays_and_one_without_its_manifest_i
     (folder / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"epoch-000004 has no readable manifest\.json.*delete"):
         checkpoint.manifest(checkpoint.existing(tmp_path)[-1])
+
+
+def test_everything_is_on_the_disk_before_a_checkpoint_is_in_its_place(tmp_path, monkeypatch):
+    done, fsync, rename = [], os.fsync, checkpoint.Path.rename
+
+    def flushed(descriptor):
+        done.append(("flush", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def renamed(path, target):
+        done.append(("rename", path))
+        return rename(path, target)
+
+    def fill(folder):
+        (folder / "old").mkdir()
+        for name in ("state.pt", "old/weights"):
+            (folder / name).write_text(name)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(checkpoint.Path, "rename", renamed)
+    checkpoint.write(tmp_path / "epoch-000001", fill, {"epoch": 1, "score": None, "stage": 0})
+    fresh = next(path for what, path in done if what == "rename")
+    before = {path for _, path in done[: done.index(("rename", fresh))]}
+    assert {fresh / name for name in (".", "old", "old/weights", "state.pt", "manifest.json")} <= before
+    assert done[-1] == ("flush", tmp_path)
+
+
+def test_a_checkpoint_that_is_written_again_takes_the_place_of_the_first(tmp_path):
+    for text in ("first", "second"):
+        about = {"epoch": 1, "score": None, "stage": 0}
+        checkpoint.write(tmp_path / "epoch-000001", lambda f, text=text: (f / "weights").write_text(text), about)
+    assert (tmp_path / "epoch-000001" / "weights").read_text() == "second"
+    checkpoint.verify(tmp_path / "epoch-000001")
+
+
+def test_a_link_is_there_at_any_moment(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    checkpoint.link(tmp_path / "best", tmp_path / "a")
+    symlink = checkpoint.Path.symlink_to
+
+    def watched(path, *args, **options):
+        assert (tmp_path / "best").resolve() == tmp_path / "a"
+        symlink(path, *args, **options)
+
+    monkeypatch.setattr(checkpoint.Path, "symlink_to", watched)
+    checkpoint.link(tmp_path / "best", tmp_path / "b")
+    assert (tmp_path / "best").resolve() == tmp_path / "b"
+
+
+def test_the_end_of_a_large_file_is_looked_at_too(tmp_path):
+    def fill(folder):
+        (folder / "weights").write_bytes(bytes(3 << 20))
+
+    folder = tmp_path / "epoch-000001"
+    checkpoint.write(folder, fill, {"epoch": 1, "score": None, "stage": 0})
+    checkpoint.verify(folder)
+    (folder / "weights").write_bytes(bytes((3 << 20) - 1) + b"x")
+    with pytest.raises(CheckpointError, match="weights has another checksum"):
+        checkpoint.verify(folder)
+
+
+def test_what_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
+    for epoch in range(1, 4):
+        about = {"epoch": epoch, "score": None, "stage": 0}
+        checkpoint.write(tmp_path / f"epoch-{epoch:06d}", lambda f: (f / "weights").touch(), about)
+
+    def interrupted(path, **_):
+        (path / "weights").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, 2)
+    assert [path.name for path in checkpoint.existing(tmp_path)] == ["epoch-000002", "epoch-000003"]
 
 
 def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, monkeypatch):

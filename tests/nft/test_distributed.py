@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,3 +92,11 @@ def test_shares_cover_everything_once_and_evenly(total, count):
     shares = [range(total)[processes.share(total, rank)] for rank in range(count)]
     assert [i for share in shares for i in share] == list(range(total))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch):
+    state = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    monkeypatch.setattr("nft.distributed.PartialState", lambda **_: state)
+    with pytest.raises(ValueError, match="device: got 'cuda:1' for 2 processes, accepted are cuda and cpu"):
+        Processes("cuda:1")
+    assert Processes("cuda").count == 2

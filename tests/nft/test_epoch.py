@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 from diffusers import StableDiffusion3Pipeline
 
 from nft.config import load_config
+from nft.rollout import rollout
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
@@ -243,3 +244,20 @@ def test_what_is_drawn_depends_on_seed_and_epoch(pipeline, tmp_path, first_noise
     again, *others = noise(0, 1), noise(0, 2), noise(1, 1)
     assert torch.equal(noise(0, 1), again)
     assert all((other - again).flatten(1).abs().amax(1).min() > 0.1 for other in others)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_guidance_is_away_from_the_empty_prompt_or_the_reference(pipeline, tmp_path, first_noise, reference):
+    trainer = make(pipeline, tmp_path)
+    policy, plain, prompts, scale = trainer.policy, Plain(pipeline, trainer.policy), ["a red circle", "a triangle"], 3.0
+    grid = torch.tensor([1.0, 0.4, 0.0])
+    policy.use("default")
+    x = rollout(policy, prompts, [1, 2], grid, "euler", 8, guidance=scale, reference=reference)
+    exact, adapter = first_noise[0][:2].double(), copies(policy.trained)
+    for t, s in ((1.0, 0.4), (0.4, 0.0)):
+        times = torch.full((2,), t)
+        with torch.no_grad():
+            v = plain.velocity(adapter, exact, times, prompts)
+            base = plain.velocity(*((None, exact, times, prompts) if reference else (adapter, exact, times, ["", ""])))
+        exact = exact + (s - t) * (base + scale * (v - base))
+    close(x, exact)

@@ -71,7 +71,9 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
 
 def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_path):
     run = trainer.folder
-    policy = load_policy(trainer.config, run)
+    # Whatever LoRA the configuration has, it is the run's.
+    policy = load_policy(trainer.config.model_copy(update={"lora_rank": 2, "lora_alpha": 1}), run)
+    assert (policy.lora.r, policy.lora.lora_alpha) == (4, 12)
     with trainer._averaged():
         assert all(map(torch.equal, policy.trained, trainer.policy.trained))
     assert not all(map(torch.equal, policy.trained, trainer.policy.trained))

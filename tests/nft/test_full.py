@@ -35,7 +35,7 @@ def velocity(policy, adapter):
         return policy.velocity(x, torch.tensor([0.3, 0.8]), *policy.embed(["a red circle", "two blue squares"]))
 
 
-def test_the_three_policies_are_one_at_first_and_then_follow_their_rules(pipeline):
+def test_the_three_policies_are_one_at_first_and_then_follow_their_rules(pipeline, tmp_path):
     policy = FullPolicy(settings(pipeline))
     base = [weight.clone() for weight in policy._weights[None]]
     assert torch.equal(velocity(policy, "old"), velocity(policy, None))
@@ -47,6 +47,8 @@ def test_the_three_policies_are_one_at_first_and_then_follow_their_rules(pipelin
     assert not torch.equal(velocity(policy, "default"), velocity(policy, "old"))
     assert torch.equal(velocity(policy, "old"), velocity(policy, None))
     policy.use("default")
+    policy.save_adapter("old", tmp_path)
+    assert all(p.data_ptr() == w.data_ptr() for p, w in zip(policy.trained, policy._weights["default"], strict=True))
     policy.update_old(0.25)
     for old, start, new in zip(policy._old, base, policy.trained, strict=True):
         torch.testing.assert_close(old, 0.25 * start + 0.75 * new.detach())

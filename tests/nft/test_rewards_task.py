@@ -157,6 +157,12 @@ def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
     (tmp_path / "b.txt").write_text("a cat\na dog\n")
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
     assert [[e["prompt"] for e in g] for g in prompts.train(b, prompts.held_out(a))] == [["a dog"]]
+    lines = [json.dumps({"prompt": p, "tag": tag}) for p, tag in (("a cat", "x"), ("a dog", "y"), ("a hen", "x"))]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    assert [[e["prompt"] for e in g] for g in prompts.train(str(tmp_path / "c.jsonl"), [])] == [
+        ["a cat", "a hen"],
+        ["a dog"],
+    ]
     with pytest.raises(ValueError, match="no prompt that is not held out"):
         prompts.train(a, prompts.held_out(b))
     with pytest.raises(ValueError, match="held_out_prompts: got none"):

@@ -13,7 +13,7 @@ from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 
 from nft.config import load_config
 from nft.policy import Policy
-from nft.rollout import rollout, times
+from nft.rollout import rollout, solver_options, times
 from nft.worlds.shapes.prompts import sample
 from nft.worlds.shapes.tiny import build_pipeline
 
@@ -64,6 +64,8 @@ def test_offloaded_parts_draw_the_same_pictures_and_are_put_aside_after_every_us
     parts = [pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3, pipeline.vae]
     parts = [part for part in parts if part is not None]
     moves.clear()
+    offloaded.embed(["a prompt that was not there before"])
+    assert all([move for move, moved in moves if moved is part][-1] == "aside" for part in parts[:-1])
     assert torch.equal(draw(offloaded, slice(0, 20), 8), draw(policy, slice(0, 20), 8))
     for part in parts:
         own = [move for move, moved in moves if moved is part]
@@ -178,3 +180,42 @@ def test_the_fused_transformer_draws_and_trains_as_diffusers_does(tmp_path):
     assert "forward" in vars(policy.transformer)
     torch.testing.assert_close(*pictures, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+
+
+def test_weights_are_merged_in_float32_and_rounded_once():
+    policy = Policy(load_config("shapes", ["dtype=bfloat16", "lora_rank=4", "lora_alpha=6"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy._old:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    layers = policy._adapted
+    expected = [
+        layer.base_layer.weight.double()
+        + 1.5 * layer.lora_B["old"].weight.double() @ layer.lora_A["old"].weight.double()
+        for layer in layers
+    ]
+    with policy.merged("old"):
+        for layer, exact in zip(layers, expected, strict=True):
+            # The nearest bfloat16, but where float32 decides a tie.
+            error = (layer.base_layer.weight.double() - exact).abs()
+            assert (error <= 0.502 * 2**-7 * exact.abs()).all()
+
+
+def test_a_random_window_depends_on_the_seed_and_stays_for_its_epochs():
+    def windows(seed):
+        config = load_config(
+            "shapes_flow_grpo_fast", [f"seed={seed}", "window_epochs=3", "timesteps_per_sample=2", "window=2"]
+        )
+        return [solver_options(config, epoch)["window"] for epoch in range(30)]
+
+    for found in (windows(0), windows(1)):
+        assert all(found[k : k + 3] == [found[k]] * 3 for k in range(0, 30, 3))
+        assert len(set(found)) > 1 and all(0 <= start and stop == start + 2 <= 5 for start, stop in found)
+    assert windows(0) == windows(0) != windows(1)
+
+
+def test_a_policy_begins_with_what_is_trained():
+    policy = Policy(load_config("shapes"))
+    x, t = torch.zeros(1, *policy.latent_shape), torch.full((1,), 0.5)
+    gradients = torch.autograd.grad(policy.velocity(x, t, *policy.embed(["a red circle"])).sum(), policy.trained)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)

@@ -10,6 +10,7 @@ pytest.importorskip("diffusers")
 
 import peft
 
+import nft.objectives.nft
 from nft import checkpoint
 from nft.config import ConfigError, load_config
 from nft.policy import Policy, old_policy_decay
@@ -358,3 +359,53 @@ def test_missing_pipeline_and_existing_run_are_named(pipeline, tmp_path):
         Trainer(settings(pipeline), tmp_path / "none", resume=True)
     with pytest.raises(FileExistsError, match=r"output: .*metrics.jsonl is a file; give a folder"):
         Trainer(settings(pipeline), tmp_path / "metrics.jsonl")
+
+
+def test_metrics_are_means_of_the_updates_that_were_finite(pipeline, tmp_path, monkeypatch):
+    trainer, names = (
+        Trainer(settings(pipeline, "updates_per_epoch=3"), tmp_path),
+        ("loss", "old_deviation", "grad_norm"),
+    )
+    values = iter([1.0, float("nan"), 4.0])
+
+    def update(*_):
+        value = next(values)
+        return dict.fromkeys((*names, "velocity_rms"), value)
+
+    data = trainer.sample()
+    monkeypatch.setattr(trainer, "_accumulate", lambda *_: None)
+    monkeypatch.setattr(trainer, "_update", update)
+    metrics = trainer.optimize(data)
+    assert [metrics[name] for name in names] == [2.5] * 3 and metrics["nonfinite_updates"] == 1
+
+
+def test_the_first_steps_are_compared_with_the_reference_and_no_others(pipeline, tmp_path, monkeypatch):
+    trainer = Trainer(settings(pipeline, "updates_per_epoch=3", "verify_kernels_steps=2", "dtype=bfloat16"), tmp_path)
+    compared, seen = [], []
+    monkeypatch.setattr("nft.objectives.nft.compare_nft_loss", lambda *_, **__: compared.append(trainer.step))
+    real = nft.objectives.nft.nft_loss
+
+    def looked_at(v_theta, v_old, x_t, *others, **options):
+        seen.append((v_theta.dtype, x_t.dtype))
+        return real(v_theta, v_old, x_t, *others, **options)
+
+    monkeypatch.setattr("nft.objectives.nft.nft_loss", looked_at)
+    trainer.optimize(trainer.sample())
+    assert set(compared) == {0, 1} and trainer.step == 3
+    # The loss has x_t as it was before the model rounded it.
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
+def test_a_stage_brings_its_optimizer_settings_and_forgets_the_scores_before(pipeline, tmp_path, monkeypatch):
+    stages = "stages=[{epochs: 1}, {epochs: 1, learning_rate: 0.02, weight_decay: 0.5}]"
+    trainer = Trainer(settings(pipeline, stages, "preflight=false"), tmp_path)
+    found, restart = [], trainer.alarms.restart
+
+    def restarted():
+        found.append(trainer.epoch)
+        restart()
+
+    monkeypatch.setattr(trainer.alarms, "restart", restarted)
+    trainer.train()
+    assert found == [1]
+    assert [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups] == [(0.02, 0.5)]
