@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from .data.text import parse_json
 MANIFEST = "manifest.json"
 # What is read of a manifest.
 _ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict, "surroundings": dict}
+# What is logged beside numbers, and what is in it.
+_LISTS = {"alarms": str, "r_histogram": int}
 
 
 class CheckpointError(RuntimeError):
@@ -59,9 +61,14 @@ def read_metrics(folder: Path, *, required: bool = True) -> list[dict[str, Any]]
             if not line.endswith("\n"):
                 break
             values = None
-        numbers = isinstance(values, dict) and all(isinstance(value, int | float | list) for value in values.values())
-        if not numbers or not all(isinstance(values.get(key), int) for key in ("epoch", "step")):
-            accepted = "JSON of numbers and lists, with epoch and step"
+        known = isinstance(values, dict) and all(
+            isinstance(value, list) and all(isinstance(item, _LISTS[key]) for item in value)
+            if key in _LISTS
+            else isinstance(value, int | float)
+            for key, value in values.items()
+        )
+        if not known or not all(isinstance(values.get(key), int) for key in ("epoch", "step")):
+            accepted = f"JSON of numbers and of the lists {', '.join(_LISTS)}, with epoch and step"
             raise ValueError(f"metrics: {path}, line {number}: got {line[:40]!r}, accepted is {accepted}")
         found.append(values)
     if required and not found:
@@ -102,14 +109,15 @@ def check_folder(output: Path) -> None:
         raise PermissionError(f"output: {output} cannot be written to; give another folder")
 
 
-def check_no_pipeline(output: Path) -> None:
-    """Whether a folder has room for a pipeline.
+def check_vacant(output: Path, names: Iterable[str] | None = None) -> None:
+    """Whether nothing of a folder would be overwritten, of these names or at all.
 
     Raises:
-        FileExistsError: it holds one.
+        FileExistsError: something that is there.
     """
-    if (output / "model_index.json").exists():
-        raise FileExistsError(f"output: {output} holds a pipeline already; give another folder")
+    present = sorted(os.listdir(output)) if output.is_dir() else []
+    if taken := [name for name in present if names is None or name in names]:
+        raise FileExistsError(f"output: {output} holds {taken[0]} already; give another folder")
 
 
 def beside(path: Path) -> Path:

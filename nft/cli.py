@@ -23,12 +23,13 @@ from .rewards.cli import reward_server, rewards
 if TYPE_CHECKING:
     from torch import Tensor
 
-_console = Console()
+# Names may hold what would be taken for an emoji.
+_console, _errors = Console(emoji=False), Console(stderr=True, emoji=False)
 
 
 def _fail(error: Exception | str) -> typer.Exit:
     # A message may hold brackets, which the console would take for markup and leave out.
-    _console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    _errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
 
 
@@ -45,11 +46,17 @@ _LEFT = {
 }
 
 
+_NAMED = {"--output": "a path", "--checkpoint": "a path", "--config": "a name or a path", "--host": "an address"}
+
+
 class _Commands(TyperGroup):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
-        # An unset variable, which as a path would be the current folder.
-        if "--output=" in args or ("--output", "") in itertools.pairwise(args):
-            raise typer.BadParameter("got an empty name, accepted is a path", ctx=ctx, param_hint="--output")
+        # An unset variable, which would be the current folder, any address or what is taken by default.
+        for option, accepted in _NAMED.items():
+            if f"{option}=" in args or (option, "") in itertools.pairwise(args):
+                raise typer.BadParameter(f"got an empty name, accepted is {accepted}", ctx=ctx, param_hint=option)
+        if args[:1] in (["export"], ["pretrain"]) and "" in args:
+            raise typer.BadParameter("got an empty name, accepted is a path", ctx=ctx)
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:
@@ -245,6 +252,8 @@ def export(
     try:
         if weights not in ("ema", "default"):
             raise ValueError(f"weights: got {weights!r}, accepted are ema and default")
+        if pipeline is not None and not merge:
+            raise ValueError(f"pipeline: got {pipeline!r} without --merge, accepted is none: a LoRA is for any")
         if not merge:
             export_lora(source, output, weights=weights)
         else:
@@ -355,7 +364,7 @@ def sample(
     """Draw pictures of prompts."""
     from .checkpoint import check_folder
     from .config import ConfigError, check_float32, load_config
-    from .data.text import read_lines
+    from .data.text import encodable, read_lines
 
     lines = [*(prompts or [])]
     numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
@@ -366,18 +375,24 @@ def sample(
             raise FileExistsError(f"output: {output} holds {drawn[0].name} already; give another folder")
         if file is not None:
             lines += [line.strip() for _, line in read_lines(file, "file")]
+        if broken := next((line for line in lines if not encodable(line)), None):
+            raise ValueError(f"prompts: got {broken!r}, accepted is a text")
         if not lines:
             raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         settings = load_config(config, override)
         quieten_libraries()
-        from nft_kernels.solvers import SOLVERS
+        from nft_kernels.solvers import SOLVERS, schedule, table
 
         from .full import load_policy
 
         if solver not in SOLVERS:
             raise ValueError(f"solver: got {solver!r}, accepted are {', '.join(SOLVERS)}")
+        try:
+            table(solver, schedule(steps))
+        except ValueError as error:
+            raise ValueError(f"solver: {solver} cannot take {steps} steps: {error}") from None
         if guidance is not None:
             check_float32("guidance", guidance)
         if seed + per_prompt > 2**63:

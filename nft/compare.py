@@ -359,7 +359,8 @@ def compare(
     settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})
     check_folder(output)
     path = output / "settings.json"
-    if path.is_file() and path.read_text() != settings:
+    # Of one that was refused before its first run nothing is left to mix with.
+    if path.is_file() and path.read_text() != settings and any(output.rglob("metrics.jsonl")):
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
     configs = {(name, seed): config(name, f"seed={seed}") for seed in range(seeds) for name in names}
     replace_text(path, settings)

@@ -130,7 +130,8 @@ class Config(BaseModel):
     cuda_graphs: bool = False
     """Evaluations of full batches, in rollouts and in training, are replayed as CUDA graphs. Their memory is kept."""
     float8_rollout: bool = False
-    """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU that has them."""
+    """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU, or torch on a CPU,
+    that has them."""
     max_sequence_length: int = Field(10, gt=0, le=4096)
 
     objective: ObjectiveName = "nft"
@@ -149,7 +150,7 @@ class Config(BaseModel):
     """What that schedule goes by: epochs, the iterations of the paper, or optimizer steps, as in its code."""
 
     beta: float = Field(1.0, gt=0)
-    adv_clip_max: float = Field(5.0, gt=0)
+    adv_clip_max: float = Field(5.0, gt=0, le=1e6)
     kl_weight: float = Field(1e-4, ge=0)
     weighting: Literal["adaptive", "none", "t", "t2", "1/t", "1/t2", "(1-t)/t2"] = "adaptive"
     advantage_mode: Literal["continuous", "positive_only", "negative_only", "one_only", "binary"] = "continuous"
@@ -246,7 +247,7 @@ class Config(BaseModel):
             if ":" not in spec.reward and spec.reward not in registry.known():
                 near = get_close_matches(spec.reward, registry.known(), n=1)
                 guess = f", did you mean {near[0]}?" if near else ""
-                raise ValueError(f"rewards.{name}: unknown reward{guess}; `nft rewards` lists them")
+                raise ValueError(f"rewards.{name}: unknown reward {spec.reward}{guess}; `nft rewards` lists them")
         return rewards
 
     def reward_specs(self) -> dict[str, RewardSpec]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from torch import nn
 
-from .checkpoint import MANIFEST, check_folder, check_no_pipeline, reading
+from .checkpoint import MANIFEST, check_folder, check_vacant, reading
 from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
@@ -29,6 +31,22 @@ def _check(output: Path) -> None:
         raise FileExistsError(f"output: {output} lies in the checkpoint {kept}; give another folder")
 
 
+def _check_layers(folder: Path, transformer: nn.Module) -> None:
+    """Whether a transformer has the layers of a LoRA: what does not fit would be left out.
+
+    Raises:
+        ValueError: a layer that it lacks, or that is of another size.
+    """
+    layers = dict(transformer.named_modules())
+    for key, weight in lora_weights(folder).items():
+        name, _, part = key.rpartition(".lora_")
+        layer = layers.get(name.removeprefix("transformer.").removeprefix("base_model.model."))
+        sides = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}
+        side, of = sides.get(part, (0, ""))
+        if getattr(layer, of, None) != weight.shape[side]:
+            raise ValueError(f"source: {folder} does not fit the pipeline, which has no layer for {key}")
+
+
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
 
@@ -38,12 +56,13 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
 
     Raises:
-        FileExistsError: an output that is a file or lies in a checkpoint.
+        FileExistsError: an output that is a file, lies in a checkpoint, or holds a run or such a LoRA.
         FileNotFoundError: a source that holds no adapter.
         OSError: an output that cannot be written to, as on a full disk.
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
     _check(output)
+    check_vacant(output, ("metrics.jsonl", LORA_WEIGHT_NAME_SAFE))
     folder = find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
         raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
@@ -60,22 +79,27 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
 
     Args:
         source, weights: as for ``export_lora``.
-        output: folder to write to; it must not hold a pipeline.
+        output: folder to write to, new or empty.
         pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
 
     Raises:
-        FileExistsError: an output that is a file, lies in a checkpoint or holds a pipeline already.
+        FileExistsError: an output that is a file, lies in a checkpoint or holds anything.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
-        ValueError: damaged files.
+        ValueError: damaged files, or an adapter of layers that the pipeline does not have.
     """
     _check(output)
-    check_no_pipeline(output)
+    check_vacant(output)
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-    whole, folder = DiffusionPipeline.from_pretrained(name), find_weights(source, weights).parent
+    folder = find_weights(source, weights).parent
+    try:
+        whole = DiffusionPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}") from error
     if (folder / WEIGHTS).is_file():
         with reading(folder, "source"):
             whole.register_modules(transformer=type(whole.transformer).from_pretrained(folder))
     else:
+        _check_layers(folder, whole.transformer)
         with TemporaryDirectory() as lora:
             export_lora(folder, Path(lora), weights=weights)
             whole.load_lora_weights(lora)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import weakref
 from itertools import accumulate
 from pathlib import Path
@@ -85,12 +86,14 @@ def _outline(config: Config) -> tuple[Model, int]:
         kind, settings, others = _KNOWN[source]
         return kind.outline(settings, dtype, vae_scale_factor=8, **pipeline), others * dtype.itemsize
     tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
-    if tokenizer.is_file():
-        pipeline["tokenizer_max_length"] = json.loads(tokenizer.read_text())["model_max_length"]
     try:
+        if os.path.isfile(tokenizer):  # which is false, too, for a name that no file can have
+            pipeline["tokenizer_max_length"] = json.loads(tokenizer.read_text())["model_max_length"]
         model = find(source).read_outline(source, dtype, **pipeline)
     except OSError as error:
         raise ConfigError(f"pipeline: the settings of {source!r} cannot be read: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f"pipeline: the settings of {source!r} cannot be used: {error!r}") from None
     weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
     return model, sum(path.stat().st_size for path in weights)
 
@@ -205,7 +208,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         transformer.enable_gradient_checkpointing()
     if c.adapter == "lora":
         transformer.requires_grad_(False)
-        transformer.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=model.targets))
+        with torch.device("meta"):
+            transformer.add_adapter(LoraConfig(r=c.lora_rank, lora_alpha=c.lora_alpha, target_modules=model.targets))
     own = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in own:
         parameter.data = parameter.data.to("meta", torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,12 +18,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nft_kernels.backends import choose
+
 from .checkpoint import reading
 from .config import Config, usable_device
 from .distributed import several, shard
 from .graphs import Graphs
 from .models import MODELS, find
-from .models.base import check_resolution
+from .models.base import Model, check_resolution
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
 _KEPT_BYTES = 2**30
@@ -92,8 +95,9 @@ def lora_settings(folder: Path) -> dict[str, Any]:
     """
     with reading(path := folder / "adapter_config.json", "checkpoint"):
         settings = json.loads(path.read_text())
-        if not (isinstance(settings["r"], int) and isinstance(settings["lora_alpha"], int | float)):
-            raise TypeError("r and lora_alpha are no numbers")
+        rank, alpha = settings["r"], settings["lora_alpha"]
+        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
+            raise TypeError("r and lora_alpha are no positive numbers")
         return settings
 
 
@@ -113,6 +117,13 @@ def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[st
             f"checkpoint: {path} does not fit the pipeline: {len(other)} weights are missing, unknown or of another "
             f"shape, such as {other[0]}; give the configuration that it was trained with"
         )
+
+
+def _load(kind: type[Model], source: str, dtype: torch.dtype) -> Model:
+    try:
+        return kind(source, dtype)
+    except ValueError as error:
+        raise ValueError(f"pipeline: got {source!r}, which cannot be loaded: {error}") from error
 
 
 class Policy:
@@ -137,11 +148,19 @@ class Policy:
                     able = ", ".join(name for name, other in MODELS.items() if getattr(other, needed))
                     raise ValueError(f"{key}: got true for a {kind.pipeline_class.__name__}, accepted is {able}")
             self.device = usable_device(config.device)
+            try:
+                choose("auto", torch.empty(0, device=self.device))
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
             if config.resolution:
                 outline = kind.read_outline(source, self.dtype)
                 check_resolution(config.resolution, outline.unit, outline.largest)
-            self.model = kind(source, self.dtype)
+            self.model = _load(kind, source, self.dtype)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error!r}") from error
         except OSError as error:
+            if os.path.isdir(source):
+                raise FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}") from error
             hint = (
                 "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
                 if pipeline == "shapes"

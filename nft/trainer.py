@@ -41,7 +41,18 @@ from .tracking import Tracker
 
 # Seconds to wait before a failed reward is asked again.
 _WAITS = (5, 30)
+# What is written to a run's folder beside its log.
+_WRITTEN = {"config.yaml", "checkpoints", "checkpoint", "best", "pictures", "report.html"}
+_WRITTEN |= {"before.png", "after.png", "reward.png"}
 _MEASURED = ("loss", "kl", "old_deviation", "velocity_rms")
+
+
+def _begun(path: Path) -> bool:
+    """Whether a file holds the settings of a run that ended before it logged anything, and not a user's own."""
+    try:
+        return path.read_text() == load_config(str(path)).dump()
+    except (OSError, ValueError):
+        return False
 
 
 class Trainer:
@@ -52,7 +63,7 @@ class Trainer:
         start where the run ended before its first.
 
         Raises:
-            FileExistsError: a file, or a folder that holds a run already, without ``resume``.
+            FileExistsError: a file, or without ``resume`` a folder that holds a run or what one would overwrite.
             FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
             CheckpointError: a damaged checkpoint.
             ConfigError: with ``resume`` damaged settings in the folder.
@@ -64,9 +75,11 @@ class Trainer:
             raise FileNotFoundError(f"resume: {folder} holds no config.yaml, accepted is the folder of a run")
         if not resume and ((folder / "metrics.jsonl").exists() or checkpoint.existing(folder / "checkpoints")):
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
+        if not resume:
+            checkpoint.check_vacant(folder, _WRITTEN - ({"config.yaml"} if _begun(folder / "config.yaml") else set()))
         logged = checkpoint.read_metrics(folder, required=False) if resume else []
         if resume and (done := checkpoint.existing(folder / "checkpoints")):
-            finished = checkpoint.manifest(done[-1])["epoch"]
+            finished = checkpoint.verify(done[-1])["epoch"]
             if config.epochs < finished:
                 raise ValueError(f"epochs: got {config.epochs}, but {finished} are finished already")
             before = load_config(str(folder / "config.yaml"))
@@ -484,13 +497,14 @@ class Trainer:
         for adapter in ("default", "old"):
             self.policy.load_adapter(adapter, folder / adapter)
         self.policy.old_is_current = all(map(torch.equal, self.policy.trained, self.policy._old))
-        state = torch.load(folder / "state.pt", weights_only=True)
-        for i, moments in state["optimizer"]["state"].items():
-            parameter = self.policy.trained[i]
-            moments |= {name: sharded_like(moments[name], parameter) for name in moments if name != "step"}
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
-        self.alarms.load(state["alarms"])
+        with checkpoint.reading(folder / "state.pt", "checkpoint"):
+            state = torch.load(folder / "state.pt", weights_only=True)
+            for i, moments in state["optimizer"]["state"].items():
+                parameter = self.policy.trained[i]
+                moments |= {name: sharded_like(moments[name], parameter) for name in moments if name != "step"}
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
+            self.alarms.load(state["alarms"])
         self.score = about["score"]
         if self.score is not None:
             # The state is older than the evaluation.

@@ -9,7 +9,7 @@ from typing import Any
 from nft.worlds.shapes import prompts as shapes
 
 from . import geneval, ocr, preference
-from .text import parse_json, read_lines
+from .text import encodable, parse_json, read_lines
 
 Entry = dict[str, Any]
 SETS = ("shapes", "geneval", "ocr", "preference")
@@ -47,12 +47,14 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
     entries = []
     for number, line in lines:
         try:
-            entry = {"tag": path.stem, **parse_json(line)}
+            if not isinstance(values := parse_json(line), dict):
+                raise ValueError(f"got {line[:40]!r}, accepted is an object with a prompt")
+            entry = {"tag": path.stem, **values}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{key}: {path}, line {number}: {error}") from None
         for part in ("prompt", "tag"):
             text = entry.get(part)
-            if not isinstance(text, str) or not text.strip():
+            if not isinstance(text, str) or not text.strip() or not encodable(text):
                 raise ValueError(f"{key}: {path}, line {number}: got {part} {text!r}, accepted is a text")
         entries.append(entry)
     return entries

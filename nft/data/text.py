@@ -41,3 +41,12 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def encodable(text: str) -> bool:
+    """Whether it is Unicode: half of a character's UTF-16, or a byte that was no UTF-8, is not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,19 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
     return options
 
 
+def _check_address(host: str, port: int) -> None:
+    """Raise ``ValueError`` where nothing can listen."""
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"host and port: got {host} and {port}, which cannot be listened on: {error.strerror}"
+        ) from None
+
+
 def reward_server(
     names: Annotated[list[str], typer.Argument(help="rewards to serve, see `nft rewards`, or module:attribute")],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
@@ -101,6 +115,7 @@ def reward_server(
         short = [name.rpartition(":")[2] for name in names]
         if len(set(short)) < len(short):
             raise ValueError(f"names: got {', '.join(short)}, accepted are different ones")
+        _check_address(host, port)
         served = {s: load(name, options[name], device=device) for s, name in zip(short, names, strict=True)}
         shown = token or secrets.token_urlsafe()
         app = build_app(served, shown, max_bytes=max_mib * 2**20, max_waiting=max_waiting, max_pictures=max_pictures)

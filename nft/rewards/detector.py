@@ -17,7 +17,7 @@ from torch import Tensor
 from nft.data.geneval import CLASSES, COLORS
 
 from .base import Metadata, Reward, Scored, from_hub
-from .geneval import MAX_OBJECTS, THRESHOLD, Detection, Verdict, counted, judge
+from .geneval import MAX_OBJECTS, THRESHOLD, Detection, Verdict, check_entry, counted, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
@@ -37,6 +37,10 @@ class GenEvalReward(Reward):
     extra = "train"
     uses_device = threaded = True
     weights = MappingProxyType({DETECTOR: "config.json", CLIP: "config.json"})
+
+    @staticmethod
+    def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
+        check_entry(entry, CLASSES, COLORS)
 
     def __init__(self, detector: str = DETECTOR, clip: str = CLIP, *, device: torch.device | str = "cpu"):
         """Load both networks from a hub name or a folder.

@@ -7,7 +7,7 @@ many, so it is trained on exact counts and partial credit (yifan123/reward-serve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,46 @@ import numpy as np
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
+_DIRECTIONS = ("left of", "right of", "above", "below")
 _POSITION_THRESHOLD = 0.1
+
+
+def check_entry(entry: Mapping[str, Any], classes: Collection[str], colors: Collection[str]) -> None:
+    """Whether the rules can read an entry's ``include`` and ``exclude``.
+
+    Args:
+        entry: with a list ``include`` of objects with ``class`` and ``count``, and maybe ``color`` and ``position``, a
+            direction and the index of an object before it; and maybe a list ``exclude`` with ``class`` and ``count``.
+        classes, colors: that can be found.
+
+    Raises:
+        ValueError: what they cannot, named.
+    """
+
+    def refuse(where: str, got: Any, accepted: str) -> None:
+        raise ValueError(f"{where}: got {got!r}, accepted {accepted}")
+
+    for part in ("include", "exclude"):
+        items = entry.get(part, [] if part == "exclude" else None)
+        if not isinstance(items, list | tuple) or (part == "include" and not items):
+            refuse(part, items, "is a list of objects")
+        for i, item in enumerate(items):
+            where = f"{part} {i}"
+            if not isinstance(item, Mapping):
+                refuse(where, item, "is an object with class and count")
+            if item.get("class") not in classes:
+                refuse(f"{where}: class", item.get("class"), f"are {', '.join(list(classes)[:6])} and others like them")
+            if type(item.get("count")) is not int or item["count"] < 1:
+                refuse(f"{where}: count", item.get("count"), "are positive integers")
+            if "color" in item and item["color"] not in colors:
+                refuse(f"{where}: color", item["color"], f"are {', '.join(colors)}")
+            if "position" in item:
+                match item["position"]:
+                    case [str(direction), int(index)] if direction in _DIRECTIONS and 0 <= index < i:
+                        continue
+                refuse(
+                    f"{where}: position", item["position"], f"is one of {', '.join(_DIRECTIONS)} and an index before"
+                )
 
 
 @dataclass(frozen=True)

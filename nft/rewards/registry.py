@@ -109,7 +109,7 @@ def _check_options(where: str, kind: type[Reward], ours: dict[str, Any], options
             raise ValueError(f"{where}.options.{unknown(key, own)}")
         try:
             json.dumps(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             raise ValueError(f"{where}.options.{key}: got {value!r}, accepted are JSON's types") from None
     try:
         taken.bind(**ours, **options)

@@ -316,6 +316,24 @@ def test_the_end_of_a_large_file_is_looked_at_too(tmp_path):
         checkpoint.verify(folder)
 
 
+def test_a_state_that_lacks_its_optimizer_is_named(pipeline, tmp_path):
+    Trainer(settings(pipeline, "epochs=1", "preflight=false"), tmp_path).train()
+    state = (folder := (tmp_path / "checkpoint").resolve()) / "state.pt"
+    torch.save({"epoch": 1}, state)
+    sums = checkpoint.manifest(folder)["sha256"] | {"state.pt": checkpoint.checksum(state)}
+    checkpoint.amend(folder, sha256=sums)
+    with pytest.raises(ValueError, match=r"checkpoint: .*state\.pt is damaged: KeyError\('optimizer'\)"):
+        Trainer(settings(pipeline, "epochs=2"), tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_is_found_before_the_pipeline_is_loaded(pipeline, tmp_path, monkeypatch):
+    Trainer(settings(pipeline, "epochs=1", "preflight=false"), tmp_path).train()
+    (tmp_path / "checkpoint" / "state.pt").write_bytes(b"x")
+    monkeypatch.setattr("nft.trainer.Policy", None)
+    with pytest.raises(CheckpointError, match="state.pt has another checksum"):
+        Trainer(settings(pipeline, "epochs=2"), tmp_path, resume=True)
+
+
 def test_what_is_half_deleted_is_no_checkpoint(tmp_path, monkeypatch):
     for epoch in range(1, 4):
         about = {"epoch": epoch, "score": None, "stage": 0}

@@ -7,6 +7,7 @@ pytest.importorskip("diffusers")
 import hashlib
 import json
 import shlex
+import shutil
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from nft.alarms import AlarmError
 from nft.cli import app
 from nft.config import load_config
 from nft.policy import Policy
@@ -134,6 +136,10 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--output", "drawn"], "output: drawn holds 0000_seed0.png already; give another folder"),
         (["a", "--per-prompt", "2", "--seed", str(2**63 - 1)], f"seed: got {2**63 - 1}, accepted are 0 to {2**63 - 2}"),
         (["a", "--set", "devise=cuda"], "devise: unknown key, did you mean device?"),
+        (["a", "--config", ""], "--config: got an empty name"),
+        (["a", "--checkpoint="], "--checkpoint: got an empty name"),
+        (["a" + chr(0xD800)], "prompts: got 'a\\ud800', accepted is a text"),
+        (["a", "--solver", "mixed", "--steps", "1"], "solver: mixed cannot take 1 steps"),
     ],
 )
 def test_sample_names_bad_input(arguments, message, tmp_path, monkeypatch):
@@ -173,7 +179,7 @@ def test_an_adapter_of_another_model_is_named(pipeline, tmp_path):
     [
         (["file"], "output: file is a file; give a folder"),
         (["file/a"], "output: file/a lies in "),
-        (["."], "output: . holds a pipeline already; give another folder"),
+        (["."], "output: . holds file already; give another folder"),
         (["a", "--flow-steps", "0"], "flow_steps: got 0, accepted are positive numbers"),
         (["a", "--wrong-steps", "-1"], "wrong_steps: got -1"),
         (["a", "--wrong-share", "nan"], "wrong_share: got nan, accepted is 0 to 1"),
@@ -337,3 +343,73 @@ def test_train_names_what_it_cannot_use_before_any_work(overrides, message, tmp_
 def test_brackets_in_an_error_are_printed():
     result = run(app, ["train", "[red]=1"])
     assert result.exit_code == 2 and "[red]" in result.output
+
+
+def test_an_error_is_no_output_and_a_name_no_emoji():
+    result = run(app, ["config", "show", "a:fire:b=1"])
+    assert result.exit_code == 2 and result.stdout == "" and "a:fire:b: unknown key" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoint", "best", "checkpoints", "pictures", "report.html"])
+def test_a_new_run_overwrites_nothing(pipeline, tmp_path, name):
+    own = tmp_path / name if "." in name else tmp_path / name / "mine.txt"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("base: shapes  # mine\nepochs: 3\n")
+    result = train(pipeline, tmp_path)
+    assert result.exit_code == 2 and f"holds {name} already; give another folder" in " ".join(result.output.split())
+    assert own.read_text() == "base: shapes  # mine\nepochs: 3\n" and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_run_that_ended_at_its_preflight_can_be_begun_again(pipeline, tmp_path, monkeypatch):
+    def broken(_):
+        raise AlarmError("preflight: broken")
+
+    with monkeypatch.context() as once:
+        once.setattr("nft.trainer.preflight", broken)
+        assert "preflight: broken" in train(pipeline, tmp_path).output
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert train(pipeline, tmp_path, "epochs=1").exit_code == 0
+
+
+def test_an_unknown_backend_is_named_before_the_pipeline_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", None)
+    monkeypatch.setenv("NFT_KERNELS_BACKEND", "foo")
+    result = run(app, ["train", "--output", str(tmp_path / "run")])
+    assert result.exit_code == 2 and "NFT_KERNELS_BACKEND: got 'foo', accepted are" in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model_index.json", "[]"),
+        ("transformer/config.json", '{"_class_name": "SD3Transformer2DModel", "num_layers": "x"}'),
+        ("vae/config.json", "{}"),
+        ("tokenizer/tokenizer_config.json", "{}"),
+    ],
+)
+def test_a_broken_pipeline_is_named(pipeline, tmp_path, file, text):
+    shutil.copytree(pipeline.removeprefix("pipeline="), tmp_path / "pipeline")
+    (tmp_path / "pipeline" / file).write_text(text)
+    broken = f"pipeline={tmp_path / 'pipeline'}"
+    commands = [["plan", broken], ["train", broken, *TINY, "--output", str(tmp_path / "run")]]
+    # What a tokenizer lacks shows when it is used.
+    for command in commands[:1] if file.startswith("tokenizer") else commands:
+        result = run(app, command)
+        assert result.exit_code == 2 and "error: pipeline: " in result.output, (command[0], result.output)
+
+
+def test_plan_allocates_nothing_and_names_what_is_no_name():
+    # 2^31 rows of a LoRA would be hundreds of gigabytes.
+    assert run(app, ["plan", "lora_rank=2147483647"]).exit_code == 0
+    result = run(app, ["plan", f"pipeline={'a' * 300}"])
+    assert result.exit_code == 2 and "error: pipeline: " in result.output
+
+
+@pytest.mark.parametrize("more", ['"alarms": 3', '"alarms": [3]', '"eval_strict": [1]'])
+def test_a_log_that_no_trainer_wrote_is_named(tmp_path, more):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 1, "step": 1, {more}}}\n')
+    (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
+    result = run(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2 and "error: metrics: " in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]

@@ -10,6 +10,7 @@ pytest.importorskip("diffusers")
 from diffusers import StableDiffusion3Pipeline
 from distributed_worker import Brightness
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nft.cli import app
@@ -89,13 +90,18 @@ def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_
     [
         (["/nowhere", "out"], "checkpoint: got '/nowhere'"),
         (["RUN", "out", "--weights", "best"], "weights: got 'best'"),
-        (["RUN", "PIPELINE", "--merge"], "holds a pipeline already"),
+        (["RUN", "PIPELINE", "--merge"], "already; give another folder"),
         (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "/nowhere"),
         (["RUN", "FILE"], "is a file"),
         (["RUN", "FILE", "--merge"], "is a file"),
         (["RUN", "CHECKPOINT"], "lies in the checkpoint"),
         (["RUN", "CHECKPOINT", "--merge"], "lies in the checkpoint"),
         (["LORA", "out", "--merge"], "pipeline: got none, and"),
+        (["RUN", "out", "--pipeline", "shapes"], "pipeline: got 'shapes' without --merge"),
+        (["RUN", "RUN"], "holds metrics.jsonl already"),
+        (["RUN", "EXPORTED"], "holds pytorch_lora_weights.safetensors already"),
+        (["RUN", ""], "got an empty name, accepted is a path"),
+        (["MISFIT", "out", "--merge", "--pipeline", "PIPELINE"], "does not fit the pipeline, which has no layer for"),
     ],
 )
 def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, message):
@@ -103,9 +109,17 @@ def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, messag
     (tmp_path / "file").touch()
     shutil.copytree(trainer.folder / "checkpoint" / "default", tmp_path / "lora")
     names = {"RUN": str(trainer.folder), "PIPELINE": trainer.config.pipeline, "FILE": "file", "LORA": "lora"}
+    shutil.copytree(tmp_path / "lora", tmp_path / "misfit")
+    weights = load_file(tmp_path / "misfit" / "adapter_model.safetensors")
+    moved = {name.replace("blocks.0.", "blocks.77."): weight for name, weight in weights.items()}
+    save_file(moved, tmp_path / "misfit" / "adapter_model.safetensors")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "pytorch_lora_weights.safetensors").touch()
+    names |= {"MISFIT": "misfit", "EXPORTED": "exported"}
     names["CHECKPOINT"] = str(trainer.folder / "checkpoint" / "default")
     result = CliRunner().invoke(app, ["export", *(names.get(argument, argument) for argument in arguments)])
     assert result.exit_code == 2 and message in result.output.replace("\n", "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_to_a_full_disk_is_named(trainer, tmp_path, monkeypatch):

@@ -676,3 +676,14 @@ def test_a_server_without_its_packages_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(app, ["reward-server", "jpeg"], env={"COLUMNS": "300"})
     assert result.exit_code == 2 and 'pip install "diffusion-nft[server]"' in result.output
+
+
+def test_an_address_that_is_taken_or_none_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("nft.rewards.registry.load", None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for more in (["--port", port], ["--host", "http://127.0.0.1"], ["--host", ""]):
+            result = CliRunner().invoke(app, ["reward-server", "jpeg", *more], env={"COLUMNS": "300"})
+            assert result.exit_code == 2 and more[-1] in result.output and "serving" not in result.output

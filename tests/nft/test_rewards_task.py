@@ -15,7 +15,7 @@ from nft.evaluate import SUITES
 from nft.rewards.detector import GenEvalReward
 from nft.rewards.geneval import Verdict
 from nft.rewards.pool import RewardSpec
-from nft.tasks import Rewards, Shapes, build
+from nft.tasks import Rewards, Shapes, build, check
 
 CAT = {"class": "cat", "count": 1}
 ENTRY = {
@@ -221,3 +221,34 @@ def test_a_task_of_several_rewards():
         assert task.weights == {"shapes": 1.0, "small": 0.5} and task.method == "normalized_sum"
     finally:
         task.close()
+
+
+@pytest.mark.parametrize(
+    ("include", "message"),
+    [
+        (5, "include: got 5, accepted is a list of objects"),
+        ([], "include: got []"),
+        ([5], "include 0: got 5, accepted is an object with class and count"),
+        ([{"class": "nonsense", "count": 1}], "include 0: class: got 'nonsense', accepted are circle"),
+        ([{"class": "circle", "count": "two"}], "include 0: count: got 'two', accepted are positive integers"),
+        ([{"class": "circle", "count": -1}], "include 0: count: got -1"),
+        ([{"class": "circle"}], "include 0: count: got None"),
+        ([{"class": "circle", "count": 1, "color": "puce"}], "include 0: color: got 'puce'"),
+        ([{"class": "circle", "count": 1, "position": ["above", 0]}], "include 0: position: got ['above', 0]"),
+        ([{"class": "circle", "count": 1, "position": "above"}], "include 0: position: got 'above'"),
+    ],
+)
+def test_entries_that_the_rules_cannot_read_are_named(include, message, tmp_path):
+    good = {"prompt": "a circle", "include": [{"class": "circle", "count": 1}]}
+    bad = {"prompt": "another", "include": include}
+    (tmp_path / "mine.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+    settings = ["task=rewards", "rewards.shapes=1", f"prompts={tmp_path / 'mine.jsonl'}", "held_out_prompts=shapes"]
+    with pytest.raises(ValueError) as caught:
+        check(load_config("shapes", settings))
+    assert "entry 1, 'another': " in str(caught.value) and message in str(caught.value)
+
+
+def test_half_a_character_is_no_prompt(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "a " + chr(0xD800)}) + "\n")
+    with pytest.raises(ValueError, match=r"line 1: got prompt 'a .ud800', accepted is a text"):
+        prompts.read(tmp_path / "mine.jsonl")

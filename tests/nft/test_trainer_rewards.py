@@ -131,7 +131,7 @@ def test_a_later_stage_s_prompts_that_are_spoilt_meanwhile_end_the_run_in_one_li
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (["rewards={jpg: 1.0}"], "rewards.jpg: unknown reward, did you mean jpeg"),
+        (["rewards={jpg: 1.0}"], "rewards.jpg: unknown reward jpg, did you mean jpeg"),
         (["rewards={jpeg: {wight: 1.0}}"], "rewards.jpeg.wight: unknown key"),
         (["rewards={jpeg: {workers: 0}}"], "rewards.jpeg.workers: got 0"),
         (["objective=sft", "combine=per_reward"], "combine: got per_reward with objective=sft"),

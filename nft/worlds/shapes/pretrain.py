@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from rich.progress import Progress
 
-from nft.checkpoint import check_folder, check_no_pipeline
+from nft.checkpoint import check_folder, check_vacant
 
 from .prompts import GROUPS, split
 from .render import render
@@ -156,11 +156,11 @@ def pretrain(
         wrong_share: share of pictures that carry another picture's caption in the second phase.
 
     Raises:
-        OSError: an output that cannot be written to, or holds a pipeline already.
+        OSError: an output that cannot be written to, or holds anything.
         ValueError: a number that is out of range, named.
     """
     check_folder(output)
-    check_no_pipeline(output)
+    check_vacant(output)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - 1}")
     for key, count in (

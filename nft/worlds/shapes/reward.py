@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nft.rewards.base import Metadata, Reward, Scored
+from nft.rewards.geneval import check_entry
 
+from . import COLORS, SHAPES
 from .verify import verify
 
 
@@ -17,6 +21,10 @@ class ShapesReward(Reward):
     needs = ("include",)
     packages = ("scipy",)
     extra = "train"
+
+    @staticmethod
+    def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
+        check_entry(entry, SHAPES, COLORS)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         verdicts = [verify(picture.numpy(), entry) for picture, entry in zip(pictures.cpu(), metadata, strict=True)]
