@@ -330,7 +330,7 @@ def test_a_damaged_checkpoint_is_found_before_the_pipeline_is_loaded(pipeline, t
     Trainer(settings(pipeline, "epochs=1", "preflight=false"), tmp_path).train()
     (tmp_path / "checkpoint" / "state.pt").write_bytes(b"x")
     monkeypatch.setattr("nft.trainer.Policy", None)
-    with pytest.raises(CheckpointError, match="state.pt has another checksum"):
+    with pytest.raises(CheckpointError, match=r"state\.pt has another checksum"):
         Trainer(settings(pipeline, "epochs=2"), tmp_path, resume=True)
 
 
