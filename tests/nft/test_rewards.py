@@ -29,6 +29,7 @@ from nft.rewards.clip import Aesthetic, CLIPScore, HPSv2, PickScore
 from nft.rewards.image_reward import ImageReward
 from nft.rewards.jpeg import JPEGCompressibility
 from nft.rewards.ocr import OCR, PaddleOCR, edit_distance, target_of, text_score
+from nft.rewards.pool import RewardSpec, Scorer
 from nft.rewards.unified import UnifiedReward
 
 PROMPTS = ["a red dog", "two cats on a mat", "bus"]
@@ -96,6 +97,12 @@ def test_a_reward_is_on_the_gpu_of_its_process_and_not_of_its_thread(monkeypatch
     monkeypatch.setattr(registry, "find", lambda name: Placed)
     for device, given in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
         assert registry.load("placed", device=device).device == given
+    # One that has a device of its own is there, and is asked once at a time.
+    specs = {"own": RewardSpec("placed", device="cuda:1", workers=3), "other": RewardSpec("placed")}
+    scorer = Scorer(specs, device="cuda")
+    assert [scorer.judges[name].device for name in specs] == ["cuda:1", "cuda:3"]
+    assert scorer._threads["own"]._max_workers == 1
+    scorer.close()
 
 
 OWN = '''
