@@ -30,11 +30,11 @@ class Brightness(Shapes):
         return (pictures.float().mean((1, 2, 3)) / 255)[:, None].expand(-1, 2).clone()
 
 
-def run(folder: Path, pipeline: str) -> None:
+def run(folder: Path, pipeline: str, *more: str) -> None:
     """Train, and leave what came out beside the run's folder, by rank."""
     torch.set_num_threads(1)
     TASKS["shapes"] = Brightness
-    trainer = Trainer(load_config("shapes", [f"pipeline={pipeline}", *SETTINGS]), folder)
+    trainer = Trainer(load_config("shapes", [f"pipeline={pipeline}", *SETTINGS, *more]), folder)
     epochs, sample = [], trainer.sample
 
     def recorded():

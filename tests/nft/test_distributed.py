@@ -84,6 +84,23 @@ def test_one_process_writes(runs):
                 assert one[key] == pytest.approx(many[key], rel=1e-3, abs=1e-7), key
 
 
+def test_a_process_may_have_no_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", TASKS["shapes"])
+    pipeline, more = str(tmp_path / "pipeline"), ["prompts_per_epoch=1", "updates_per_epoch=1", "epochs=1"]
+    build_pipeline().save_pretrained(pipeline)
+    threads = torch.get_num_threads()
+    try:
+        distributed_worker.run(tmp_path / "one", pipeline, *more)
+    finally:
+        torch.set_num_threads(threads)
+    by_fork(3, lambda: distributed_worker.run(tmp_path / "three", pipeline, *more))
+    one, *three = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "three-0", "three-1", "three-2"))
+    assert [out["processes"] for out in three] == [3] * 3
+    for out in three:
+        for ours, theirs in zip((*out["x0"], *out["trained"]), (*one["x0"], *one["trained"]), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 7, 288])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_shares_cover_everything_once_and_evenly(total, count):
