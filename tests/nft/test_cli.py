@@ -413,3 +413,28 @@ def test_a_log_that_no_trainer_wrote_is_named(tmp_path, more):
     result = run(app, ["report", str(tmp_path)])
     assert result.exit_code == 2 and "error: metrics: " in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl"]
+
+
+def test_reports_show_the_first_and_the_last_and_add_up_the_seconds(tmp_path):
+    lines = [
+        {"epoch": 0, "step": 0, "eval_strict": 0.1, "eval_x": 0.2},
+        {"epoch": 1, "step": 1, "reward": 0.3, "seconds": 1.0},
+        {"epoch": 2, "step": 2, "reward": 0.7, "seconds": 2.0},
+        {"epoch": 2, "step": 2, "eval_strict": 0.9, "eval_x": 0.8},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
+    assert run(app, ["report", str(tmp_path)]).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>strict</td><td>0.100</td><td>0.900</td>" in page and "<td>x</td><td>0.200</td><td>0.800</td>" in page
+    assert run(app, ["report", str(tmp_path), "--output", str(tmp_path / "one.html")]).exit_code == 0
+    row = "<td>2</td><td>0.700</td><td></td><td>0.900</td><td>3</td>"
+    assert row in (tmp_path / "one.html").read_text()
+
+
+def test_a_grid_of_many_pictures_is_spread_over_them(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axis, picture: shown.append(picture[0, 0, 0].item()))
+    pictures = torch.arange(96, dtype=torch.uint8)[:, None, None, None].expand(96, 4, 4, 3)
+    save_grid(pictures, ["a"] * 96, tmp_path / "grid.png")
+    assert shown == list(range(0, 96, 4))

@@ -126,6 +126,16 @@ def test_summary_of_three_seeds():
     assert summarise(runs, results, base, 0.55)["methods"]["y"]["to_target"]["steps"][0] == math.inf
 
 
+def test_of_several_methods_the_smaller_p_counts_double():
+    ends = {"x": [0.5, 0.6, 0.7], "y": [0.4, 0.55, 0.5], "w": [0.1, 0.21, 0.3]}
+    parts = {name: synthetic(1, e) for name, e in ends.items()}
+    runs, results = ({n: part[i] for n, part in parts.items()} for i in (0, 1))
+    methods = summarise(runs, results, {"a": {"eval_strict": 0.2}, "b": {"eval_strict": 0.3}})["methods"]
+    larger, smaller = methods["y"]["p"], methods["w"]["p"]
+    assert smaller < larger / 2
+    assert methods["w"]["p_holm"] == pytest.approx(2 * smaller) and methods["y"]["p_holm"] == pytest.approx(larger)
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_methods_can_be_run_and_the_last_evaluation_uses_solvers_that_none_trains_with(suite):
     chosen = SUITES[suite]()

@@ -51,6 +51,11 @@ def test_the_mean_is_over_groups_and_the_interval_is_a_normal_ones():
     assert "low" not in summary({"a": np.array([1.0])})
 
 
+def test_a_difference_is_of_means_over_groups():
+    ours, theirs = ({"a": np.array(a), "b": np.array(b)} for a, b in (([1.0, 1, 1, 0], [0.5]), ([0.0, 0, 0, 0], [0.0])))
+    assert comparison(ours, theirs)["difference"] == pytest.approx((0.75 + 0.5) / 2)
+
+
 def test_the_paired_test_counts_sign_flips():
     """Five prompts that all got better: 2 of the 32 sign patterns are as extreme."""
     before = {"a": np.array([0.1, 0.2, 0.3, 0.4, 0.5])}
@@ -144,6 +149,7 @@ def test_other_settings_are_not_mixed(base, pipeline):
         (["--override", "resolution=32"], "resolution is None there and 32 here"),
         (["--override", "dtype=bfloat16"], "dtype is 'float32' there and 'bfloat16' here"),
         (["--set", "jpeg.quality=10"], "quality is 'not set' there and 10 here"),
+        (["--per-prompt", "2"], "pictures_per_prompt is 1 there and 2 here"),
     ):
         result = evaluate(folder, pipeline, *more)
         assert result.exit_code == 2 and message in result.output, result.output
