@@ -215,6 +215,8 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path, mo
     assert "holds a run already" in " ".join(train(pipeline, tmp_path / "one").output.split())
     result = run(app, ["train", "epochs=3", "lora_rank=8", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 2 and "lora_rank: got 8, but" in result.output
+    result = run(app, ["train", "epochs=3", "lora_alpha=8", "--resume", "--output", str(tmp_path / "one")])
+    assert result.exit_code == 2 and "lora_alpha: got 8, but" in result.output
     before = (tmp_path / "one" / "config.yaml").read_text()
     result = run(app, ["train", "epochs=1", "--resume", "--output", str(tmp_path / "one")])
     assert result.exit_code == 2 and "epochs: got 1, but 2 are finished already" in result.output

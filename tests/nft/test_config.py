@@ -53,6 +53,15 @@ def test_stages_survive_being_saved_and_their_lengths_can_be_changed_then(stages
     assert load_config(str(path), ["stages.1.epochs=5"]).epochs == config.all_stages()[0].epochs + 5
 
 
+@pytest.mark.parametrize("setting", [
+    "seed: 1", "device: cuda", "dtype: bfloat16", "lora_rank: 4", "lora_alpha: 4", "adapter: full", "eval_every: 5",
+    "keep_checkpoints: 3", "resolution: 32", "pipeline: x", "offload: true", "shard: true", "preflight: false",
+    "tracker: wandb", "alarms: {velocity: 3.0}", "max_sequence_length: 12", "fused_transformer: false",
+])  # fmt: skip
+def test_what_a_run_is_built_with_is_no_setting_of_a_stage(setting):
+    assert setting.partition(":")[0] in refused("shapes", f"stages=[{{epochs: 1}}, {{epochs: 1, {setting}}}]")
+
+
 def test_the_curriculum_has_the_papers_five_stages():
     config = load_config("sd35_multi_reward")
     starts = [0, 800, 1100, 1300, 1500]

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nft.config import load_config
 from nft.graphs import Graph, Graphs
+from nft.policy import Policy
 from nft.trainer import Trainer
 
 
@@ -177,3 +178,18 @@ def test_an_epoch_trains_as_without_graphs(pipeline, tmp_path, monkeypatch, fuse
     assert loss == pytest.approx(eager_loss, rel=1e-4)
     for a, b in zip(eager, recorded, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+def test_every_adapter_with_and_without_a_gradient_has_graphs_of_its_own(pipeline):
+    policy, kinds = Policy(load_config("shapes", [f"pipeline={pipeline}", "lora_rank=4"])), []
+    policy._graphs = lambda kind, evaluate, inputs, parameters: kinds.append((kind, bool(parameters))) or inputs[0]
+    x, t, conditions = torch.zeros(1, *policy.latent_shape), torch.ones(1), policy.embed(["a red circle"])
+    for adapter in ("default", "old", None):
+        policy.use(adapter)
+        policy.velocity(x, t, *conditions)
+    policy.use("default")
+    with torch.no_grad():
+        policy.velocity(x, t, *conditions)
+        with policy.merged("old"):
+            policy.velocity(x, t, *conditions)
+    assert len({kind for kind, _ in kinds}) == 5 and [trained for _, trained in kinds] == [True, *[False] * 4]

@@ -146,3 +146,22 @@ def test_bad_plans_are_named(pipeline):
         plan(load_config("shapes", ["pipeline=/nowhere"]))
     with pytest.raises(ValueError, match="got 0"):
         plan(load_config("shapes", [f"pipeline={pipeline}"]), 0)
+
+
+def test_what_a_plan_counts_besides():
+    def costs(*overrides):
+        return plan(load_config("shapes", [*SMALL, *overrides]))
+
+    plain = costs()
+    # Trained, old, averaged and put-aside weights, a gradient and two moments, all in float32.
+    assert plain.memory["trained weights and optimizer"] == 7 * 4 * plain.trained_parameters
+    assert plain.memory["text encoders and VAE"] > 0 == costs("offload=true").memory["text encoders and VAE"]
+    # 8 pictures of 4 x 16 x 16 latents; or more candidates, or the states around every step that draws noise.
+    latents = 4 * 4 * 16 * 16
+    assert plain.memory["latents of an epoch"] == 8 * latents
+    assert costs("explore=12").memory["latents of an epoch"] == 2 * 12 * latents
+    noisy = costs("objective=grpo", "rollout_solver=flow-sde")
+    assert noisy.memory["latents of an epoch"] == 8 * (1 + 3 + 1) * latents
+    # Heun takes two evaluations a step, and one for the last.
+    heun = costs("eval_solver=heun", "eval_steps=10", "eval_prompts_per_group=5")
+    assert heun.held_out_evaluations == 5 * 19
