@@ -63,6 +63,21 @@ def test_module_has_the_functions_settings():
     assert "beta=0.5" in repr(module) and not list(module.parameters()) and not module.state_dict()
 
 
+def test_the_module_hands_on_everything():
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(6, 3, 5, generator=g) for _ in range(5)]
+    t, r, weight = (torch.rand(6, generator=g) for _ in range(3))
+    given = {"v_ref": x[4], "mask": torch.rand(5, generator=g), "sample_weight": weight}
+    packed = {"v_ref": x[4], "segments": torch.tensor([0, 2, 6]), "sample_weight": weight[:2]}
+    for tensors, options in (([*x[:4], t, r], given), ([*x[:4], t[:2], r[:2]], packed)):
+        wanted = nft_loss(*tensors, **options, kl_weight=0.3)
+        got = NFTLoss(kl_weight=0.3)(*tensors, **options)
+        assert all(map(torch.equal, got, wanted))
+        for name in options.keys() & {"mask", "sample_weight"}:
+            others = {key: value for key, value in options.items() if key != name}
+            assert not torch.equal(nft_loss(*tensors, **others, kl_weight=0.3).loss, got.loss)
+
+
 def test_raw_rewards_and_group_ids():
     x_t, x0, v_old, t, _ = batch()
     rewards, ids = torch.rand(6), torch.tensor([3, 3, 1, 1, 1, 3])
