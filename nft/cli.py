@@ -60,19 +60,22 @@ class _Commands(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:
-        """Run a command, and say what Ctrl-C leaves of it and what needs less where a GPU has not enough memory."""
+        """Run a command, and say what Ctrl-C leaves of it and what needs less where memory is not enough."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             left = _LEFT.get(ctx.invoked_subcommand or "")
             _console.print(f"stopped: {left}" if left else "stopped")
             raise typer.Exit(130) from None
-        except RuntimeError as error:
-            # By name, as most commands do without torch.
-            if type(error).__name__ != "OutOfMemoryError":
+        except (MemoryError, RuntimeError) as error:
+            # By name, as most commands do without torch, which has no class for a CPU's.
+            if type(error).__name__ not in ("MemoryError", "OutOfMemoryError") and "DefaultCPUAllocator" not in str(
+                error
+            ):
                 raise
+            what = str(error).partition(". ")[0] or "out of memory"
             less = "smaller rollout_batch and micro_batch, gradient_checkpointing=true and offload=true need less"
-            raise _fail(f"{str(error).partition('. ')[0]}: {less}, and `nft plan` says how much") from None
+            raise _fail(f"{what}: {less}, and `nft plan` says how much") from None
 
 
 app = typer.Typer(
@@ -331,6 +334,8 @@ def report(
     from .report import write_comparison, write_report
 
     try:
+        if output is not None and output.suffix != ".html":
+            raise ValueError(f"output: got {str(output)!r}, accepted is a name that ends with .html")
         if len(runs) == 1 and output is None:
             page = write_report(runs[0])
         else:

@@ -246,6 +246,8 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path, mo
     assert "<td>lora_rank</td>" not in both
     alone = tmp_path / "alone.html"
     assert run(app, ["report", str(folder), "--output", str(alone)]).exit_code == 0 and "Curves" in alone.read_text()
+    result = run(app, ["report", str(folder), "--output", str(folder / "config.yaml")])
+    assert result.exit_code == 2 and "accepted is a name that ends with .html" in " ".join(result.output.split())
     result = run(app, ["report", str(folder), str(tmp_path / "none")])
     assert result.exit_code == 2 and "holds no metrics.jsonl" in result.output.replace("\n", " ")
 
@@ -286,6 +288,16 @@ def test_a_full_gpu_is_told_what_needs_less(pipeline, tmp_path, monkeypatch):
             result = run(app, [*arguments, "--output", str(tmp_path / name)])
         text = " ".join(result.output.split())
         assert result.exit_code == 2 and "CUDA out of memory: smaller rollout_batch and micro_batch" in text, text
+
+
+def test_memory_of_a_cpu_that_is_not_enough_is_named(pipeline, tmp_path, monkeypatch):
+    # More than there are addresses for, and what Python says itself.
+    for name, full in (("torch", lambda _: torch.empty(2**60)), ("python", lambda _: bytearray(2**62))):
+        with monkeypatch.context() as patch:
+            patch.setattr("nft.trainer.Trainer.sample", full)
+            result = run(app, ["train", pipeline, *TINY, "--output", str(tmp_path / name)])
+        text = " ".join(result.output.split())
+        assert result.exit_code == 2 and "smaller rollout_batch and micro_batch" in text, (text, result.exception)
 
 
 def test_pictures_and_reports_survive_odd_prompts_and_a_line_that_was_cut_off(tmp_path):
