@@ -464,3 +464,14 @@ MULTI = (table("dpm++2M", schedule(4)), 2, torch.zeros(2, 3), torch.zeros(2, 3))
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("sde", ["flow-sde", "dance-sde", "cps"])
+def test_mixed_steps_are_those_of_its_parts(sde):
+    """No noise is as much a choice as any other amount."""
+    times = schedule(5, shift=3.0)
+    ode = table("euler", times).rows
+    for eta in (None, 0.0, 0.4):
+        options = {} if eta is None else {"eta": eta}
+        noisy, mixed = table(sde, times, **options).rows, table("mixed", times, window=(1, 3), sde=sde, **options).rows
+        assert mixed == (ode[0], *noisy[1:3], *ode[3:])
