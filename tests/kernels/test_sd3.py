@@ -540,6 +540,39 @@ def test_float8_by_the_kernels(float8_products):
     assert (outs[1] - outs[0]).norm() < 0.2 * (outs[0] - wanted).norm()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_float8_weights_are_those_of_the_rollout(model, keep, float8_products):
+    """Kept or not, they are made of what the weights are when it begins."""
+    path = accelerate(model)
+    path.keep_float8 = keep
+    with path.rollout(float8=True):
+        before = run(model)
+    assert bool(path._float8) == keep
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".ff." in name:
+                parameter.mul_(1.5)
+    with path.rollout(float8=True):
+        after = run(model)
+    restore(model)
+    with accelerate(model).rollout(float8=True):
+        assert torch.equal(after, run(model)) and not torch.equal(after, before)
+
+
+def test_layers_that_are_trained_themselves_have_their_gradients(model):
+    parameters = [*model.transformer_blocks[0].attn.parameters(), *model.transformer_blocks[0].ff.parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+
+    def gradients():
+        out = model(*inputs(), return_dict=False)[0]
+        return torch.autograd.grad(out.square().sum(), parameters)
+
+    wanted = gradients()
+    accelerate(model)
+    assert_same(gradients(), wanted)
+
+
 @pytest.mark.parametrize("adapter", ["none", "default", "old", "feed_forward"])
 def test_float8(model, adapter, float8_products):
     if adapter == "feed_forward":
