@@ -36,6 +36,28 @@ def test_formula(backend, dtype):
     assert torch.equal(x_t[0], x0[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_rounded_to_the_nearest_and_ties_to_even(dtype):
+    if reason := native.why_not([torch.empty(0)]):
+        pytest.skip(reason)
+    ulp = torch.finfo(dtype).eps
+    near = 1 + ulp * torch.tensor([0.25, 0.49, 0.5, 0.51, 1.5, 2.5, 3.5, 3.75])
+    edge = torch.finfo(dtype).max * (1 + ulp * torch.tensor([0.2, 0.24, 0.26]))
+    x0 = torch.cat([near, edge, torch.randn(5), torch.full((3,), torch.finfo(dtype).tiny / 3)])[None]
+    x0 = torch.cat([x0, -x0])
+    got = add_noise(x0, torch.zeros(2), noise=torch.zeros_like(x0), out_dtype=dtype, backend="native")
+    assert torch.equal(got, x0.to(dtype))
+
+
+def test_lazy_negations_are_carried_out(backend):
+    """A conjugate's imaginary part is its memory with the sign left to whoever reads it."""
+    x0, noise = (torch.randn(2, 9, dtype=torch.cfloat).conj().imag for _ in range(2))
+    assert x0.is_neg() and noise.is_neg()
+    t = torch.tensor([0.2, 0.7])
+    wanted = add_noise(x0.clone(), t, noise=noise.clone(), backend=backend)
+    assert torch.equal(add_noise(x0, t, noise=noise, backend=backend), wanted)
+
+
 def test_seeded_noise_is_standard_normal_and_uncorrelated(backend):
     n = 20_000 if backend == "triton" else 200_000  # the interpreter is slow
     eps = add_noise(torch.zeros(4, n), torch.ones(4), seed=11, backend=backend).double()

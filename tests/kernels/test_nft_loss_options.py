@@ -145,6 +145,13 @@ def test_option(backend, name, dtype):
     compare(x, t, r, backend, dtype, **OPTIONS[name])
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_per": "token", "channel_dim": 1}], ids=str)
+def test_no_gradient_flows_through_a_weight_at_its_floor(backend, options):
+    """Errors whose mean is below 1e-5."""
+    x, t, r = make((3, 6, 4, 3))
+    compare([1e-7 * a for a in x], t, r, backend, torch.float32, detach_weight=False, **options)
+
+
 MASKS = {
     "boolean, whole shape": lambda g: torch.rand(3, 6, 4, 3, generator=g, device="cpu") < 0.6,
     "weights, per token": lambda g: torch.rand(3, 1, 4, 3, generator=g, device="cpu", dtype=torch.float64),

@@ -430,10 +430,14 @@ def test_an_attention_that_cannot_run_says_why(model, choice, reason):
 
 
 @pytest.mark.parametrize(
-    ("name", "module", "major"),
-    [("flash2", "flash_attn", 8), ("flash3", "flash_attn_interface", 9), ("flash4", "flash_attn.cute", 10)],
+    ("name", "module", "major", "others"),
+    [
+        ("flash2", "flash_attn", 8, (0, 7)),
+        ("flash3", "flash_attn_interface", 9, (0, 8, 10)),
+        ("flash4", "flash_attn.cute", 10, (0, 8, 12)),
+    ],
 )
-def test_flash_attention_packages_are_used_when_installed(monkeypatch, name, module, major):
+def test_flash_attention_packages_are_used_when_installed(monkeypatch, name, module, major, others):
     calls = []
 
     def flash_attn_func(q, k, v):
@@ -455,8 +459,9 @@ def test_flash_attention_packages_are_used_when_installed(monkeypatch, name, mod
     assert "it takes float16 and bfloat16, not torch.float32" in attention.why_not(name, q, q, q)
     wide = torch.zeros(1, 2, 3, 512, dtype=torch.bfloat16)
     assert "not 512" in attention.why_not(name, wide, wide, wide)
-    monkeypatch.setattr(attention, "_capability", lambda device: 7)
-    assert "it needs an NVIDIA GPU of compute capability" in attention.why_not(name, q, q, q)
+    for other in others:
+        monkeypatch.setattr(attention, "_capability", lambda device, other=other: other)
+        assert "it needs an NVIDIA GPU of compute capability" in attention.why_not(name, q, q, q)
 
 
 @pytest.mark.parametrize(("choice", "others"), [("native", True), ("math", False)])

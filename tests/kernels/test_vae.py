@@ -96,6 +96,16 @@ def test_hooks_are_called(part):
     torch.testing.assert_close(decode(fast, z), decode(plain, z), rtol=1e-4, atol=1e-5)
 
 
+def test_parts_that_compute_something_else_are_called_as_they_are():
+    plain, fast = pair()
+    for vae in (plain, fast):
+        vae.decoder.up_blocks[0].resnets[0].output_scale_factor = 2.0
+        upsampler = vae.decoder.up_blocks[1].upsamplers[0]
+        upsampler.norm = torch.nn.LayerNorm(CHANNELS[1], elementwise_affine=False)
+    z = latents(1, 4, 4, 4)
+    torch.testing.assert_close(decode(fast, z), decode(plain, z), rtol=1e-4, atol=1e-5)
+
+
 def test_restore_and_refusals():
     plain, fast = pair()
     with pytest.raises(ValueError, match="vae: its decoder's forward was already replaced"):

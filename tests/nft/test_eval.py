@@ -51,6 +51,13 @@ def test_the_mean_is_over_groups_and_the_interval_is_a_normal_ones():
     assert "low" not in summary({"a": np.array([1.0])})
 
 
+def test_the_interval_is_of_percentiles():
+    """Of ten prompts one succeeds: a resample's number of successes is binomial(10, 0.1), of which 0.35 is at 0 and
+    0.987 at 3 or below, 0.930 at 2 or below."""
+    found = summary({"a": np.array([0.0] * 9 + [1.0])})
+    assert found["low"] == 0 and found["high"] == pytest.approx(0.3)
+
+
 def test_a_difference_is_of_means_over_groups():
     ours, theirs = ({"a": np.array(a), "b": np.array(b)} for a, b in (([1.0, 1, 1, 0], [0.5]), ([0.0, 0, 0, 0], [0.0])))
     assert comparison(ours, theirs)["difference"] == pytest.approx((0.75 + 0.5) / 2)
@@ -297,6 +304,20 @@ def test_a_folder_is_begun_by_one_evaluation_only(tmp_path):
     first.draw(draw, batch=8)
     with pytest.raises(ValueError, match="subject is 'a' there and 'b' here"):
         second.draw(draw, batch=8)
+
+
+def test_pictures_of_other_prompts_are_not_taken_for_those_of_a_changed_file(tmp_path):
+    file = tmp_path / "ocr.txt"
+
+    def evaluation(text):
+        file.write_text(f'a sign that says "{text}"\n')
+        return Evaluation("paper", tmp_path / "e", subject="s", limit=1, files={"ocr": file})
+
+    begun = evaluation("yes")
+    begun.draw(lambda prompts, seeds: torch.zeros(len(prompts), 8, 8, 3, dtype=torch.uint8), batch=8)
+    evaluation("yes")
+    with pytest.raises(ValueError, match="holds an evaluation with other settings: prompts_sha256 is "):
+        evaluation("no")
 
 
 # --- the paper's table ---

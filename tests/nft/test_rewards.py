@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import types
+import weakref
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -103,6 +104,30 @@ def test_a_reward_is_on_the_gpu_of_its_process_and_not_of_its_thread(monkeypatch
     assert [scorer.judges[name].device for name in specs] == ["cuda:1", "cuda:3"]
     assert scorer._threads["own"]._max_workers == 1
     scorer.close()
+
+
+def test_pictures_are_kept_no_longer_than_they_have_no_score(monkeypatch):
+    taken, broken = [], True
+
+    class Seen(Brightness):
+        threaded = True
+
+        def __call__(self, pictures, prompts, metadata):
+            taken.append(weakref.ref(pictures._base))
+            if broken and len(pictures) == 1:
+                raise RuntimeError("later")
+            return super().__call__(pictures, prompts, metadata)
+
+    monkeypatch.setattr(registry, "find", lambda name: Seen)
+    with Scorer({"r": RewardSpec("seen")}) as scorer:
+        for count in (2, 1):
+            scorer.submit(noise(count), [{"prompt": "p", "scale": 1}] * count)
+        with pytest.raises(RewardError, match="reward r: later"):
+            scorer.gather()
+        first, *failed = taken
+        assert first() is None and all(pictures() is not None for pictures in failed)
+        broken = False
+        assert len(scorer.gather()["r"].score) == 3
 
 
 OWN = '''

@@ -1,5 +1,6 @@
 """Rewards beside sampling and over HTTP: real processes on loopback, killed half-way."""
 
+import asyncio
 import multiprocessing
 import os
 import pickle
@@ -28,7 +29,7 @@ from nft.rewards import wire
 from nft.rewards.base import Reward, RewardError, score
 from nft.rewards.client import RemoteReward
 from nft.rewards.pool import RewardSpec, Scorer
-from nft.rewards.server import build_app
+from nft.rewards.server import Batcher, build_app
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a secret of the tests"
@@ -248,6 +249,41 @@ def test_one_senders_bad_batch_is_not_the_others_fault(server):
             assert statuses == [200, 500, 200, 200]
 
 
+def test_what_waits_together_is_scored_together_by_size_and_in_order():
+    calls = []
+
+    class Sizes(Reward):
+        batch = 4
+
+        def __call__(self, pictures, prompts, metadata):
+            calls.append((pictures.shape[1], prompts))
+            return pictures[:, 0, 0, 0].float()
+
+    async def gone():
+        return False
+
+    async def serve():
+        batcher = Batcher(Sizes())
+        sent = [(8, "ab"), (8, "c"), (8, "de"), (4, "f"), (4, "g"), (8, "hijkl")]
+        asked = [
+            asyncio.ensure_future(
+                batcher.score(*(torch.tensor([ord(p) for p in prompts], dtype=torch.uint8)[:, None, None, None]
+                                .expand(-1, side, side, 3), list(prompts), [{}] * len(prompts)), gone)
+            )
+            for side, prompts in sent
+        ]  # fmt: skip
+        await asyncio.sleep(0)
+        work = asyncio.ensure_future(batcher.run())
+        answers = await asyncio.gather(*asked)
+        work.cancel()
+        return ["".join(chr(int(score)) for score in answer.score) for answer in answers]
+
+    assert asyncio.run(serve()) == ["ab", "c", "de", "f", "g", "hijkl"]
+    # The reward itself is given four pictures at a time.
+    joined = [(8, "abc"), (8, "de"), (4, "fg"), (8, "hijk"), (8, "l")]
+    assert [(side, "".join(prompts)) for side, prompts in calls] == joined
+
+
 def raw(server, body):
     """A connection that has sent everything but the body, and the body."""
     sock = socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=60)
@@ -445,6 +481,14 @@ def test_a_full_server_is_waited_for_longer_than_a_failing_one(stand_in):
     with pytest.raises(RewardError, match=r"no answer in 60 s .*down"):
         stand_in["ask"]()
     assert stand_in["now"] - begin <= 62
+
+
+@pytest.mark.parametrize("status", [400, 401, 422, 500])
+def test_a_server_that_says_no_is_not_asked_again(stand_in, status):
+    stand_in["replies"] = [(0, httpx.Response(status, text="Number: RuntimeError: no good"))]
+    with pytest.raises(RewardError, match=f"{status}: Number: RuntimeError: no good"):
+        stand_in["ask"]()
+    assert stand_in["asked"] == 1
 
 
 # --- killed half-way ---
