@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from . import _validate
 
 
 def backend_of(
@@ -49,17 +48,6 @@ def backend_of(
 def dense(x: Any) -> Any:
     """``x``, copied if it is a tensor whose rows are not dense."""
     return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
-
-
-def matching(name: str, x: Any, model: Tensor, shape: tuple[int, ...], kind: str) -> None:
-    """``x`` must be floating, of ``shape``, which ``kind`` describes, and on the device of ``model``."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a tensor of shape {shape}")
-    _validate.floating(name, x.dtype)
-    if x.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {kind} = {shape}")
-    if x.device != model.device:
-        raise ValueError(f"{name}: got device {x.device}, accepted is {model.device}")
 
 
 def function(

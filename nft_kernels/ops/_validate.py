@@ -20,12 +20,12 @@ def floating(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
 
 
-def _same_device(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
+def _same_device(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
     if x.device != x0.device:
-        raise ValueError(f"{name}: got device {x.device}, accepted is the device of {model}, {x0.device}")
+        raise ValueError(f"{name}: got device {x.device}, accepted is the device of {like}, {x0.device}")
 
 
-def _tensor(name: str, x: Tensor, accepted: str = "a tensor") -> None:
+def _tensor(name: str, x: object, accepted: str = "a tensor") -> None:
     """``x`` must be a tensor with memory of its own: kernels take its address."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is {accepted}")
@@ -37,18 +37,26 @@ def _tensor(name: str, x: Tensor, accepted: str = "a tensor") -> None:
         )
 
 
-def tensor_like(name: str, x: Tensor, x0: Tensor, model: str = "x0") -> None:
-    """``x`` must be a floating tensor of the shape and device of x0, the argument called ``model``."""
+def shaped(name: str, x: Tensor | None, shape: Sequence[int], described: str, x0: Tensor, like: str) -> None:
+    """``x`` must be a floating tensor of ``shape``, which is ``described``, on the device of x0, the argument called
+    ``like``."""
     _tensor(name, x)
+    assert x is not None
     floating(name, x.dtype)
-    if x.shape != x0.shape:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is the shape of {model}, {tuple(x0.shape)}")
-    _same_device(name, x, x0, model)
+    if x.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {described} = {tuple(shape)}")
+    _same_device(name, x, x0, like)
+
+
+def tensor_like(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
+    """``x`` must be a floating tensor of the shape and device of x0, the argument called ``like``."""
+    shaped(name, x, x0.shape, f"the shape of {like}", x0, like)
 
 
 def latents(name: str, x0: Tensor) -> None:
     """``x0`` must be (B, ...) with at least one element."""
-    tensor_like(name, x0, x0)
+    _tensor(name, x0)
+    floating(name, x0.dtype)
     if x0.ndim == 0 or x0.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is (B, ...) with at least one element")
 

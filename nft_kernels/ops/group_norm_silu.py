@@ -9,7 +9,7 @@ from ..backends import load
 from ..backends._memory import new_empty
 from ..reference import group_norm_silu as reference
 from . import _validate
-from ._rows import backend_of, matching
+from ._rows import backend_of
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, backend: str) -> Tensor:
@@ -55,7 +55,7 @@ def group_norm_silu(
         raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is (B, C, H, W)")
     channels = x.shape[1]
     for name, vector in (("weight", weight), ("bias", bias)):
-        matching(name, vector, x, (channels,), "(C,)")
+        _validate.shaped(name, vector, (channels,), "(C,)", x, "x")
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(f"groups: got {type(groups).__name__}, accepted is a divisor of the {channels} channels")
     if groups < 1 or channels % groups:

@@ -13,7 +13,7 @@ from ..backends._memory import new_empty
 from ..reference import compute_dtype
 from ..reference import layer_norm_modulate as reference
 from . import _validate
-from ._rows import backend_of, call, dense, function, matching
+from ._rows import backend_of, call, dense, function
 
 
 def _run(
@@ -182,11 +182,11 @@ def layer_norm_modulate(
         if residual is not None:
             _validate.tensor_like(name, residual, x, "x")
     if y_bias is not None:
-        matching("y_bias", y_bias, x, (x.shape[2],), "(D,)")
+        _validate.shaped("y_bias", y_bias, (x.shape[2],), "(D,)", x, "x")
     named = {"scale": scale, "shift": shift, "gate": gate, "gate2": gate2, "scale2": scale2, "shift2": shift2}
     for name, modulation in named.items():
         if modulation is not None or name in ("scale", "shift"):
-            matching(name, modulation, x, (x.shape[0], x.shape[2]), "(B, D)")
+            _validate.shaped(name, modulation, (x.shape[0], x.shape[2]), "(B, D)", x, "x")
     chosen = backend_of("layer_norm_modulate", backend, x)
     residuals = {"y": y, "gate": gate, "y_bias": y_bias, "y2": y2, "gate2": gate2}
     return unchecked(x, scale, shift, scale2, shift2, **residuals, eps=float(eps), backend=chosen)

@@ -13,7 +13,7 @@ from ..backends._memory import new_empty
 from ..reference import compute_dtype
 from ..reference import qk_norm as reference
 from . import _validate
-from ._rows import backend_of, call, dense, function, matching
+from ._rows import backend_of, call, dense, function
 
 
 def _run(
@@ -168,7 +168,8 @@ def qk_norm(
         raise ValueError(f"context_q, context_k and their weights: got {given} of the 4, accepted are all or none")
     if context_q is not None and context_k is not None:
         _validate.latents("context_q", context_q)
-        matching("context_q", context_q, q, (q.shape[0], *context_q.shape[1:2], *q.shape[2:]), "(B, S', H, d)")
+        shape = (q.shape[0], *context_q.shape[1:2], *q.shape[2:])
+        _validate.shaped("context_q", context_q, shape, "(B, S', H, d)", q, "q")
         _validate.tensor_like("context_k", context_k, context_q, "context_q")
     if (v is None) != (context_v is None) or (v is not None and context_q is None):
         raise ValueError("v, context_v: got one of them or no context, accepted are both with a context or neither")
@@ -180,7 +181,7 @@ def qk_norm(
     names = "weight_q", "weight_k", "context_weight_q", "context_weight_k"
     for name, weight in zip(names, (weight_q, weight_k, *context[2:]), strict=True):
         if weight is not None or not name.startswith("context"):
-            matching(name, weight, q, q.shape[-1:], "(d,)")
+            _validate.shaped(name, weight, q.shape[-1:], "(d,)", q, "q")
     _validate.number("eps", eps, positive=True)
     chosen = backend_of("qk_norm", backend, q)
     return unchecked(q, k, weight_q, weight_k, *context, v=v, context_v=context_v, eps=float(eps), backend=chosen)

@@ -33,6 +33,6 @@ def qk_norm(
     q, k = rms_norm(q, weight_q, eps), rms_norm(k, weight_k, eps)
     if context_q is not None and context_k is not None:
         assert context_weight_q is not None and context_weight_k is not None
-        q = torch.cat([q, rms_norm(context_q, context_weight_q, eps)], 1)
-        k = torch.cat([k, rms_norm(context_k, context_weight_k, eps)], 1)
+        q = torch.cat([q, rms_norm(context_q, context_weight_q, eps).to(q.dtype)], 1)
+        k = torch.cat([k, rms_norm(context_k, context_weight_k, eps).to(k.dtype)], 1)
     return (q, k) if v is None or context_v is None else (q, k, torch.cat([v, context_v], 1))

@@ -1,5 +1,6 @@
 """The loss in other people's training loops: whatever surrounds it, the gradients are those of the plain formula."""
 
+import functools
 import importlib.util
 import math
 import os
@@ -14,6 +15,9 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from nft_kernels import NFTLoss, add_noise, group_advantages, nft_loss, nft_loss_from_rewards, optimality_probability
+from nft_kernels.ops.group_norm_silu import group_norm_silu
+from nft_kernels.ops.layer_norm_modulate import layer_norm_modulate
+from nft_kernels.ops.qk_norm import qk_norm
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,9 +221,17 @@ def _distributed(rank, port, sharded):
         from torch.distributed.tensor import DTensor, Replicate
 
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
-        spread = DTensor.from_local(x_t, mesh, [Replicate()])
-        with pytest.raises(TypeError, match=r"v_theta: got a DTensor, accepted is a plain tensor, such as"):
-            nft_loss(spread, v_old, x_t, x0, t, r)
+        spread = functools.partial(DTensor.from_local, device_mesh=mesh, placements=[Replicate()])
+        rows, vector, pictures = torch.ones(2, 3, 4), torch.ones(2, 4), torch.ones(2, 4, 3, 3)
+        heads, weights = torch.ones(2, 3, 1, 4), torch.ones(4)
+        for name, run in {
+            "v_theta": lambda: nft_loss(spread(x_t), v_old, x_t, x0, t, r),
+            "scale": lambda: layer_norm_modulate(rows, spread(vector), vector),
+            "weight_k": lambda: qk_norm(heads, heads, weights, spread(weights)),
+            "bias": lambda: group_norm_silu(pictures, weights, spread(weights), groups=2, eps=1e-6),
+        }.items():
+            with pytest.raises(TypeError, match=rf"{name}: got a DTensor, accepted is a plain tensor, such as"):
+                run()
     torch.distributed.destroy_process_group()
 
 

@@ -136,11 +136,13 @@ def test_bad_input_is_named(change, error, message):
         qk_norm(**inputs(torch.float32) | change)
 
 
-def test_streams_of_other_dtypes(backend):
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_streams_of_other_dtypes(backend, dtypes):
     """The joint sequence has that of the first stream; the reference rounds the others first."""
-    named = {name: x.detach().to(torch.bfloat16) for name, x in inputs(torch.float32).items()}
-    named |= {"q": named["q"].float(), "k": named["k"].float()}
+    first, others = dtypes
+    named = {name: x.detach().to(others) for name, x in inputs(torch.float32).items()}
+    named |= {"q": named["q"].to(first), "k": named["k"].to(first)}
     wanted = definition(*(x.double() for x in named.values()))
     for got, want in zip(qk_norm(**named, backend=backend), wanted, strict=True):
-        assert got.dtype == torch.float32
+        assert got.dtype == first
         torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2)

@@ -451,7 +451,7 @@ MULTI = (table("dpm++2M", schedule(4)), 2, torch.zeros(2, 3), torch.zeros(2, 3))
         (lambda: solver_step(*STEP), ValueError, "seed, noise: got neither"),
         (lambda: solver_step(*STEP, seed=1, noise=torch.zeros(2, 3)), ValueError, "seed, noise: got both"),
         (lambda: solver_step(*STEP, seed=torch.zeros(3).long()), ValueError, "seed: got torch.int64 of shape"),
-        (lambda: solver_step(*STEP, noise=torch.zeros(2, 4)), ValueError, "noise: got shape .* the shape of x,"),
+        (lambda: solver_step(*STEP, noise=torch.zeros(2, 4)), ValueError, "noise: got shape .* the shape of x = "),
         (lambda: solver_step(*STEP[:3], torch.zeros(3, 2), seed=1), ValueError, "v: got shape"),
         (lambda: solver_step(*STEP[:3], torch.zeros(2, 3).long(), seed=1), TypeError, "v: got torch.int64"),
         (lambda: solver_step(*STEP, seed=1, guidance=2.0), ValueError, "v_uncond, guidance: got one"),
