@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nft.cli import quieten_libraries
 from nft.config import load_config
+from nft.console import quieten_libraries
 from nft.policy import Policy
 from nft.trainer import Trainer
 from nft_kernels.bench import provenance

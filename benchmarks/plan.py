@@ -18,8 +18,8 @@ from typing import Annotated
 import torch
 import typer
 
-from nft.cli import quieten_libraries
 from nft.config import load_config
+from nft.console import quieten_libraries
 from nft.plan import plan
 from nft.trainer import Trainer
 from nft_kernels.bench import peak_and_launches, provenance

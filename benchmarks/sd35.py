@@ -34,8 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plan import matrix_rate
-from nft.cli import quieten_libraries
 from nft.config import load_config
+from nft.console import quieten_libraries
 from nft.models.base import Model
 from nft.models.sd3 import StableDiffusion3
 from nft.plan import SD35_MEDIUM

@@ -6,37 +6,20 @@ import itertools
 import os
 import shlex
 import shutil
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
+from .console import bars, console, fail, quieten_libraries, say
 from .evaluate_cli import evaluate
 from .rewards.cli import reward_server, rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Names may hold what would be taken for an emoji.
-_console, _errors = Console(emoji=False), Console(stderr=True, emoji=False)
-
-
-def _fail(error: Exception | str) -> typer.Exit:
-    # A message may hold brackets, which the console would take for markup and leave out.
-    _errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-    return typer.Exit(2)
-
-
-def _bars(console: Console = _console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
-
 
 # What Ctrl-C leaves of a command; ``train`` says more.
 _LEFT = {
@@ -65,7 +48,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             left = _LEFT.get(ctx.invoked_subcommand or "")
-            _console.print(f"stopped: {left}" if left else "stopped")
+            say(f"stopped: {left}" if left else "stopped")
             raise typer.Exit(130) from None
         except (MemoryError, RuntimeError) as error:
             # By name, as most commands do without torch, which has no class for a CPU's.
@@ -75,7 +58,7 @@ class _Commands(TyperGroup):
                 raise
             what = str(error).partition(". ")[0] or "out of memory"
             less = "smaller rollout_batch and micro_batch, gradient_checkpointing=true and offload=true need less"
-            raise _fail(f"{what}: {less}, and `nft plan` says how much") from None
+            raise fail(f"{what}: {less}, and `nft plan` says how much") from None
 
 
 app = typer.Typer(
@@ -86,20 +69,6 @@ app.add_typer(_configs, name="config")
 app.command("eval")(evaluate)
 app.command()(rewards)
 app.command()(reward_server)
-
-
-def quieten_libraries() -> None:
-    """Keep the libraries' loading bars and hints about parts we do not use out of the run's own output."""
-    # For processes that this one starts: they import the libraries before they call anything.
-    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
 
 
 @app.command()
@@ -118,7 +87,7 @@ def train(
 
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
     if resume and config and output:
-        raise _fail(f"config: got {config} with --resume, accepted is none: {output} has the run's settings")
+        raise fail(f"config: got {config} with --resume, accepted is none: {output} has the run's settings")
     name = config or "shapes"
     folder = output or Path("runs") / Path(name).stem
     saved = folder / "config.yaml"
@@ -127,7 +96,7 @@ def train(
     try:
         settings = load_config(str(saved) if resumed else name, [*(overrides or []), *extra])
     except ConfigError as error:
-        raise _fail(f"{error} (with the settings of {saved})" if resumed else error) from None
+        raise fail(f"{error} (with the settings of {saved})" if resumed else error) from None
     quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
@@ -140,15 +109,15 @@ def train(
     try:
         trainer = Trainer(settings, folder, resume=resume)
     except (CheckpointError, RewardError, OSError, ValueError, TypeError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     main = trainer.processes.main
-    _console.quiet = not main
+    console.quiet = not main
     if trainer.changes:
         differs = ", ".join(trainer.changes)
         text = f"resumed with {differs}: the run goes on, but not to the last bit as it would have"
-        _console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        say(text, style="yellow")
     seen: dict[str, Any] = {}
-    with _bars() as progress:
+    with bars() as progress:
         bar = progress.add_task("evaluating", total=settings.epochs, completed=trainer.epoch)
 
         def on_epoch(metrics: dict[str, Any]) -> None:
@@ -174,17 +143,17 @@ def train(
             # The trainer may have counted an epoch that it had not saved yet.
             finished = existing(folder / "checkpoints")
             kept = finished and f"epoch {manifest(finished[-1])['epoch']} is saved; go on with\n  {shlex.join(command)}"
-            _console.print(f"stopped: {kept or 'no epoch was finished'}", soft_wrap=True, markup=False)
+            say(f"stopped: {kept or 'no epoch was finished'}")
             raise typer.Exit(130) from None
         except (AlarmError, CheckpointError, ConfigError, KernelMismatchError, RewardError, OSError) as error:
             progress.stop()
-            raise _fail(error) from None
+            raise fail(error) from None
     if main:
         try:
             page = write_report(folder)
         except (OSError, ValueError) as error:
-            raise _fail(error) from None
-        _console.print(f"report: {page}")
+            raise fail(error) from None
+        say(f"report: {page}")
 
 
 @_configs.command("show")
@@ -198,7 +167,7 @@ def show(
     try:
         typer.echo(load_config(config, overrides).dump(), nl=False)
     except ConfigError as error:
-        raise _fail(error) from None
+        raise fail(error) from None
 
 
 @app.command()
@@ -220,7 +189,7 @@ def plan(
         settings = load_config(config, overrides)
         stages = plan_stages(settings, gpus, tflops=tflops)
     except (ConfigError, ValueError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     costs = stages[0]
     hours = sum(stage.epochs * each.seconds for stage, each in zip(settings.all_stages(), stages, strict=True)) / 3600
     what = "of the first stage " if len(stages) > 1 else ""
@@ -236,7 +205,7 @@ def plan(
         ("whole run", f"{settings.epochs:,} epochs, {hours:,.3g} h"),
     ):
         listing.add_row(name, text)
-    _console.print(listing)
+    console.print(listing)
 
 
 @app.command()
@@ -249,7 +218,7 @@ def export(
 ) -> None:
     """Write a LoRA that diffusers loads, or a whole pipeline."""
     quieten_libraries()
-    from .config import read_settings
+    from .config import read_settings, saved_settings
     from .export import export_lora, export_pipeline
 
     try:
@@ -261,16 +230,14 @@ def export(
             export_lora(source, output, weights=weights)
         else:
             if pipeline is None:
-                # Of a run, or of one of its checkpoints.
-                of = (folder / "config.yaml" for folder in (source, *source.resolve().parents[:2]))
-                saved = next((path for path in of if path.is_file()), None)
+                saved = saved_settings(source)
                 pipeline = read_settings(saved).get("pipeline") if saved else None
                 if not isinstance(pipeline, str):
                     raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
             export_pipeline(source, output, pipeline, weights=weights)
     except (OSError, ValueError) as error:
-        raise _fail(error) from None
-    _console.print(f"exported: {output}")
+        raise fail(error) from None
+    say(f"exported: {output}")
 
 
 @app.command()
@@ -300,7 +267,7 @@ def compare(
     from .compare import compare as run
     from .rewards.base import RewardError
 
-    with _console.status("") as status:
+    with console.status("") as status:
         try:
             page = run(
                 suite,
@@ -319,8 +286,8 @@ def compare(
                 on_run=lambda done, total: status.update(f"{done} of {total} runs are done"),
             )
         except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError, ValueError, TypeError) as error:
-            raise _fail(error) from None
-    _console.print(f"comparison: {page}")
+            raise fail(error) from None
+    say(f"comparison: {page}")
 
 
 @app.command()
@@ -341,15 +308,17 @@ def report(
         else:
             page = write_comparison(runs, output or Path("comparison.html"))
     except (OSError, ValueError) as error:
-        raise _fail(error) from None
-    _console.print(f"report: {page}")
+        raise fail(error) from None
+    say(f"report: {page}")
 
 
 @app.command()
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="prompts, each of which is drawn")] = None,
     file: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
-    config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
+    config: Annotated[
+        str | None, typer.Option(help="bundled configuration or YAML file; the checkpoint's own or shapes by default")
+    ] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value setting, such as device=cuda")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="run, checkpoint or folder of weights; none is the base")
@@ -368,7 +337,7 @@ def sample(
 ) -> None:
     """Draw pictures of prompts."""
     from .checkpoint import check_folder
-    from .config import ConfigError, check_float32, load_config
+    from .config import ConfigError, check_float32, load_config, saved_settings
     from .data.text import encodable, read_lines
 
     lines = [*(prompts or [])]
@@ -386,7 +355,8 @@ def sample(
             raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
-        settings = load_config(config, override)
+        own = saved_settings(checkpoint) if checkpoint else None
+        settings = load_config(config or own or "shapes", override)
         quieten_libraries()
         from nft_kernels.solvers import SOLVERS, schedule, table
 
@@ -404,7 +374,7 @@ def sample(
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
         policy = load_policy(settings, checkpoint)
     except (ConfigError, OSError, ValueError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     import torch
     from PIL import Image
 
@@ -421,7 +391,7 @@ def sample(
     try:
         output.mkdir(parents=True, exist_ok=True)
         pictures: list[Tensor] = []
-        with _bars() as progress, weights:
+        with bars() as progress, weights:
             bar = progress.add_task("drawing", total=len(entries))
             for start in range(0, len(entries), batch):
                 part = slice(start, start + batch)
@@ -434,8 +404,8 @@ def sample(
                 progress.update(bar, completed=len(pictures))
         save_grid(torch.stack(pictures), entries, output / "grid.png")
     except OSError as error:
-        raise _fail(error) from None
-    _console.print(f"{len(entries)} pictures: {output}")
+        raise fail(error) from None
+    say(f"{len(entries)} pictures: {output}")
 
 
 @app.command()
@@ -452,7 +422,7 @@ def pretrain(
     try:
         run(output, seed=seed, flow_steps=flow_steps, wrong_steps=wrong_steps, wrong_share=wrong_share)
     except (OSError, ValueError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
 
 
 @app.command()
@@ -467,7 +437,7 @@ def solvers() -> None:
         solver = table(name, schedule(4))
         source = (build.__doc__ or "").partition("\n")[0]
         listing.add_row(name, str(solver.order), str(solver.evaluations), "yes" if solver.stochastic else "no", source)
-    _console.print(listing)
+    console.print(listing)
 
 
 if __name__ == "__main__":

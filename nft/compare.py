@@ -26,6 +26,7 @@ from nft_kernels.bench import provenance
 
 from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
+from .console import quieten_libraries
 from .objectives import unread
 from .plan import evaluations
 from .rewards.pool import end_with_parent
@@ -229,8 +230,6 @@ def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[s
 
 
 def _start_worker(threads: int) -> None:
-    from .cli import quieten_libraries
-
     quieten_libraries()
     torch.set_num_threads(threads)
     # With a command that was killed: another may go on in the same folder.

@@ -482,6 +482,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
+def saved_settings(checkpoint: Path) -> Path | None:
+    """The settings of the run that a checkpoint, or an adapter in it, belongs to, or that it is; None of others."""
+    for folder in (checkpoint, *checkpoint.resolve().parents[:3]):
+        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
+            return folder / "config.yaml"
+    return None
+
+
 def _read(name: str, beside: Path, seen: tuple[Path, ...] = (), key: str = "config") -> dict[str, Any]:
     """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
     path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"

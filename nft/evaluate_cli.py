@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .console import bars, fail, quieten_libraries, say
+
 # What the pictures depend on besides pipeline, weights, prompts and solver.
 _SAMPLING = {"resolution", "dtype", "max_sequence_length", "timestep_spacing", "fused_transformer", "float8_rollout",
              "compile_rollout"}  # fmt: skip
@@ -52,7 +54,7 @@ def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]]
             console.print("UniRwd: asked in our own words; give --set unifiedreward.question=TEXT for others")
     for title, result in results.items():
         if "left_out" in result:
-            console.print(escape(f"{title} left out: {result['left_out']}"), highlight=False)
+            say(f"{title} left out: {result['left_out']}", console)
 
 
 def evaluate(
@@ -66,13 +68,14 @@ def evaluate(
     per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
     baseline: Annotated[Path | None, typer.Option(help="folder of another evaluation to compare with")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="REWARD.KEY=VALUE, a reward's option")] = None,
-    config: Annotated[str | None, typer.Option(help="configuration of the pipeline; the suite's by default")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="configuration of the pipeline; the checkpoint's own or the suite's by default")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--override", help="key=value of the configuration")] = None,
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
     console = Console()
-    from .cli import _fail, quieten_libraries
-    from .config import load_config, usable_device
+    from .config import load_config, saved_settings, usable_device
     from .distributed import Processes
     from .evaluate import SUITES, Evaluation, read_settings
     from .rewards.cli import reward_options
@@ -82,7 +85,8 @@ def evaluate(
         files = {name: Path(path) for name, path in _pairs(prompts, "--prompts").items()}
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
-        run = load_config(config or SUITES[suite].config, overrides)
+        own = saved_settings(checkpoint) if checkpoint else None
+        run = load_config(config or own or SUITES[suite].config, overrides)
         usable_device(run.device)
         subject = _subject(run.pipeline, checkpoint)
         processes = Processes(run.device)
@@ -107,9 +111,9 @@ def evaluate(
             evaluation.score(options, device=run.device, on_reward=lambda name: status.update(f"scoring: {name}"))
         results = evaluation.results(other)
     except (OSError, ValueError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     _print(console, evaluation, results, options, other is not None)
-    console.print(f"pictures, scores and results: {folder}")
+    say(f"pictures, scores and results: {folder}", console)
 
 
 def _subject(pipeline: str, checkpoint: Path | None) -> str:
@@ -123,13 +127,12 @@ def _subject(pipeline: str, checkpoint: Path | None) -> str:
 
 
 def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any) -> None:
-    from .cli import _bars
     from .full import load_policy
     from .rollout import rollout, times
 
     policy, suite = load_policy(run, checkpoint), evaluation.suite
     grid = times(suite.steps, **policy.schedule)
-    with _bars(console) as progress, policy.merged("default"):
+    with bars(console) as progress, policy.merged("default"):
         bar = progress.add_task("drawing", total=None)
         evaluation.draw(
             lambda texts, seeds: policy.decode(

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..console import fail, say
+
 
 def _interval(low: float, high: float) -> str:
     return f"{'(-inf' if math.isinf(low) else f'[{low:g}'}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
@@ -89,8 +91,6 @@ def reward_server(
 
     Senders must show a token. Without --token-file or NFT_REWARD_TOKEN one is made up and printed.
     """
-    console = Console()
-    from ..cli import _fail
     from ..config import usable_device
     from ..data.text import read_text
     from .base import RewardError
@@ -104,7 +104,7 @@ def reward_server(
 
         from .server import build_app
     except ImportError as error:
-        raise _fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
+        raise fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
     try:
         token = read_text(token_file, "token-file").strip() if token_file else os.environ.get(TOKEN, "").strip()
         if token_file and not token:
@@ -120,8 +120,8 @@ def reward_server(
         shown = token or secrets.token_urlsafe()
         app = build_app(served, shown, max_bytes=max_mib * 2**20, max_waiting=max_waiting, max_pictures=max_pictures)
     except (ValueError, OSError, RewardError) as error:
-        raise _fail(error) from None
+        raise fail(error) from None
     if not token:
-        console.print(f"export {TOKEN}={shown}", highlight=False)
-    console.print(f"serving {', '.join(f'http://{host}:{port}/{name}' for name in served)}", highlight=False)
+        say(f"export {TOKEN}={shown}")
+    say(f"serving {', '.join(f'http://{host}:{port}/{name}' for name in served)}")
     uvicorn.run(app, host=host, port=port, log_level="warning")

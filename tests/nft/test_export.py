@@ -1,5 +1,6 @@
 """What a run exports gives, in plain diffusers, the pictures that the trainer's policy draws."""
 
+import json
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nft.cli import app
-from nft.config import load_config
+from nft.config import load_config, saved_settings
 from nft.full import load_policy
 from nft.policy import find_weights
 from nft.tasks import TASKS
@@ -83,6 +84,28 @@ def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_
     # Those of an older or another trainer, and a folder of one adapter.
     shutil.copytree(run / "checkpoint" / "default", tmp_path / "run" / "default")
     assert find_weights(tmp_path / "run") == find_weights(tmp_path / "run" / "default")
+
+
+def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
+    """Its settings, and not those that commands have for no run."""
+    run, invoke = trainer.folder, CliRunner().invoke
+    own = [(run, []), (run / "best", []), (run / "checkpoint" / "ema", []), (run, ["--config", run / "config.yaml"])]
+    others = [(run, ["--config", "shapes"]), (run, ["--set", "pipeline=shapes"])]
+    drawn = []
+    for i, (source, more) in enumerate([*own, *others]):
+        arguments = ["a dog", "--checkpoint", source, "--steps", "2", "--output", tmp_path / str(i), *more]
+        result = invoke(app, ["sample", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+        drawn.append((tmp_path / str(i) / "0000_seed0.png").read_bytes())
+    assert len(set(drawn[:4])) == 1 and len(set(drawn)) == 2
+    result = invoke(app, ["eval", "--checkpoint", str(run), "--limit", "1", "--output", str(tmp_path / "eval")])
+    assert result.exit_code == 0, result.output
+    subject = json.loads((tmp_path / "eval" / "settings.json").read_text())["subject"]
+    assert subject.startswith(f"{trainer.config.pipeline} with ")
+    # A configuration beside a checkpoint that is no run's is another's.
+    shutil.copytree(run / "checkpoint" / "default", tmp_path / "lora")
+    shutil.copy(run / "config.yaml", tmp_path / "config.yaml")
+    assert saved_settings(tmp_path / "lora") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""What the commands print, and how."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# Names may hold what would be taken for an emoji.
+console, _errors = Console(emoji=False), Console(stderr=True, emoji=False)
+
+
+def say(text: str, to: Console = console, style: str | None = None) -> None:
+    """Print a line as it is, to be copied: paths may hold brackets, which the console would take for markup."""
+    to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def fail(error: Exception | str) -> typer.Exit:
+    """Print what was wrong with a command, and how to end it."""
+    _errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def bars(to: Console = console) -> Progress:
+    """Progress of something that takes long."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=to)
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' loading bars and hints about parts we do not use out of the run's own output."""
+    # For processes that this one starts: they import the libraries before they call anything.
+    os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
