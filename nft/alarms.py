@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,13 +53,17 @@ ALARMS = {
     "no_gradient": Alarm(
         "grad_norm", 1e-12, False,
         "there is no gradient: all rewards are equal within their groups, or the adapters are not in the graph"),
+    "nonfinite_rewards": Alarm(
+        "nonfinite_rewards", 0.0, True,
+        "they counted as the mean of their group: the score divides by zero, overflows, or fails on some pictures"),
 }  # fmt: skip
 
 # The others, which are no comparison of one metric of one epoch.
 NONFINITE, HACKING = "nonfinite_updates", "reward_hacking"
-THRESHOLDS = {**{name: alarm.threshold for name, alarm in ALARMS.items()}, NONFINITE: 3.0, HACKING: 0.05}
+THRESHOLDS = {**{name: alarm.threshold for name, alarm in ALARMS.items()}, NONFINITE: 3.0, HACKING: 0.3}
 """Value beyond which each alarm is raised. ``nonfinite_updates``: how many updates in a row may be skipped before the
-run stops. ``reward_hacking``: by how much the held-out score falls while the trained one rises by as much."""
+run stops. ``reward_hacking``: by how many of its standard deviations over pictures a held-out score falls below its
+best, while the trained reward rises by as many of its own."""
 SHARES = ("saturated", "zero_variance")
 """Those that are shares of pictures or groups."""
 
@@ -71,8 +75,10 @@ class Alarms:
         """``thresholds`` replaces some of ``THRESHOLDS``."""
         self.thresholds = {**THRESHOLDS, **thresholds}
         self._skipped = 0
-        self._last: tuple[float | None, float] | None = None
-        self._rewards: list[float] = []
+        # By held-out score: the trained reward and the score where it was best.
+        self._best: dict[str, tuple[float, float]] = {}
+        # Mean and deviation of each epoch since the last evaluation.
+        self._rewards: list[tuple[float, float]] = []
 
     def update(self, finite: bool) -> None:
         """Count the updates in a row whose loss or gradient was not finite.
@@ -90,7 +96,7 @@ class Alarms:
 
     def epoch(self, metrics: Mapping[str, Any]) -> list[str]:
         """Messages about one epoch's metrics."""
-        self._rewards.append(metrics["reward"])
+        self._rewards.append((metrics["reward"], metrics.get("reward_std", 0.0)))
         messages = []
         for name, (metric, _, above, advice) in ALARMS.items():
             value, threshold = metrics.get(metric), self.thresholds[name]
@@ -99,44 +105,51 @@ class Alarms:
                 messages.append(f"{name}: {metric} is {value:.3g}, {sign} {threshold:g}; {advice}")
         if metrics.get("nonfinite_updates"):
             messages.append(f"{NONFINITE}: {metrics['nonfinite_updates']} updates were not finite and were skipped")
-        if metrics.get("nonfinite_rewards"):
-            count = metrics["nonfinite_rewards"]
-            messages.append(f"nonfinite_rewards: {count} rewards were not finite and counted as their group's mean")
         return messages
 
-    def evaluation(self, held_out: float) -> list[str]:
-        """Compare with the evaluation before: a trained reward that rises while the held-out score falls."""
-        trained = sum(self._rewards) / len(self._rewards) if self._rewards else None
-        last, self._last, self._rewards = self._last, (trained, held_out), []
+    def evaluation(self, held_out: Mapping[str, Sequence[float]]) -> list[str]:
+        """Compare with the best evaluation: a trained reward that has risen while a held-out score fell.
+
+        Args:
+            held_out: mean and standard deviation over held-out pictures of the reported score and of every reward that
+                is only watched.
+        """
+        epochs, self._rewards = self._rewards, []
         # Before the first epoch nothing was trained.
-        if last is None or last[0] is None or trained is None:
+        if not epochs:
             return []
-        rise, fall, threshold = trained - last[0], last[1] - held_out, self.thresholds[HACKING]
-        if not (rise > threshold and fall > threshold):
-            return []
-        return [
-            f"{HACKING}: the trained reward rose by {rise:.3g} while the held-out score fell by {fall:.3g}; look at "
-            "the pictures: the policy may exploit the reward. A larger kl_weight, a second reward or fewer epochs help"
-        ]
+        trained, spread = (sum(column) / len(epochs) for column in zip(*epochs, strict=True))
+        messages = []
+        for name, (score, deviation) in held_out.items():
+            if name not in self._best or score >= self._best[name][1]:
+                self._best[name] = trained, score
+            rise, fall = trained - self._best[name][0], self._best[name][1] - score
+            if rise > self.thresholds[HACKING] * spread and fall > self.thresholds[HACKING] * deviation:
+                messages.append(
+                    f"{HACKING}: held-out {name} is {fall:.3g} below its best, since when the trained reward rose by "
+                    f"{rise:.3g}; look at the pictures: the policy may exploit the reward. A larger kl_weight, a "
+                    "second reward or fewer epochs help"
+                )
+        return messages
 
     def restart(self) -> None:
         """Forget what was compared with: another task's scores come."""
-        self._last, self._rewards = None, []
+        self._best, self._rewards = {}, []
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to raise the same alarms."""
-        return {"skipped": self._skipped, "last": self._last, "rewards": self._rewards}
+        return {"skipped": self._skipped, "best": self._best, "rewards": self._rewards}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state()``."""
-        self._skipped, self._last, self._rewards = state["skipped"], state["last"], list(state["rewards"])
+        self._skipped, self._best, self._rewards = state["skipped"], dict(state["best"]), list(state["rewards"])
 
 
 def distribution(r: Tensor, rewards: Tensor, x0: Tensor) -> dict[str, Any]:
     """What one epoch's pictures say.
 
     Args:
-        r: (B,) weights of the objective.
+        r: (B,) optimality probabilities.
         rewards: (P, G) by prompt and picture of its group.
         x0: (B, C, H, W) clean latents.
     """

@@ -18,7 +18,8 @@ from .data.text import parse_json
 
 MANIFEST = "manifest.json"
 # What is read of a manifest.
-_ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict, "surroundings": dict}
+_ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict, "surroundings": dict,
+          "held_out": dict}  # fmt: skip
 # What is logged beside numbers, and what is in it.
 _LISTS = {"alarms": str, "r_histogram": int}
 
@@ -195,10 +196,10 @@ def manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         about = dict(parse_json((folder / MANIFEST).read_text()))
-        # Those of older versions have neither a checksum nor surroundings.
+        # Those of older versions have no checksum, and none of these.
         if about.pop("seal", None) not in (None, _seal(about)):
             raise ValueError("it has another checksum than when it was written")
-        about.setdefault("surroundings", {})
+        about = {"surroundings": {}, "held_out": {}, **about}
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
     except (OSError, ValueError, KeyError, TypeError) as error:

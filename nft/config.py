@@ -70,7 +70,8 @@ class Config(BaseModel):
     """The same to evaluate on; by default of the same set, and beside a file it must be given."""
     rewards: dict[str, Any] = {}
     """For the task ``rewards``: the weight of every reward by name, or the settings of ``RewardSpec``, such as
-    ``{mine: {reward: "module:attribute", weight: 0.5, workers: 2}}``. The first one is reported."""
+    ``{mine: {reward: "module:attribute", weight: 0.5, workers: 2}}``. The first one is reported; one of weight 0 is
+    only watched."""
     combine: Literal["sum", "normalized_sum", "gdpo", "per_reward"] = "sum"
     """How several rewards become one advantage."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -242,12 +243,14 @@ class Config(BaseModel):
     @field_validator("rewards")
     @classmethod
     def _known_rewards(cls, rewards: dict[str, Any]) -> dict[str, Any]:
-        for name, value in rewards.items():
-            spec = _reward_spec(name, value)
+        specs = {name: _reward_spec(name, value) for name, value in rewards.items()}
+        for name, spec in specs.items():
             if ":" not in spec.reward and spec.reward not in registry.known():
                 near = get_close_matches(spec.reward, registry.known(), n=1)
                 guess = f", did you mean {near[0]}?" if near else ""
                 raise ValueError(f"rewards.{name}: unknown reward {spec.reward}{guess}; `nft rewards` lists them")
+        if specs and not any(spec.weight for spec in specs.values()):
+            raise ValueError(f"rewards: got {rewards}, accepted is at least one with a weight above 0")
         return rewards
 
     def reward_specs(self) -> dict[str, RewardSpec]:
@@ -409,8 +412,8 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
         if key not in known:
             raise ValueError(f"rewards.{name}.{registry.unknown(key, known)}")
     weight = settings.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-        raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight above 0, or settings with one")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+        raise ValueError(f"rewards.{name}: got {weight!r}, accepted is a weight of at least 0, or settings with one")
     check_float32(f"rewards.{name}", weight)
     try:
         spec = RewardSpec(**{"reward": name, **settings})

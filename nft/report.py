@@ -87,7 +87,7 @@ def write_report(folder: Path) -> Path:
     rows = "".join(
         f"<tr><td>{name.removeprefix('eval_')}</td><td>{scores[0][name]:.3f}</td><td>{scores[-1][name]:.3f}</td></tr>"
         for name in scores[0]
-        if name.startswith("eval_") and name in scores[-1]
+        if name.startswith("eval_") and not name.endswith("_std") and name in scores[-1]
     )
     alarms = "".join(
         f"<li>epoch {line['epoch']}: {html.escape(message)}</li>"

@@ -28,7 +28,7 @@ class Task(ABC):
     """
 
     weights: Mapping[str, float] = MappingProxyType({"reward": 1.0})
-    """What every reward counts in the combination."""
+    """What every reward counts in the combination; 0 for one that is only watched."""
     method = "sum"
     """How several rewards become one, see ``nft.rewards.combine.combine``."""
 

@@ -402,7 +402,7 @@ class Trainer:
 
     def evaluate(self, solver: str | None = None) -> tuple[dict[str, float], Tensor, list[str]]:
         """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver, by
-        default ``eval_solver``."""
+        default ``eval_solver``; its deviation over pictures, and each of several rewards' mean and deviation."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
         grid = times(c.eval_steps, **self.policy.schedule)
@@ -410,13 +410,17 @@ class Trainer:
             _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, solver or c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))
         strict = scores[:, -1]
+        columns = {f"reward_{name}": column for name, column in self._by_reward(scores).items()}
+        columns = {"strict": strict, **(columns if len(columns) > 1 else {})}
         tags = [entry["tag"] for entry in entries]
         metrics = {
             f"eval_{tag}": strict[[i for i, other in enumerate(tags) if other == tag]].mean().item()
             for tag in dict.fromkeys(tags)
         }
         prompts = [entry["prompt"] for entry in entries]
-        return {"eval_strict": sum(metrics.values()) / len(metrics), **metrics}, pictures, prompts
+        found = {f"eval_{name}": column.mean().item() for name, column in columns.items()}
+        found |= {f"eval_{name}_std": column.std(correction=0).item() for name, column in columns.items()}
+        return {**found, "eval_strict": sum(metrics.values()) / len(metrics), **metrics}, pictures, prompts
 
     def preflight_pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, pictures and scores of two pictures of the first prompt."""
@@ -508,7 +512,7 @@ class Trainer:
         self.score = about["score"]
         if self.score is not None:
             # The state is older than the evaluation.
-            self.alarms.evaluation(self.score)
+            self.alarms.evaluation(about["held_out"])
         self.epoch, self.step = state["epoch"], state["step"]
         torch.set_rng_state(state["rng"])
 
@@ -577,9 +581,11 @@ class Trainer:
         scores, pictures, prompts = self.evaluate()
         on_eval(self.epoch, pictures, prompts)
         self.score = scores["eval_strict"]
-        metrics = {**scores, "alarms": self.alarms.evaluation(self.score)}
+        watched = ["strict", *(f"reward_{name}" for name, weight in self.task.weights.items() if not weight)]
+        held_out = {name: (scores[f"eval_{name}"], scores[f"eval_{name}_std"]) for name in watched}
+        metrics = {**scores, "alarms": self.alarms.evaluation(held_out)}
         self.log(metrics)
         if self.processes.main and self.epoch:
-            checkpoint.amend(self._checkpoint, score=self.score)
+            checkpoint.amend(self._checkpoint, score=self.score, held_out=held_out)
             self._tidy()
         return metrics

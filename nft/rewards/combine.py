@@ -29,8 +29,10 @@ def _validate(rewards: Rewards, weights: Weights, group_ids: Tensor, std: str) -
     if set(weights) != set(rewards):
         raise ValueError(f"weights: got {sorted(weights)}, accepted is one for each of {sorted(rewards)}")
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"weights: got {weight} for {name}, accepted are finite numbers above 0")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weights: got {weight} for {name}, accepted are finite numbers of at least 0")
+    if not any(weights.values()):
+        raise ValueError("weights: got 0 for all rewards, accepted is at least one above 0")
     for name, values in rewards.items():
         if not values.is_floating_point():
             raise TypeError(f"rewards: got {values.dtype} for {name}, accepted are floating-point tensors")
@@ -72,7 +74,7 @@ def combine(
 
     Args:
         rewards: scores (B,) floating point by reward.
-        weights: a finite number above 0 for every reward.
+        weights: a finite number for every reward; one of weight 0 is only reported, and one at least is above 0.
         group_ids: (B,) integers; equal ids are pictures of one prompt.
         method: ``sum`` takes advantages of the weighted sum; ``normalized_sum`` first brings every reward to mean 0
             and deviation 1 over all pictures; ``gdpo`` sums advantages that were taken for each reward with its
@@ -93,7 +95,9 @@ def combine(
     _validate(rewards, weights, group_ids, std)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, accepted are {', '.join(METHODS)}")
-    advantages, r = METHODS[method](rewards, weights, group_ids, std, adv_clip_max, mode)
+    counted = {name: values for name, values in rewards.items() if weights[name]}
+    shares = {name: weights[name] for name in counted}
+    advantages, r = METHODS[method](counted, shares, group_ids, std, adv_clip_max, mode)
     metrics = {f"reward_{name}": values.mean().item() for name, values in rewards.items()}
     metrics |= {f"reward_{name}_std": values.std(correction=0).item() for name, values in rewards.items()}
     return Combined(r, advantages, metrics)

@@ -30,7 +30,7 @@ class RewardSpec:
 
     Args:
         reward: a name of the registry, ``module:attribute``, or ``http://host:port/name`` on a reward server.
-        weight: its share in the combination.
+        weight: its share in the combination; one of 0 is only watched.
         device: for rewards that use one; the run's own by default. A device of its own overlaps with sampling.
         workers: processes of a CPU reward, or requests under way to a server; a reward on a device has one worker.
         options: the reward's own, such as ``{quality: 80}``; with JSON's types.

@@ -106,28 +106,39 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(make, m
     assert trainer.optimize(data)["nonfinite_updates"] == 0 and trainer.step == 2
 
 
+def raised(*evaluations, threshold=0.5, deviation=0.4, names=("strict",)):
+    """Which of the evaluations, each after epochs of these rewards, raise the alarm, and for what."""
+    watch, found = Alarms({"reward_hacking": threshold}), []
+    for rewards, *scores in evaluations:
+        for reward in rewards:
+            watch.epoch({"reward": reward, "reward_std": 0.2})
+        messages = watch.evaluation({name: (score, deviation) for name, score in zip(names, scores, strict=True)})
+        assert all(message.startswith("reward_hacking: held-out ") for message in messages)
+        found.append([message.split()[2] for message in messages])
+    return found
+
+
 def test_a_reward_that_is_exploited():
-    watch = Alarms({"reward_hacking": 0.1})
-    found = []
-    for reward, held_out in [(0.5, 0.5), (0.7, 0.5), (0.9, 0.3), (0.9, 0.2), (0.95, 0.1)]:
-        watch.epoch({"reward": reward})
-        found.append([message.partition(":")[0] for message in watch.evaluation(held_out)])
-    assert found == [[], [], ["reward_hacking"], [], []]
-
-
-def test_both_must_move_by_more_than_the_threshold_on_average():
-    def raised(*evaluations):
-        watch = Alarms({"reward_hacking": 0.1})
-        for rewards, held_out in evaluations:
-            for reward in rewards:
-                watch.epoch({"reward": reward})
-            messages = watch.evaluation(held_out)
-        return bool(messages)
-
-    assert raised(([0.5], 0.5), ([0.7], 0.3))
-    assert not raised(([0.5], 0.5), ([0.55], 0.3)) and not raised(([0.5], 0.5), ([0.7], 0.45))
+    """The held-out score has to fall by half of its deviation, 0.2, and the reward to rise by half of its own, 0.1."""
+    for last, expected in ((([0.9], 0.25), ["strict"]), (([0.75], 0.25), []), (([0.9], 0.35), [])):
+        assert raised(([0.5], 0.4), ([0.7], 0.5), last) == [[], [], expected]
     # What counts is the mean of the epochs since the evaluation before.
-    assert raised(([0.5], 0.5), ([0.9, 0.5], 0.3)) and raised(([0.0], 0.5), ([0.15], 0.3))
+    assert raised(([0.5], 0.5), ([0.9, 0.5], 0.2))[-1] and not raised(([0.5], 0.5), ([0.6, 0.5], 0.2))[-1]
+    # The first evaluation comes before anything is trained.
+    assert raised(([], 0.9), ([0.5], 0.5), ([0.9], 0.45)) == [[], [], []]
+
+
+def test_a_slow_fall_is_one_from_the_best():
+    slow = [([0.5 + 0.04 * i], 0.5 - 0.04 * i) for i in range(10)]
+    found = raised(*slow)
+    assert not any(found[:6]) and all(found[6:])
+    # A new best is what the next ones are compared with.
+    assert not any(raised(*slow[:5], ([0.9], 0.6), ([1.1], 0.45)))
+
+
+def test_rewards_of_any_unit_and_those_that_are_only_watched():
+    rewards = ([0.5], 0.9, 0.28), ([0.8], 0.9, 0.24)
+    assert raised(*rewards, names=("strict", "reward_hpsv2"), deviation=0.03) == [[], ["reward_hpsv2"]]
 
 
 def test_what_an_epochs_pictures_say():
@@ -152,6 +163,7 @@ DOCUMENTED = {
     "velocity": ("velocity_rms", 10.0, True, "the policy diverges"),
     "gradient": ("grad_norm", 100.0, True, "the loss is badly scaled"),
     "no_gradient": ("grad_norm", 1e-12, False, "all rewards are equal"),
+    "nonfinite_rewards": ("nonfinite_rewards", 0.0, True, "the mean of their group"),
 }
 
 
@@ -159,8 +171,8 @@ DOCUMENTED = {
 def test_thresholds_and_messages(name):
     """Just beyond the threshold and not on it, for a threshold of one's own too; the message says what it was about."""
     metric, threshold, above, advice = DOCUMENTED[name]
-    for chosen, watch in ((threshold, Alarms({})), (2 * threshold, Alarms({name: 2 * threshold}))):
-        for value, expected in ((chosen * (1.01 if above else 0.99), 1), (chosen, 0)):
+    for chosen, watch in ((threshold, Alarms({})), (2 * threshold + 1, Alarms({name: 2 * threshold + 1}))):
+        for value, expected in ((chosen + (0.01 if above else -0.01) * (chosen or 1), 1), (chosen, 0)):
             messages = [m for m in watch.epoch({"reward": 0.0, metric: value}) if m.startswith(f"{name}:")]
             assert len(messages) == expected
             assert all(metric in message and advice in message for message in messages)

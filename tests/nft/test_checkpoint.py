@@ -132,7 +132,11 @@ def test_a_kill_before_the_last_link_is_made_good(pipeline, tmp_path, monkeypatc
         link(name, target)
 
     monkeypatch.setattr(checkpoint, "link", killed)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: ({"eval_strict": self.epoch / 10}, torch.zeros(1), ["a"]))
+
+    def evaluate(self):
+        return {"eval_strict": self.epoch / 10, "eval_strict_std": 0.1}, torch.zeros(1), ["a"]
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         Trainer(settings(pipeline), tmp_path / "run").train()
     assert (tmp_path / "run" / "best").resolve().name == "epoch-000002"

@@ -65,6 +65,22 @@ def test_every_reward_is_logged(rewards):
         assert metrics[f"reward_{name}_std"] == pytest.approx(values.std())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_of_zero_is_logged_and_nothing_else(rewards, method):
+    tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
+    tensors["watched"] = torch.linspace(0, 1, len(IDS))
+    with_it, without = (
+        combine(x, w, torch.tensor(IDS), method=method)
+        for x, w in (
+            (tensors, WEIGHTS | {"watched": 0.0}),
+            ({name: tensors[name] for name in rewards}, WEIGHTS),
+        )
+    )
+    assert torch.equal(with_it.r, without.r) and torch.equal(with_it.advantages, without.advantages)
+    more = {"reward_watched": 0.5, "reward_watched_std": tensors["watched"].std(correction=0).item()}
+    assert with_it.metrics == pytest.approx(without.metrics | more)
+
+
 def test_a_unit_matters_to_the_sum_only(rewards):
     """A reward in other units changes the plain sum and nothing else, but for the 1e-4 beside the deviation."""
     tensors = {name: torch.from_numpy(values) for name, values in rewards.items()}
@@ -86,9 +102,10 @@ def test_float32_of_a_large_offset_keeps_its_groups():
         ({"method": "mean"}, "method: got 'mean', accepted are sum, normalized_sum, gdpo, per_reward"),
         ({"weights": {"ocr": 1.0}}, "weights: got .*accepted is one for each"),
         *(
-            ({"weights": {"ocr": bad, "pickscore": 1.0}}, f"weights: got {bad} for ocr, accepted are finite .* above 0")
-            for bad in (0.0, -1.0, np.nan, np.inf)
+            ({"weights": {"ocr": bad, "pickscore": 1.0}}, f"weights: got {bad} for ocr, accepted are finite .* least 0")
+            for bad in (-0.1, -1.0, np.nan, np.inf)
         ),
+        ({"weights": {"ocr": 0.0, "pickscore": 0.0}}, "weights: got 0 for all rewards, accepted is at least one"),
         ({"std": "foo"}, "std: got 'foo', accepted are 'global' and 'group'"),
         *(
             ({"rewards": {"ocr": torch.ones(9), "pickscore": torch.ones(size)}}, rf"rewards: got shape \({size},\) for")

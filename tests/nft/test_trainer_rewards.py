@@ -8,6 +8,7 @@ pytest.importorskip("diffusers")
 from typer.testing import CliRunner
 
 from nft import tasks, trainer
+from nft.checkpoint import manifest
 from nft.cli import app
 from nft.config import load_config
 from nft.rewards.base import RewardError
@@ -51,6 +52,33 @@ def test_rewards_of_all_batches_are_combined_within_their_groups(run):
     assert data["measured"]["reward"] == pytest.approx((rewards * torch.tensor([1.0, 0.5])).sum(2).mean().item())
     for k, name in enumerate(("jpeg", "plain")):
         assert data["measured"][f"reward_{name}"] == pytest.approx(rewards[..., k].mean().item())
+
+
+def test_a_reward_of_weight_zero_is_only_watched(run, tmp_path):
+    """It is logged and compared at evaluations, and trains nothing."""
+    watched = "rewards={jpeg: 1.0, other: {reward: jpeg, weight: 0.0, options: {quality: 10}}}"
+    one = run("epochs=2", "eval_every=1", watched)
+    data = one.sample()
+    scores = data["scores"].view(2, 3, 3)
+    assert scores[..., 1].std() > 0 and not torch.equal(scores[..., 0], scores[..., 1])
+    assert data["measured"]["reward"] == pytest.approx(scores[..., 0].mean().item())
+    assert data["measured"]["reward_other"] == pytest.approx(scores[..., 1].mean().item())
+    advantages = scores[..., 0] - scores[..., 0].mean(1, keepdim=True)
+    r = (advantages / (scores[..., 0].std(correction=0) + 1e-4) / 10 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(data["r"], r.flatten(), rtol=0, atol=1e-5)
+    seen = []
+    one.train(seen.append)
+    evaluations = [line for line in seen if "eval_strict" in line]
+    assert len(evaluations) == 3 and {"eval_reward_jpeg", "eval_reward_other_std"} < evaluations[0].keys()
+    held_out = manifest(tmp_path / "run" / "checkpoint")["held_out"]
+    assert held_out == {
+        name: [evaluations[-1][f"eval_{name}"], evaluations[-1][f"eval_{name}_std"]]
+        for name in ("strict", "reward_other")
+    }
+    assert one.alarms.state()["best"].keys() == {"strict", "reward_other"}
+    again = Trainer(one.config, tmp_path / "run", resume=True)
+    again.task.close()
+    assert again.alarms.state() == one.alarms.state()
 
 
 def test_a_reward_that_fails_is_asked_again_and_then_named(run, monkeypatch):
