@@ -34,7 +34,7 @@ class NFTLossOutput(NamedTuple):
     negative_weight: Tensor
     """w-, the divisor of l-."""
     kl: Tensor
-    """Mean over elements of (v_theta - v_ref)^2; 0 without v_ref."""
+    """Mean over elements of the squared difference to v_ref, of velocities or as ``kl_space`` says; 0 without v_ref."""
     old_deviation: Tensor
     """Mean over elements of |v_theta - v_old|."""
     old_deviation_max: Tensor
@@ -185,8 +185,11 @@ def _per_token(
         rows_first = x.movedim(-1, 0).contiguous()
         return torch.segment_reduce(rows_first, "sum", lengths=lengths, unsafe=True).movedim(0, -1)
 
-    mask = None if inputs.mask is None else rows(inputs.mask)
-    size = (mask if mask is not None else torch.ones_like(rows(x0), dtype=torch.float32)).double().sum(1)
+    if inputs.mask is None:
+        mask, size = None, torch.full((len(x0) * tokens,), x0.shape[channel_dim], dtype=torch.float64, device=x0.device)
+    else:
+        mask = rows(inputs.mask)
+        size = mask.sum(1, dtype=torch.float64)
     share = size / spread(gather(size).clamp_min(torch.finfo(torch.float64).tiny))
     batch = len(inputs.t)
     outer = torch.full_like(inputs.t, 1 / batch, dtype=torch.float64) if inputs.outer is None else inputs.outer
@@ -315,7 +318,8 @@ def nft_loss(
         segments: (S + 1,) int64 offsets into the first dimension of packed sequences of different lengths, from 0 to
             x0.shape[0]. Every segment then is a sample: B is S in all that is said of (B,) here.
         weight_per: ``sample`` takes the mean in w+- over a sample, ``token`` over the channels of each token.
-        channel_dim: the dimension of the channels, for ``weight_per="token"``.
+        channel_dim: the dimension of the channels, for ``weight_per="token"``. The tensors are copied unless it is
+            their last one.
         detach_weight: False lets the gradient flow through w+- too.
         kl_space: ``v`` takes the KL term's difference between velocities, ``x0`` between x0 predictions.
         sample_weight: (B,) weights of at least 0, by which ``mean`` averages and the others multiply.
