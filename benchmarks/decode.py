@@ -14,8 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from nft.policy import SHAPES_PIPELINE
-from nft_kernels.bench import provenance
 from nft_kernels.models.vae import accelerate
+from nft_kernels.provenance import provenance
 
 
 def load() -> AutoencoderKL:

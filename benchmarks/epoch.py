@@ -23,8 +23,8 @@ from nft.config import load_config
 from nft.console import quieten_libraries
 from nft.policy import Policy
 from nft.trainer import Trainer
-from nft_kernels.bench import provenance
 from nft_kernels.models.vae import restore
+from nft_kernels.provenance import provenance
 
 
 class PlainPolicy(Policy):

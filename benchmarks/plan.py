@@ -22,7 +22,8 @@ from nft.config import load_config
 from nft.console import quieten_libraries
 from nft.plan import plan
 from nft.trainer import Trainer
-from nft_kernels.bench import peak_and_launches, provenance
+from nft_kernels.bench import peak_and_launches
+from nft_kernels.provenance import provenance
 
 CASES = {
     "lora": [],

@@ -19,8 +19,8 @@ from nft.config import load_config
 from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft.worlds.shapes.prompts import sample
-from nft_kernels.bench import provenance
 from nft_kernels.models.vae import restore
+from nft_kernels.provenance import provenance
 
 
 def main() -> None:

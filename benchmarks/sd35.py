@@ -42,8 +42,9 @@ from nft.plan import SD35_MEDIUM
 from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft_kernels import add_noise, nft_loss
-from nft_kernels.bench import plain_loss, provenance
+from nft_kernels.bench import plain_loss
 from nft_kernels.models import attention, float8
+from nft_kernels.provenance import provenance
 
 KL_WEIGHT = 1e-4
 LOSSES = 100

@@ -20,7 +20,7 @@ from scipy.stats import norm
 
 from nft.worlds.mixture import Mixture
 from nft_kernels import solver_step
-from nft_kernels.bench import provenance
+from nft_kernels.provenance import provenance
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 MIXTURE = Mixture(

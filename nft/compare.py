@@ -22,7 +22,7 @@ import torch
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp, ttest_rel
 
-from nft_kernels.bench import provenance
+from nft_kernels.provenance import provenance
 
 from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
-import datetime
 import itertools
 import json
 import math
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from . import __version__, add_noise, backends, nft_loss, solver_step
 from .backends import _memory
+from .provenance import provenance
 from .reference import add_noise as noise_reference
 from .solvers import schedule, table
 
@@ -40,13 +40,15 @@ SHAPES = {
 """One sample's latents: Stable Diffusion 3.5, FLUX.1 in packed tokens, Wan 2.1 with 81 frames."""
 
 MODES = ("forward", "backward", "both", "no_grad")
+OPTIONS = ("none", "mask", "r_per_element", "weight_per_token", "segments")
+"""Of the loss: a mask per token, an r and a weight for each of these, and packed sequences of different lengths."""
 PROVIDERS = ("eager", "compile", "reference", "native", "triton")
 _FLUSH_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed; ``mode`` matters to the loss only."""
+    """What is timed; ``mode`` and ``option`` matter to the loss only."""
 
     op: str
     mode: str
@@ -54,6 +56,7 @@ class Case:
     shape: str
     batch: int
     cache: str
+    option: str = "none"
 
 
 @dataclass
@@ -87,6 +90,68 @@ def plain_loss(v_theta, v_old, x_t, x0, t, r, beta=1.0, M=5.0):
             weight = (prediction.double() - x0.double()).abs().mean(axes, keepdim=True).clip(min=1e-5)
         total = total + share * ((prediction - x0) ** 2 / weight).mean(axes)
     return (M * total / beta).mean()
+
+
+def _plain_with(
+    mean: Callable[[Tensor], Tensor], weigh: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor]
+) -> Callable[..., Tensor]:
+    """The loss with an option, in the latents' dtype: ``mean`` over a sample, ``weigh`` for the weight of its errors,
+    ``spread`` for what there is of every sample."""
+
+    def loss(v_theta, v_old, x_t, x0, t, r):
+        t, r, total = spread(t), r if r.ndim == x0.ndim else spread(r), 0
+        for sign, share in ((1, r), (-1, 1 - r)):
+            error = x_t - t * ((1 - sign) * v_old + sign * v_theta) - x0
+            weight = weigh(error.detach().abs()).clamp_min(1e-5)
+            total = total + mean(share * error**2 / weight)
+        return (5 * total).mean()
+
+    return loss
+
+
+def _optional_loss(case: Case, device: torch.device) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+    """The plain formula of a case and the options of ``nft_loss``."""
+    if case.option == "none":
+        return plain_loss, {}
+    shape = (case.batch, *SHAPES[case.shape])
+    axes, ones = tuple(range(1, len(shape))), (1,) * (len(shape) - 1)
+    channels = 1 if len(shape) > 3 else len(shape) - 1
+    generator = torch.Generator(device).manual_seed(1)
+
+    def spread(x: Tensor) -> Tensor:
+        return x.view(-1, *ones)
+
+    def mean(y: Tensor) -> Tensor:
+        return y.mean(axes, keepdim=True)
+
+    if case.option == "mask":
+        each = [1 if axis == channels else size for axis, size in enumerate(shape)]
+        mask = torch.rand(each, generator=generator, device=device) + 0.1
+
+        def masked(y: Tensor) -> Tensor:
+            return (mask * y).sum(axes, keepdim=True) / mask.expand_as(y).sum(axes, keepdim=True)
+
+        return _plain_with(masked, masked, spread), {"mask": mask}
+    if case.option == "weight_per_token":
+        options = {"weight_per": "token", "channel_dim": channels}
+        return _plain_with(mean, lambda y: y.mean(channels, keepdim=True), spread), options
+    if case.option == "segments":
+        # Lengths around those of the shape, by up to a half.
+        rows, count = case.batch * shape[1], case.batch
+        shift = torch.rand(count - 1, generator=generator, device=device) - 0.5
+        inner = ((torch.arange(1, count, device=device) + shift / 2) * shape[1]).long()
+        offsets = torch.cat([inner.new_zeros(1), inner, inner.new_full((1,), rows)])
+        lengths = offsets.diff()
+        index = torch.arange(count, device=device).repeat_interleave(lengths)
+
+        def by_segment(y: Tensor) -> Tensor:
+            return y.new_zeros(count).index_add(0, index, y.flatten(1).mean(1)) / lengths
+
+        def spread_rows(x: Tensor) -> Tensor:
+            return x[index].view(-1, *ones[1:])
+
+        return _plain_with(by_segment, lambda y: spread_rows(by_segment(y)), spread_rows), {"segments": offsets}
+    return _plain_with(mean, mean, spread), {}
 
 
 def _plain_noise(x0, t, noise):
@@ -169,10 +234,15 @@ def _step_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
 def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
     leaf, *others = _inputs(case, device, 4)
     t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
+    if case.option == "segments":
+        leaf, *others = (x.flatten(0, 1) for x in (leaf, *others))
+    if case.option == "r_per_element":
+        r = torch.rand(leaf.shape, generator=torch.Generator(device).manual_seed(1), device=device)
     fixed = (*others, t, r)
-    losses: dict[str, Callable[..., Tensor]] = {"eager": plain_loss, "compile": _compiled(plain_loss)}
+    formula, options = _optional_loss(case, device)
+    losses: dict[str, Callable[..., Tensor]] = {"eager": formula, "compile": _compiled(formula)}
     for name in ("reference", *_fused(device, wanted)):
-        losses[name] = partial(lambda name, *tensors: nft_loss(*tensors, backend=name).loss, name)
+        losses[name] = partial(lambda name, *tensors: nft_loss(*tensors, backend=name, **options).loss, name)
     leaf.requires_grad_(case.mode != "no_grad")
 
     def gradient(loss: Callable[..., Tensor], v_theta: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -187,14 +257,14 @@ def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
         held = loss(leaf, *fixed)
         return lambda: torch.autograd.grad(held, leaf, retain_graph=True)
 
-    exact = gradient(plain_loss, leaf.double(), [y.double() for y in fixed])
+    exact = gradient(formula, leaf.double(), [y.double() for y in fixed])
     tensors = 4 if case.mode in ("forward", "no_grad") else 5
     return Work(
         {name: timed(losses[name]) for name in losses if name in wanted},
         {name: partial(gradient, loss, leaf, fixed) for name, loss in losses.items()},
         exact,
         exact.abs().max().item(),
-        tensors * leaf.nbytes / 1e9,
+        (tensors * leaf.nbytes + r.nbytes) / 1e9,
     )
 
 
@@ -355,22 +425,6 @@ def measure(case: Case, device: torch.device, seconds: float, wanted: Sequence[s
     return results
 
 
-def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
-    """What a figure has to carry: date, device and versions, of torch, Python and ``packages``."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        listed = Path("/proc/cpuinfo")
-        lines = listed.read_text().splitlines() if listed.is_file() else []
-        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-        name = f"{model}, {torch.get_num_threads()} threads"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": name,
-        "versions": {**packages, "torch": torch.__version__, "python": platform.python_version()},
-    }
-
-
 def compare(old: Path, new: Path, threshold: float) -> list[str]:
     """What grew: one line for each case and provider whose median is more than ``threshold`` times the old one, that is
     missing, or whose numbers are wrong now.
@@ -386,7 +440,9 @@ def compare(old: Path, new: Path, threshold: float) -> list[str]:
             raise ValueError(f"--compare: got {path}, accepted is a file of --json ({error!r})") from error
         if not found:
             raise ValueError(f"--compare: got {path}, which has no results")
-        return {" ".join(str(row[k]) for k in (*Case.__dataclass_fields__, "provider")): row for row in found}
+        # Files of older versions have no option.
+        keys = (*Case.__dataclass_fields__, "provider")
+        return {" ".join(str(row.get(key, "none")) for key in keys): row for row in found}
 
     def said(before: float, after: dict[str, Any] | None) -> str | None:
         if after is None:
@@ -407,7 +463,10 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels = list(dict.fromkeys(f"{r['op']} {r['mode']}\n{r['dtype']} {r['shape']} B={r['batch']}" for r in rows))
+    cases = (
+        f"{r['op']} {r['mode']} {r['option']}\n{r['dtype']} {r['shape']}\nB={r['batch']} {r['cache']}" for r in rows
+    )
+    labels = list(dict.fromkeys(cases))
     providers = list(dict.fromkeys(r["provider"] for r in rows))
     figure, axis = plt.subplots(figsize=(2 + 1.6 * len(labels), 4.5))
     for i, provider in enumerate(providers):
@@ -422,8 +481,8 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    columns = ("op", "mode", "dtype", "shape", "B", "cache", "provider", "median", "of copy", "peak", "over eager",
-               "over torch.compile")  # fmt: skip
+    columns = ("op", "mode", "option", "dtype", "shape", "B", "cache", "provider", "median", "of copy", "peak",
+               "over eager", "over torch.compile")  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
 
     def times(row: dict[str, Any], key: str) -> str:
@@ -432,7 +491,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         return "" if row[key] is None else f"{row[key]:.2f}x"
 
     for r in rows:
-        cells = [r["op"], r["mode"], r["dtype"], r["shape"], r["batch"], r["cache"], r["provider"],
+        cells = [r["op"], r["mode"], r["option"], r["dtype"], r["shape"], r["batch"], r["cache"], r["provider"],
                  f"{r['median']:.0f} us", f"{r['share_of_copy']:.0%}", f"{r['peak_megabytes']:.1f} MB",
                  times(r, "over_eager"), times(r, "over_compile")]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -470,6 +529,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="by default all that run here")
     parser.add_argument("--modes", nargs="+", default=["both"], choices=MODES, help="of the loss")
+    parser.add_argument("--options", nargs="+", default=["none"], choices=OPTIONS, help="of the loss")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"],
                         choices=["float32", "bfloat16", "float16"])  # fmt: skip
     parser.add_argument("--shapes", nargs="+", default=["sd35_512"], choices=list(SHAPES))
@@ -502,10 +562,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--providers: got {', '.join(sorted(absent))}, which cannot run on {device}")
     rows: list[dict[str, Any]] = []
     for op in options.ops:
-        modes = options.modes if op == "nft_loss" else ["forward"]
+        modes, extras = (options.modes, options.options) if op == "nft_loss" else (["forward"], ["none"])
         for case in itertools.starmap(
             Case,
-            itertools.product([op], modes, options.dtypes, options.shapes, options.batches, options.caches),
+            itertools.product([op], modes, options.dtypes, options.shapes, options.batches, options.caches, extras),
         ):
             print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
             try:

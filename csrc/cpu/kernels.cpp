@@ -279,14 +279,13 @@ bool all_bf16(const LossArgs& a) {
 
 void nft_loss(const LossArgs& args) {
   if (args.want_grad) expect_writes(args.grad, args.batch, args.elements);
-  if (elementwise(args))
-    args.double_math ? loss<double, double, true>(args) : loss<float, float, true>(args);
-  else if (args.double_math)
-    loss<double, double, false>(args);
+  const bool weighted = elementwise(args);
+  if (args.double_math)
+    weighted ? loss<double, double, true>(args) : loss<double, double, false>(args);
   else if (all_bf16(args))
-    loss<float, uint16_t, false>(args);
+    weighted ? loss<float, uint16_t, true>(args) : loss<float, uint16_t, false>(args);
   else
-    loss<float, float, false>(args);
+    weighted ? loss<float, float, true>(args) : loss<float, float, false>(args);
 }
 
 void add_noise(const NoiseArgs& args) {

@@ -161,21 +161,42 @@ void store_dense(void* data, int dtype, int64_t count, const T* values) {
   for (; k < count; ++k) store_one<T>(data, dtype, k, values[k]);
 }
 
+// Values with gaps between them, or one for all where the stride is 0.
+template <typename T>
+void load_strided(const void* data, int dtype, int64_t stride, int64_t count, T* out) {
+  if (stride == 0) {
+    std::fill_n(out, count, load_one<T>(data, dtype, 0));
+    return;
+  }
+  // One loop a dtype: a choice inside would be made for every value.
+  auto read = [&](auto convert, auto* items) {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(convert(items[i * stride]));
+  };
+  switch (dtype) {
+    case kFloat32: return read([](float x) { return x; }, static_cast<const float*>(data));
+    case kBFloat16: return read([](uint16_t x) { return from_bf16(x); }, static_cast<const uint16_t*>(data));
+    case kFloat16: return read([](uint16_t x) { return from_fp16(x); }, static_cast<const uint16_t*>(data));
+    default: return read([](double x) { return x; }, static_cast<const double*>(data));
+  }
+}
+
 // The chunk as compute-type values: the tensor's own memory when it already is that, else a converted copy.
 template <typename T>
 const T* load(const View& view, int64_t b, int64_t start, int64_t count, T* buffer) {
   const char* base = sample_start(view, b);
   if (dense(view)) return load_dense(base + start * item_size(view.dtype), view.dtype, count, buffer);
   const int64_t stride = view.stride[view.dims - 1];
+  const T* chunk = buffer;
   walk(view, start, count, [&](int64_t o, int64_t k, int64_t n) {
-    if (stride == 1) {
-      const T* run = load_dense(base + o * item_size(view.dtype), view.dtype, n, buffer + k);
-      if (run != buffer + k) std::copy_n(run, n, buffer + k);
-    } else {
-      for (int64_t i = 0; i < n; ++i) buffer[k + i] = load_one<T>(base, view.dtype, o + i * stride);
-    }
+    const char* data = base + o * item_size(view.dtype);
+    if (stride != 1) return load_strided(data, view.dtype, stride, n, buffer + k);
+    const T* run = load_dense(data, view.dtype, n, buffer + k);
+    if (n == count)
+      chunk = run;
+    else if (run != buffer + k)
+      std::copy_n(run, n, buffer + k);
   });
-  return buffer;
+  return chunk;
 }
 
 // The chunk where there is a tensor, else one value for all.

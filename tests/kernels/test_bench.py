@@ -30,6 +30,32 @@ def test_every_op_and_mode_is_checked_and_timed(tmp_path):
     assert {"command", "date", "device", "versions"} <= set(report)
 
 
+def test_options_of_the_loss_are_checked_against_plain_formulas(tmp_path):
+    """Also for packed tokens, whose channels come last."""
+    code, report = run(
+        tmp_path, "--options", *bench.OPTIONS, "--dtypes", "float32", "--shapes", "sd35_512", "flux_1024",
+        "--providers", "eager", "reference", "native",
+    )  # fmt: skip
+    rows = report["results"]
+    assert code == 0 and all(row["check"] for row in rows)
+    assert {row["option"] for row in rows} == set(bench.OPTIONS)
+
+
+def test_a_plot_has_a_label_for_every_case(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures, subplots = [], pyplot.subplots
+    monkeypatch.setattr(pyplot, "subplots", lambda **k: figures.append(subplots(**k)) or figures[-1])
+    _, report = run(
+        tmp_path, "--options", "none", "mask", "--caches", "warm", "cold", "--dtypes", "float32",
+        "--providers", "eager", "reference", "--plot", str(tmp_path / "plot.png"),
+    )  # fmt: skip
+    ((_, axis),) = figures
+    labels = [label.get_text() for label in axis.get_xticklabels()]
+    assert len(labels) == len(set(labels)) == 4 and (tmp_path / "plot.png").is_file()
+    for label, eager in zip(labels, [row for row in report["results"] if row["provider"] == "eager"], strict=True):
+        assert eager["option"] in label and eager["cache"] in label
+
+
 def test_no_speed_up_is_reported_for_wrong_numbers(tmp_path, monkeypatch):
     right = bench.nft_loss
     monkeypatch.setattr(bench, "nft_loss", lambda *a, **k: right(*a, **k, beta=0.9))

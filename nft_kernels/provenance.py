@@ -1,0 +1,26 @@
+"""Where a figure comes from."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
+    """What a figure has to carry: date, device and versions, of torch, Python and ``packages``."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        listed = Path("/proc/cpuinfo")
+        lines = listed.read_text().splitlines() if listed.is_file() else []
+        model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+        name = f"{model}, {torch.get_num_threads()} threads"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "versions": {**packages, "torch": torch.__version__, "python": platform.python_version()},
+    }
