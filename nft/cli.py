@@ -426,12 +426,19 @@ def pretrain(
 
 
 @app.command()
-def solvers() -> None:
+def solvers(plugins: Annotated[list[str] | None, typer.Argument(help="modules that register more")] = None) -> None:
     """List the solvers that rollouts can use."""
     from rich.table import Table
 
     from nft_kernels.solvers import SOLVERS, schedule, table
 
+    from .plugins import load
+
+    try:
+        for module in plugins or []:
+            load(module, f"plugins: got {module!r}")
+    except ValueError as error:
+        raise fail(error) from None
     listing = Table("name", "order", "evaluations per step", "stochastic", "source")
     for name, build in SOLVERS.items():
         solver = table(name, schedule(4))

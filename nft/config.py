@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
@@ -27,18 +27,17 @@ from pydantic import (
 
 from nft_kernels.solvers import SOLVERS, schedule, table
 
+from . import plugins
 from .alarms import SHARES, THRESHOLDS
 from .objectives import OBJECTIVES, unread
 from .rewards import registry
 from .rewards.pool import RewardSpec
 
-Solver = Literal[tuple(SOLVERS)]  # type: ignore[valid-type]
-ObjectiveName = Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]
 _BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
-    "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload", "adapter",
-    "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
+    "plugins", "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload",
+    "adapter", "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
     "preflight", "compile_rollout", "cuda_graphs", "float8_rollout", "fused_transformer", "shard",
 }  # fmt: skip
 # What does nothing without another setting.
@@ -60,6 +59,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
+    plugins: list[str] = []
+    """Modules of your own, on the path or in the working folder, that register solvers, objectives or models."""
     pipeline: str = Field("shapes", min_length=1)
     """Hub name or folder of a pipeline of a class in ``nft.models``; ``shapes`` is the bundled one."""
     task: Literal["shapes", "geneval", "rewards"] = "shapes"
@@ -116,7 +117,7 @@ class Config(BaseModel):
     timestep_spacing: Literal["even", "pipeline"] = "even"
     """How times are spaced before the scheduler's shift, in rollouts and evaluations: evenly down to 0, or as by
     diffusers' own call of the pipeline."""
-    rollout_solver: Solver = "euler"
+    rollout_solver: str = "euler"
     rollout_options: dict[str, Any] = {}
     """The solver's own options, such as ``{eta: 0.5}``."""
     window: int | None = Field(None, gt=0)
@@ -135,7 +136,7 @@ class Config(BaseModel):
     that has them."""
     max_sequence_length: int = Field(10, gt=0, le=4096)
 
-    objective: ObjectiveName = "nft"
+    objective: str = "nft"
     timesteps_per_sample: int = Field(3, gt=0)
     """How many of the rollout's times each picture is trained on in an epoch; of its noisy steps for ``grpo``."""
     shared_noise: bool = False
@@ -163,7 +164,7 @@ class Config(BaseModel):
     eval_every: int = Field(10, gt=0)
     eval_prompts_per_group: int = Field(20, gt=0)
     eval_steps: int = Field(10, gt=0, le=1000)
-    eval_solver: Solver = "heun"
+    eval_solver: str = "heun"
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest checkpoints stay; the best by held-out score always does."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
@@ -220,6 +221,22 @@ class Config(BaseModel):
         if isinstance(value, int | float) and not isinstance(value, bool):
             raise ValueError(f"fused_transformer: got {value}, accepted are auto, true and false")
         return value
+
+    # Fields are checked in their order, so that what a plugin registers is known to those that follow.
+    @field_validator("plugins")
+    @classmethod
+    def _imported(cls, modules: list[str]) -> list[str]:
+        for module in modules:
+            plugins.load(module, f"plugins: got {module!r}")
+        return modules
+
+    @field_validator("rollout_solver", "eval_solver", "objective")
+    @classmethod
+    def _registered(cls, name: str, info: ValidationInfo) -> str:
+        known: Collection[str] = OBJECTIVES if info.field_name == "objective" else SOLVERS
+        if name not in known:
+            raise ValueError(f"{info.field_name}: got {name!r}, accepted are {', '.join(known)}")
+        return name
 
     @field_validator("device")
     @classmethod

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from importlib import import_module
 from importlib.metadata import entry_points
 from inspect import Parameter, signature
 from types import MappingProxyType
@@ -15,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import plugins
 from .base import Reward, RewardError, install_hint, missing_packages
 
 ENTRY_POINTS = "nft.rewards"
@@ -54,14 +52,7 @@ def find(name: str) -> type[Reward]:
         guess = f", did you mean {near[0]}?" if near else ""
         accepted = f"{', '.join(known())}, module:attribute or a server's http://host:port/name"
         raise ValueError(f"reward: got {name!r}{guess}; accepted are {accepted}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = import_module(module)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
-            raise ValueError(f"reward: got {name!r}, but there is no module {error.name!r}") from None
-        raise ValueError(f"reward: got {name!r}, but {module} fails: {type(error).__name__}: {error}") from error
+    found = plugins.load(module, f"reward: got {name!r}")
     if not hasattr(found, attribute):
         raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}")
     kind = getattr(found, attribute)

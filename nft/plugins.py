@@ -1,0 +1,24 @@
+"""A user's own modules: rewards, and whatever registers itself when it is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from types import ModuleType
+
+
+def load(module: str, said: str) -> ModuleType:
+    """Import a module on the path or in the working folder; ``said`` is what messages begin with.
+
+    Raises:
+        ValueError: there is none, or it fails.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return import_module(module)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"{said}, but there is no module {error.name!r}") from None
+        raise ValueError(f"{said}, but {module} fails: {type(error).__name__}: {error}") from error

@@ -1,0 +1,87 @@
+"""A user's own modules, as the documents have them."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from typer.testing import CliRunner
+
+from nft.cli import app
+from nft.config import load_config
+from nft.objectives import OBJECTIVES
+from nft.trainer import Trainer
+from nft_kernels.solvers import SOLVERS
+
+DOCS = Path(__file__).parents[2] / "docs"
+SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
+         "eval_steps=1", "eval_solver=euler", "lora_rank=4"]  # fmt: skip
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """The documents' modules in the working folder, and nothing registered by them that stays."""
+    for page, name in (("solvers", "adams"), ("baselines", "mine")):
+        (code,) = re.findall(rf"```python\n(# {name}\.py\n.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for table, name in ((SOLVERS, "adams2"), (OBJECTIVES, "better_half")):
+        table.pop(name, None)
+    for name in ("adams", "mine"):
+        sys.modules.pop(name, None)
+
+
+def test_a_solver_and_an_objective_of_ones_own(modules, pipeline, tmp_path):
+    run = CliRunner().invoke
+    arguments = [f"pipeline={pipeline}", *SMALL, "plugins=[adams, mine]", "rollout_solver=adams2",
+                 "objective=better_half", "epochs=1"]  # fmt: skip
+    result = run(app, ["train", *arguments, "--output", "run"])
+    assert result.exit_code == 0, result.output
+    # The run's settings name them: another process has imported nothing.
+    for table, name in ((SOLVERS, "adams2"), (OBJECTIVES, "better_half")):
+        del table[name]
+    for name in ("adams", "mine"):
+        del sys.modules[name]
+    for more in (
+        ["train", "--resume", "--output", "run", "epochs=2"],
+        ["sample", "a dog", "--checkpoint", "run", "--solver", "adams2", "--steps", "2"],
+        ["plan", "--config", "run/config.yaml"],
+    ):
+        result = run(app, more)
+        assert result.exit_code == 0, result.output
+    data = Trainer(load_config("run/config.yaml"), tmp_path / "other").sample()
+    assert set(data["r"].tolist()) <= {0.0, 2.0} and torch.is_tensor(data["x0"])
+
+
+def test_solvers_of_a_module_are_listed(modules):
+    listed = CliRunner().invoke(app, ["solvers", "adams"])
+    assert listed.exit_code == 0 and re.search(r"adams2 +│ +2 +│ +1 +│ +no", listed.output), listed.output
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("nothing_here", "plugins: got 'nothing_here', but there is no module 'nothing_here'"),
+        ("broken", "plugins: got 'broken', but broken fails: ZeroDivisionError: division by zero"),
+        ("", "plugins: got '', but  fails: ValueError"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(modules, module, message):
+    Path("broken.py").write_text("1 / 0\n")
+    for arguments in (["solvers", module], ["plan", f"plugins=['{module}']"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2 and message in result.output
+
+
+def test_names_that_nothing_registers_are_named_with_those_that_are_known():
+    for setting in ("rollout_solver", "eval_solver"):
+        result = CliRunner().invoke(app, ["plan", f"{setting}=eulr"])
+        assert result.exit_code == 2 and f"{setting}: got 'eulr', accepted are euler, heun," in result.output
+    result = CliRunner().invoke(app, ["plan", "objective=dpo"])
+    assert result.exit_code == 2 and "objective: got 'dpo', accepted are awm, grpo, nft" in result.output
