@@ -62,11 +62,12 @@ class NFTLoss(torch.nn.Module):
         r: Tensor,
         *,
         v_ref: Tensor | None = None,
+        beta: Tensor | None = None,
         mask: Tensor | None = None,
         segments: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> NFTLossOutput:
-        """``nft_loss`` of these tensors under the module's settings."""
+        """``nft_loss`` of these tensors under the module's settings; ``beta`` (B,) takes the place of the module's."""
         return nft_loss(
             v_theta,
             v_old,
@@ -78,7 +79,7 @@ class NFTLoss(torch.nn.Module):
             mask=mask,
             segments=segments,
             sample_weight=sample_weight,
-            **self.settings,
+            **(self.settings if beta is None else self.settings | {"beta": beta}),
         )
 
     def extra_repr(self) -> str:

@@ -106,11 +106,14 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
     Raises:
         ValueError: unknown name, sigmas that do not fall within [0, 1], an option of another type or out of range, or
             coefficients that float32 cannot hold.
-        TypeError: an option that the solver does not have.
+        TypeError: sigmas that are no numbers, or an option that the solver does not have.
     """
     if name not in SOLVERS:
         raise ValueError(f"name: got {name!r}, accepted are {', '.join(SOLVERS)}")
-    times = tuple(float(s) for s in sigmas)
+    try:
+        times = tuple(float(s) for s in sigmas)
+    except (TypeError, ValueError):
+        raise TypeError(f"sigmas: got {sigmas!r}, accepted are strictly falling times in [0, 1]") from None
     if not times or not all(0 <= t <= 1 for t in times) or not all(t > s for t, s in pairwise(times)):
         raise ValueError(f"sigmas: got {list(times)}, accepted are strictly falling times in [0, 1]")
     _, *known = signature(SOLVERS[name]).parameters
@@ -128,8 +131,18 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
     return solver
 
 
+def _positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value!r}, accepted are positive finite numbers")
+
+
 def shifted(t: float, shift: float) -> float:
-    """SD3's time shift, shift t / (1 + (shift-1) t) (Esser et al., arXiv 2403.03206); 1 leaves t as it is."""
+    """SD3's time shift, shift t / (1 + (shift-1) t) (Esser et al., arXiv 2403.03206); 1 leaves t as it is.
+
+    Raises:
+        ValueError: a shift that is not positive.
+    """
+    _positive("shift", shift)
     # 1 exactly: beside it a solver has no limit.
     return shift * t / (1 + (shift - 1) * t) if t < 1 else t
 
@@ -144,20 +157,24 @@ def schedule(steps: int, *, shift: float = 1.0, last: float | None = None) -> Si
             FlowMatchEuler does with ``last=shifted(0.001, shift)``. By default all are spaced evenly between 1 and 0.
 
     Raises:
-        ValueError: fewer than one step, a shift that is not positive, or ``last`` outside (0, 1).
+        ValueError: no whole number of steps above 0, a shift that is not positive, or ``last`` outside (0, 1).
     """
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, accepted are positive integers")
-    if not (math.isfinite(shift) and shift > 0):
-        raise ValueError(f"shift: got {shift}, accepted are positive finite numbers")
-    if last is not None and not 0 < last < 1:
-        raise ValueError(f"last: got {last}, accepted is a number between 0 and 1")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: got {steps!r}, accepted are positive integers")
+    _positive("shift", shift)
+    if last is not None and not (isinstance(last, int | float) and 0 < last < 1):
+        raise ValueError(f"last: got {last!r}, accepted is a number between 0 and 1")
     grid = np.linspace(1, 0, steps + 1) if last is None else np.append(np.linspace(1, last, steps), 0.0)
     return tuple(shifted(t, shift) for t in grid.tolist())
 
 
 def dynamic_shift(tokens: int) -> float:
-    """SD3's shift for a picture of ``tokens`` patches: e^mu with mu linear from 0.5 at 256 to 1.15 at 4096."""
+    """SD3's shift for a picture of ``tokens`` patches: e^mu with mu linear from 0.5 at 256 to 1.15 at 4096.
+
+    Raises:
+        ValueError: a number of tokens that is not positive.
+    """
+    _positive("tokens", tokens)
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 

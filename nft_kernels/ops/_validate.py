@@ -29,6 +29,8 @@ def _tensor(name: str, x: object, accepted: str = "a tensor") -> None:
     """``x`` must be a tensor with memory of its own: kernels take its address."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is {accepted}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {x.layout}, accepted is a dense one")
     if type(x) is Tensor or torch.compiler.is_compiling():
         return
     if is_traceable_wrapper_subclass(x) or isinstance(x, FakeTensor):
@@ -119,12 +121,19 @@ def offsets(name: str, x: Tensor, x0: Tensor) -> None:
         raise ValueError(f"{name}: got offsets {x.tolist()}, accepted are rising ones from 0 to {len(x0)}")
 
 
-def dimension(name: str, value: int | None, x0: Tensor) -> None:
-    """``value`` must be a dimension of x0 other than the first."""
+def dimension(name: str, value: int | None, ndim: int = 0) -> None:
+    """``value`` must be a dimension other than the first, of so many if that is known."""
+    accepted = f"accepted is a dimension from 1{f' to {ndim - 1}' if ndim else ' on'}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {type(value).__name__}, accepted is a dimension from 1 to {x0.ndim - 1}")
-    if not 1 <= value < x0.ndim:
-        raise ValueError(f"{name}: got {value}, accepted is a dimension from 1 to {x0.ndim - 1}")
+        raise TypeError(f"{name}: got {type(value).__name__}, {accepted}")
+    if value < 1 or (ndim and value >= ndim):
+        raise ValueError(f"{name}: got {value}, {accepted}")
+
+
+def flag(name: str, value: bool) -> None:
+    """``value`` must be one of the two."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, accepted are True and False")
 
 
 def number(name: str, value: float, *, positive: bool) -> None:

@@ -253,14 +253,15 @@ def check_settings(
     _validate.choice("reduction", reduction, REDUCTIONS)
     _validate.number("adv_clip_max", adv_clip_max, positive=True)
     _validate.number("kl_weight", kl_weight, positive=False)
-    if not isinstance(detach_weight, bool):
-        raise TypeError(f"detach_weight: got {detach_weight!r}, accepted are True and False")
+    _validate.flag("detach_weight", detach_weight)
     if weighting != "adaptive" and (weight_per != "sample" or not detach_weight):
         raise ValueError(
             f"weighting: got {weighting!r} with weight_per={weight_per!r} and detach_weight={detach_weight}, accepted "
             "is 'adaptive', as there is no weight w otherwise"
         )
-    if weight_per == "sample" and channel_dim is not None:
+    if weight_per == "token":
+        _validate.dimension("channel_dim", channel_dim)
+    elif channel_dim is not None:
         raise ValueError(f"channel_dim: got {channel_dim} with weight_per='sample', accepted is None")
 
 
@@ -393,7 +394,7 @@ def nft_loss(
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, segments, outer)
     chosen = choose(backend, x0)
     if weight_per == "token":
-        _validate.dimension("channel_dim", channel_dim, x0)
+        _validate.dimension("channel_dim", channel_dim, x0.ndim)
         assert channel_dim is not None
         loss, details = _per_token(inputs, options, chosen, reduction == "none", channel_dim)
     else:

@@ -134,12 +134,16 @@ def solver_step(
     row = table.rows[i]
     _validate.latents("x", x)
     _validate.tensor_like("v", v, x, "x")
+    if not isinstance(history, Sequence):
+        raise TypeError(f"history: got {type(history).__name__}, accepted is what the step before returned")
     if len(history) != table.depth(i):
         raise ValueError(
             f"history: got {len(history)} tensors, accepted are the {table.depth(i)} that row {i - 1} returned"
         )
     for j, h in enumerate(history):
         _validate.tensor_like(f"history[{j}]", h, x, "x")
+    _validate.flag("x0", x0)
+    _validate.flag("log_prob", log_prob)
     if (v_uncond is None) != (guidance is None):
         raise ValueError("v_uncond, guidance: got one of them, accepted are both or neither")
     if v_uncond is not None and guidance is not None:

@@ -74,8 +74,9 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
         TypeError: A that is not floating point.
     """
     _floating("A", A)
-    if not (math.isfinite(adv_clip_max) and adv_clip_max > 0):
-        raise ValueError(f"adv_clip_max: got {adv_clip_max}, accepted are positive finite numbers")
+    number = isinstance(adv_clip_max, int | float) and not isinstance(adv_clip_max, bool)
+    if not (number and math.isfinite(adv_clip_max) and adv_clip_max > 0):
+        raise ValueError(f"adv_clip_max: got {adv_clip_max!r}, accepted are positive finite numbers")
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(MODES)}")
     if A.isnan().any():

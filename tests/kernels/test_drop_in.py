@@ -64,6 +64,10 @@ def test_module_has_the_functions_settings():
     out = module(x0, v_old, x_t, x0, t, r, mask=torch.ones(1, 8))
     same = nft_loss(x0, v_old, x_t, x0, t, r, beta=0.5, weighting="t", reduction="sum", mask=torch.ones(1, 8))
     assert all(torch.equal(a, b) for a, b in zip(out, same, strict=True))
+    each = torch.linspace(0.1, 1, 6)
+    out = module(x0, v_old, x_t, x0, t, r, beta=each)
+    same = nft_loss(x0, v_old, x_t, x0, t, r, beta=each, weighting="t", reduction="sum")
+    assert all(torch.equal(a, b) for a, b in zip(out, same, strict=True))
     assert "beta=0.5" in repr(module) and not list(module.parameters()) and not module.state_dict()
 
 
@@ -193,6 +197,13 @@ def test_a_map_over_batches():
 def test_the_module_refuses_settings_when_it_is_made(settings):
     with pytest.raises(ValueError, match=f"^{next(iter(settings))}: got"):
         NFTLoss(**settings)
+
+
+def test_a_weight_per_token_needs_to_know_the_channels_when_the_module_is_made():
+    with pytest.raises(TypeError, match="channel_dim: got NoneType, accepted is a dimension from 1 on"):
+        NFTLoss(weight_per="token")
+    with pytest.raises(ValueError, match="channel_dim: got 0"):
+        NFTLoss(weight_per="token", channel_dim=0)
 
 
 def test_more_dimensions_than_kernels_take_are_left_to_the_reference():

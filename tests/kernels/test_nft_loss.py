@@ -332,6 +332,7 @@ def test_the_live_check_notices_a_wrong_kernel(kernels, monkeypatch):
         ({"t": torch.zeros(3)}, ValueError, "t: got shape"),
         ({"t": torch.tensor([0.5, 1.5])}, ValueError, "t: got values outside"),
         ({"r": torch.tensor([0.5, float("nan")])}, ValueError, "r: got values outside"),
+        ({"v_theta": torch.zeros(2, 8).to_sparse()}, TypeError, "v_theta: got a tensor of layout torch.sparse_coo"),
         ({"v_theta": torch.zeros(2, 8, device="meta")}, ValueError, "v_theta: got device meta"),
         ({"beta": 0.0}, ValueError, "beta: got 0.0"),
         ({"beta": torch.tensor([1.0, -1.0])}, ValueError, "beta: got values"),
