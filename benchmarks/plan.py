@@ -20,7 +20,7 @@ import typer
 
 from nft.config import load_config
 from nft.console import quieten_libraries
-from nft.plan import plan
+from nft.plan import matrix_rate, plan
 from nft.trainer import Trainer
 from nft_kernels.bench import peak_and_launches
 from nft_kernels.provenance import provenance
@@ -34,19 +34,6 @@ CASES = {
 }
 SMALL = ["prompts_per_epoch=8", "group_size=12", "rollout_batch=32", "preflight=false", "verify_kernels_steps=0",
          "fused_transformer=false"]  # fmt: skip
-
-
-def matrix_rate(size: int = 2048, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> float:
-    """TFLOP/s of a product of ``size`` x ``size``, the best of ten."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    times = []
-    for _ in range(10):
-        begin = time.perf_counter()
-        a @ a
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times) / 1e12
 
 
 def measure(overrides: list[str], folder: Path, rate: float) -> dict[str, float]:

@@ -33,12 +33,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plan import matrix_rate
 from nft.config import load_config
 from nft.console import quieten_libraries
 from nft.models.base import Model
 from nft.models.sd3 import StableDiffusion3
-from nft.plan import SD35_MEDIUM
+from nft.plan import SD35_MEDIUM, matrix_rate
 from nft.policy import Policy
 from nft.rollout import rollout, times
 from nft_kernels import add_noise, nft_loss

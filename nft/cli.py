@@ -175,7 +175,10 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings")] = None,
     config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
     gpus: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU")] = 1,
-    tflops: Annotated[float, typer.Option(min=0.001, help="what one reaches, in 1e12 FLOPs a second")] = 300.0,
+    tflops: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="1e12 FLOPs that one reaches in a second; 300 by default, on a CPU what it has"),
+    ] = None,
 ) -> None:
     """Estimate memory, evaluations, FLOPs and time of an epoch without loading anything."""
     from rich.table import Table
@@ -183,16 +186,20 @@ def plan(
     from .config import ConfigError, load_config
 
     quieten_libraries()
-    from .plan import plan_stages
+    from .plan import matrix_rate, plan_stages
 
     try:
         settings = load_config(config, overrides)
+        if tflops is None:
+            tflops = matrix_rate(1024) if settings.device == "cpu" else 300.0
         stages = plan_stages(settings, gpus, tflops=tflops)
     except (ConfigError, ValueError) as error:
         raise fail(error) from None
     costs = stages[0]
     hours = sum(stage.epochs * each.seconds for stage, each in zip(settings.all_stages(), stages, strict=True)) / 3600
     what = "of the first stage " if len(stages) > 1 else ""
+    device = "process" if settings.device == "cpu" else "GPU"
+    unknown = "" if "text encoders and VAE" in costs.memory else "text encoders and VAE, which are not on disk, and "
     listing = Table(f"one epoch {what}of {config} on {gpus}", "", show_header=True)
     for name, text in (
         ("transformer", f"{costs.parameters / 1e6:,.1f} M parameters, {costs.trained_parameters / 1e6:,.2f} M trained"),
@@ -200,9 +207,9 @@ def plan(
         ("training", f"{costs.training_evaluations:,} evaluations, {costs.training_flops / 1e12:,.3g} TFLOP"),
         ("held-out evaluation", f"{costs.held_out_evaluations:,} evaluations for every task group"),
         *((f"memory: {what}", f"{size / 2**30:.2f} GiB") for what, size in costs.memory.items()),
-        ("memory of one GPU", f"{sum(costs.memory.values()) / 2**30:.2f} GiB"),
-        (f"time at {tflops:g} TFLOP/s", f"{costs.seconds:,.3g} s, and rewards and decoding"),
-        ("whole run", f"{settings.epochs:,} epochs, {hours:,.3g} h"),
+        (f"memory of one {device}", f"{sum(costs.memory.values()) / 2**30:.2f} GiB without {unknown}reward models"),
+        (f"time at {tflops:.3g} TFLOP/s", f"{costs.seconds:,.3g} s without rewards and decoding"),
+        ("whole run", f"{settings.epochs:,} epochs, {hours:,.3g} h without these and evaluations"),
     ):
         listing.add_row(name, text)
     console.print(listing)

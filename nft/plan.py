@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 import weakref
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -72,30 +74,57 @@ class Plan(NamedTuple):
     training_flops: int
     memory: dict[str, int]
     """Bytes by what they hold; ``activations`` are the most that a rollout or a backward has at once, and with
-    ``cuda_graphs`` those of all evaluations, which keep them."""
+    ``cuda_graphs`` those of all evaluations, which keep them. Text encoders and VAE are missing where their weights are
+    not on disk, and where they are offloaded count by what they need beyond the activations whose place they take."""
     seconds: float
     """Of the transformer alone, with ``tflops``."""
 
 
-def _outline(config: Config) -> tuple[Model, int]:
-    """The model without its weights, and the bytes of the pipeline's other weights."""
+def matrix_rate(size: int = 2048, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> float:
+    """TFLOP/s of a product of ``size`` x ``size``, the best of ten."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(times) / 1e12
+
+
+def _folder(source: str) -> Path | None:
+    """Where a pipeline is on disk, be it in the hub's cache."""
+    if os.path.isdir(source):  # which is false, too, for a name that no file can have
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _outline(config: Config) -> tuple[Model, int | None]:
+    """The model without its weights, and the bytes of the pipeline's other weights, if they are on disk."""
     source = str(SHAPES_PIPELINE) if config.pipeline == "shapes" else config.pipeline
     dtype = getattr(torch, config.dtype)
     pipeline = {"default_sample_size": 128, "tokenizer_max_length": 77}
     if source in _KNOWN and not Path(source).is_dir():
         kind, settings, others = _KNOWN[source]
         return kind.outline(settings, dtype, vae_scale_factor=8, **pipeline), others * dtype.itemsize
-    tokenizer = Path(source) / "tokenizer" / "tokenizer_config.json"
     try:
-        if os.path.isfile(tokenizer):  # which is false, too, for a name that no file can have
+        kind = find(source)
+        # Only now: what the hub's cache lacks of the settings has been fetched.
+        folder = _folder(source)
+        tokenizer = folder / "tokenizer" / "tokenizer_config.json" if folder else None
+        if tokenizer and tokenizer.is_file():
             pipeline["tokenizer_max_length"] = json.loads(tokenizer.read_text())["model_max_length"]
-        model = find(source).read_outline(source, dtype, **pipeline)
+        outline = kind.read_outline(source, dtype, **pipeline)
     except OSError as error:
         raise ConfigError(f"pipeline: the settings of {source!r} cannot be read: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"pipeline: the settings of {source!r} cannot be used: {error!r}") from None
-    weights = [p for p in Path(source).rglob("*.safetensors") if p.parent.name != "transformer"]
-    return model, sum(path.stat().st_size for path in weights)
+    weights = [p for p in folder.rglob("*.safetensors") if p.parent.name != "transformer"] if folder else []
+    return outline, sum(path.stat().st_size for path in weights) or None
 
 
 def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int, int, int, int]:
@@ -231,8 +260,6 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     memory = {
         # Of full fine-tuning this is the float32 copy that is the reference.
         "transformer": (parameters // parts + buffers) * size,
-        # Offloaded, they are there in turns and not while the transformer is at work.
-        "text encoders and VAE": 0 if c.offload else others,
         # Trained, old, averaged and put aside for an evaluation; gradient; two moments. All in float32.
         "trained weights and optimizer": 7 * 4 * trained // (parts if full else 1),
         "merged weights": adapted_weights * dtype.itemsize if parts == 1 else 0,
@@ -245,6 +272,10 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         kinds = [OBJECTIVES[c.objective].needs_old, c.kl_weight > 0]
         untrained = sum(kinds) * _measure(model, c, c.micro_batch, train=False).peak
         memory["activations"] = step.peak + merged.peak + untrained
+    if others is not None:
+        # Offloaded, they take the place of activations that are not kept.
+        free = memory["activations"] if c.offload and not c.cuda_graphs else 0
+        memory["text encoders and VAE"] = max(others - free, 0)
     if parts > 1:
         # A block, the one after it that is fetched meanwhile, and what is outside of them.
         memory["weights put together"] = (parameters - sum(blocks) + 2 * max(blocks)) * size

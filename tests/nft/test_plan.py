@@ -1,5 +1,10 @@
 """The plan against what a trainer really does: FLOPs by torch's counter, evaluations by counting calls."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -141,6 +146,22 @@ def test_every_stage_is_planned_at_its_own_cost(pipeline):
     assert costs[1].seconds == alone.seconds
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pipeline_in_the_hubs_cache_is_one_on_disk(pipeline, tmp_path, whole):
+    """Of one that is not there as a whole the weights are not known, and not counted as nothing."""
+    cached = tmp_path / "models--someone--tiny"
+    shutil.copytree(
+        pipeline, cached / "snapshots" / "0123", ignore=None if whole else shutil.ignore_patterns("*.safetensors")
+    )
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "nft.cli", "plan", "pipeline=someone/tiny"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert ("memory: text encoders and VAE" in found) == whole
+    assert ("without text encoders and VAE, which are not on disk, and reward models" in found) != whole
+
+
 def test_bad_plans_are_named(pipeline):
     with pytest.raises(ConfigError, match="pipeline: the settings of '/nowhere'"):
         plan(load_config("shapes", ["pipeline=/nowhere"]))
@@ -156,6 +177,10 @@ def test_what_a_plan_counts_besides():
     # Trained, old, averaged and put-aside weights, a gradient and two moments, all in float32.
     assert plain.memory["trained weights and optimizer"] == 7 * 4 * plain.trained_parameters
     assert plain.memory["text encoders and VAE"] > 0 == costs("offload=true").memory["text encoders and VAE"]
+    # Where they are larger than the activations, which they wait for, the device has to hold them all the same.
+    large, offloaded = (plan(load_config("sd35_geneval", [f"offload={x}"])).memory for x in ("false", "true"))
+    others, activations = (large[name] for name in ("text encoders and VAE", "activations"))
+    assert others == 2 * 5_665_000_000 and sum(large.values()) - sum(offloaded.values()) == activations < others
     # 8 pictures of 4 x 16 x 16 latents; or more candidates, or the states around every step that draws noise.
     latents = 4 * 4 * 16 * 16
     assert plain.memory["latents of an epoch"] == 8 * latents
