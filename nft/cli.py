@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .console import bars, console, fail, quieten_libraries, say
-from .evaluate_cli import evaluate
+from .evaluate_cli import check_sampling, evaluate, pairs
 from .rewards.cli import reward_server, rewards
 
 if TYPE_CHECKING:
@@ -332,6 +332,7 @@ def sample(
     ] = None,
     solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
     steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    option: Annotated[list[str] | None, typer.Option(help="key=value option of the solver, such as eta=0.5")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="guide against the base, not the empty prompt")
@@ -344,7 +345,7 @@ def sample(
 ) -> None:
     """Draw pictures of prompts."""
     from .checkpoint import check_folder
-    from .config import ConfigError, check_float32, load_config, saved_settings
+    from .config import ConfigError, check_float32, load_config, parsed, saved_settings
     from .data.text import encodable, read_lines
 
     lines = [*(prompts or [])]
@@ -363,6 +364,7 @@ def sample(
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         own = saved_settings(checkpoint) if checkpoint else None
+        check_sampling(override or [], "set")
         settings = load_config(config or own or "shapes", override)
         quieten_libraries()
         from nft_kernels.solvers import SOLVERS, schedule, table
@@ -371,10 +373,11 @@ def sample(
 
         if solver not in SOLVERS:
             raise ValueError(f"solver: got {solver!r}, accepted are {', '.join(SOLVERS)}")
+        chosen = {key: parsed(value, f"--option {key}") for key, value in pairs(option, "--option").items()}
         try:
-            table(solver, schedule(steps))
-        except ValueError as error:
-            raise ValueError(f"solver: {solver} cannot take {steps} steps: {error}") from None
+            table(solver, schedule(steps), **chosen)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"solver: {solver} cannot take {steps} steps with options {chosen}: {error}") from None
         if guidance is not None:
             check_float32("guidance", guidance)
         if seed + per_prompt > 2**63:
@@ -393,7 +396,7 @@ def sample(
     grid = times(steps, **policy.schedule)
     # The base's weights are needed as they are.
     weights = nullcontext() if reference else policy.merged("default")
-    options: dict[str, Any] = {"guidance": guidance, "reference": reference}
+    options: dict[str, Any] = {"guidance": guidance, "reference": reference, **chosen}
     batch = min(settings.rollout_batch, len(entries))
     try:
         output.mkdir(parents=True, exist_ok=True)

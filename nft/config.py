@@ -476,7 +476,12 @@ for _kind in (_Loader, _Dumper):
 _Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
 
 
-def _parse(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """A value in YAML; ``where`` it comes from begins the message.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -494,7 +499,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: a file that cannot be read, or no YAML mapping.
     """
     try:
-        values = _parse(path.read_text(), str(path))
+        values = parsed(path.read_text(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} cannot be read: {error}") from None
     if not isinstance(values, dict):
@@ -540,7 +545,7 @@ def _override(values: dict[str, Any], item: str) -> None:
     *path, last = dotted.split(".")
     if not separator or not all([*path, last]):
         raise ConfigError(f"override: got {item!r}, accepted is key=value")
-    value = _parse(text, dotted)
+    value = parsed(text, dotted)
     target: Any = values
     try:
         for part in path:

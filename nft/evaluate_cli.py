@@ -17,7 +17,31 @@ _SAMPLING = {"resolution", "dtype", "max_sequence_length", "timestep_spacing", "
              "compile_rollout"}  # fmt: skip
 
 
-def _pairs(settings: list[str] | None, label: str) -> dict[str, str]:
+# And what else a policy is built by that only samples.
+_READ = _SAMPLING | {"plugins", "pipeline", "device", "offload", "rollout_batch", "cuda_graphs"}
+
+
+def check_sampling(overrides: list[str], label: str) -> None:
+    """Refuse what would change nothing.
+
+    Raises:
+        ValueError: an override of a setting that only training reads, named after ``label``.
+    """
+    from .config import Config
+
+    for override in overrides:
+        key = override.partition("=")[0].partition(".")[0]
+        if key in Config.model_fields and key not in _READ:
+            accepted = ", ".join(name for name in Config.model_fields if name in _READ)
+            raise ValueError(f"{label}: got {override!r}, which only training reads; accepted are {accepted}")
+
+
+def pairs(settings: list[str] | None, label: str) -> dict[str, str]:
+    """``NAME=VALUE`` settings by name.
+
+    Raises:
+        ValueError: one without a value.
+    """
     found = {}
     for setting in settings or []:
         name, separator, value = setting.partition("=")
@@ -82,9 +106,10 @@ def evaluate(
 
     folder = output or Path("evals") / suite
     try:
-        files = {name: Path(path) for name, path in _pairs(prompts, "--prompts").items()}
+        files = {name: Path(path) for name, path in pairs(prompts, "--prompts").items()}
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+        check_sampling(overrides or [], "override")
         own = saved_settings(checkpoint) if checkpoint else None
         run = load_config(config or own or SUITES[suite].config, overrides)
         usable_device(run.device)

@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from ..rewards.geneval import POSITIONS, check_entry
 from .text import parse_json, read_lines
 
 CLASSES = (
@@ -21,7 +22,6 @@ CLASSES = (
 """The 80 COCO classes under GenEval's names, in COCO's order: a detector's label index is the position here."""
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-POSITIONS = ("left of", "right of", "above", "below")
 COUNTS = {2: "two", 3: "three", 4: "four"}
 GROUPS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -103,33 +103,11 @@ def generate(per_group: int, seed: int) -> dict[str, list[dict[str, Any]]]:
     return groups
 
 
-def _is_position(value: Any, index: int) -> bool:
-    if not (isinstance(value, list) and len(value) == 2 and value[0] in POSITIONS):
-        return False
-    # True is an int, too.
-    return type(value[1]) is int and 0 <= value[1] < index
-
-
 def _check(entry: Any) -> None:
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip() or entry.get("tag") not in GROUPS:
         raise ValueError(f"accepted is an object with a prompt and one of the tags {', '.join(GROUPS)}")
-    if not entry.get("include"):
-        raise ValueError("include: got none, accepted is at least one object")
-    for key in ("include", "exclude"):
-        items = entry.get(key, [])
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ValueError(f"{key}: got {items!r}, accepted is a list of objects")
-        for item in items:
-            if item.get("class") not in CLASSES or type(item.get("count")) is not int or item["count"] < 1:
-                known = "a COCO class under GenEval's name with a positive count"
-                raise ValueError(f"{key}: got {item}, accepted is {known}")
-    for index, item in enumerate(entry["include"]):
-        if "position" in item and not _is_position(item["position"], index):
-            places = f"one of {', '.join(POSITIONS)} with the index of an earlier object"
-            raise ValueError(f"position: got {item['position']}, accepted is {places}")
-        if item.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"color: got {item['color']!r}, accepted are {', '.join(COLORS)}")
+    check_entry(entry, CLASSES, COLORS)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def rewards() -> None:
 
 def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """``NAME.KEY=VALUE`` settings by reward."""
-    from ..config import _parse
+    from ..config import parsed
 
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:
@@ -59,7 +59,7 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
         name, dot, key = target.rpartition(".")
         if not separator or not dot or name not in options:
             raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(options)}")
-        options[name][key] = _parse(value, f"--set {target}")
+        options[name][key] = parsed(value, f"--set {target}")
     return options
 
 

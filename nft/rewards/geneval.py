@@ -15,7 +15,7 @@ import numpy as np
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9
 MAX_OBJECTS = 16
-_DIRECTIONS = ("left of", "right of", "above", "below")
+POSITIONS = ("left of", "right of", "above", "below")
 _POSITION_THRESHOLD = 0.1
 
 
@@ -34,6 +34,8 @@ def check_entry(entry: Mapping[str, Any], classes: Collection[str], colors: Coll
     def refuse(where: str, got: Any, accepted: str) -> None:
         raise ValueError(f"{where}: got {got!r}, accepted {accepted}")
 
+    # Of a set or a mapping what has no hash could not be asked for.
+    classes, colors = list(classes), list(colors)
     for part in ("include", "exclude"):
         items = entry.get(part, [] if part == "exclude" else None)
         if not isinstance(items, list | tuple) or (part == "include" and not items):
@@ -43,18 +45,17 @@ def check_entry(entry: Mapping[str, Any], classes: Collection[str], colors: Coll
             if not isinstance(item, Mapping):
                 refuse(where, item, "is an object with class and count")
             if item.get("class") not in classes:
-                refuse(f"{where}: class", item.get("class"), f"are {', '.join(list(classes)[:6])} and others like them")
+                refuse(f"{where}: class", item.get("class"), f"are {', '.join(classes[:6])} and others like them")
             if type(item.get("count")) is not int or item["count"] < 1:
                 refuse(f"{where}: count", item.get("count"), "are positive integers")
             if "color" in item and item["color"] not in colors:
                 refuse(f"{where}: color", item["color"], f"are {', '.join(colors)}")
             if "position" in item:
                 match item["position"]:
-                    case [str(direction), int(index)] if direction in _DIRECTIONS and 0 <= index < i:
+                    # True is an int, too.
+                    case [str(direction), index] if direction in POSITIONS and type(index) is int and 0 <= index < i:
                         continue
-                refuse(
-                    f"{where}: position", item["position"], f"is one of {', '.join(_DIRECTIONS)} and an index before"
-                )
+                refuse(f"{where}: position", item["position"], f"is one of {', '.join(POSITIONS)} and an index before")
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from torch import Tensor
 from ..data.text import parse_json
 from .base import Metadata, Scored
 
-MEDIA_TYPE = "application/vnd.safetensors"
-
 
 def pack(pictures: Tensor, prompts: list[str], metadata: Metadata) -> bytes:
     """A batch as bytes; metadata must be what JSON can say."""

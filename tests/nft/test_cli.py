@@ -57,6 +57,16 @@ def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
         assert np.abs(alone - pixels(tmp_path / str(i) / "0000_seed1.png")).max() > 5
 
 
+def test_sample_takes_a_solvers_options(pipeline, tmp_path):
+    drawn = []
+    for i, more in enumerate(([], ["--option", "eta=0.0"], ["--option", "eta=1.0"])):
+        arguments = ["--set", pipeline, "--steps", "3", "--solver", "ddim", *more, "--output", str(tmp_path / str(i))]
+        result = run(app, ["sample", "a red circle", *arguments])
+        assert result.exit_code == 0, result.output
+        drawn.append((tmp_path / str(i) / "0000_seed0.png").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_sample_keeps_what_it_has_drawn(pipeline, tmp_path, monkeypatch):
     decode, calls = Policy.decode, []
 
@@ -136,6 +146,10 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--output", "drawn"], "output: drawn holds 0000_seed0.png already; give another folder"),
         (["a", "--per-prompt", "2", "--seed", str(2**63 - 1)], f"seed: got {2**63 - 1}, accepted are 0 to {2**63 - 2}"),
         (["a", "--set", "devise=cuda"], "devise: unknown key, did you mean device?"),
+        (["a", "--set", "rollout_solver=ddim"], "set: got 'rollout_solver=ddim', which only training reads; accepted"),
+        (["a", "--option", "eta"], "--option: got 'eta', accepted is NAME=VALUE"),
+        (["a", "--option", "eta=1"], "solver: dpm++2M cannot take 20 steps with options {'eta': 1}: eta: unknown"),
+        (["a", "--solver", "ddim", "--option", "eta=["], "--option eta: is not YAML"),
         (["a", "--config", ""], "--config: got an empty name"),
         (["a", "--checkpoint="], "--checkpoint: got an empty name"),
         (["a" + chr(0xD800)], "prompts: got 'a\\ud800', accepted is a text"),

@@ -255,6 +255,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
         (["--set", "jpeg.quality=!!timestamp 2024-01-01"], "jpeg.options.quality: got datetime.date(2024, 1, 1)"),
         (["--set", "jpeg.reward=3"], "jpeg.reward: got 3, accepted is a reward's name or address"),
         (["--set", "jpeg.reward=http://"], "rewards.jpeg.reward: got 'http://', accepted is http://host:port/name"),
+        (["--override", "rollout_options.eta=1"], "override: got 'rollout_options.eta=1', which only training reads"),
         (["--override", "device=cuda:99"], "device: got 'cuda:99', but this machine"),
         (["--prompts", "shapes=unquoted.txt"], "prompts: shapes: metadata: entry 0 lacks include"),
         (["--prompts", "shapes=latin.txt"], "prompts: latin.txt is not UTF-8"),

@@ -45,22 +45,37 @@ def test_the_benchmarks_file_is_read(tmp_path):
         ('"text"', "line 2: accepted is an object with a prompt"),
         (json.dumps(ENTRY | {"prompt": " "}), "line 2: accepted is an object with a prompt"),
         (json.dumps(ENTRY | {"tag": "size"}), "line 2: accepted is an object with a prompt and one of the tags"),
-        (json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}), "line 2: include: got .*'kat'"),
+        (
+            json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}),
+            "line 2: include 0: class: got 'kat', accepted are person",
+        ),
         *(
-            (json.dumps(ENTRY | {"include": [{"class": "cat", "count": count}]}), "include: got .*positive count")
+            (
+                json.dumps(ENTRY | {"include": [{"class": "cat", "count": count}]}),
+                "include 0: count: got .* positive integers",
+            )
             for count in (0, True, 1.0, None)
         ),
-        (json.dumps(ENTRY | {"exclude": [{"class": "cat", "count": 0}]}), "line 2: exclude: got .*positive count"),
+        (json.dumps(ENTRY | {"exclude": [{"class": "cat", "count": 0}]}), "line 2: exclude 0: count: got 0"),
         (json.dumps(ENTRY | {"exclude": None}), "line 2: exclude: got None, accepted is a list of objects"),
-        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: position: got .* of an earlier object"),
+        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: include 0: position: got .* an index before"),
         *(
-            (json.dumps(ENTRY | {"include": [CAT, CAT | {"position": position}]}), "line 2: position: got .* earlier")
+            (
+                json.dumps(ENTRY | {"include": [CAT, CAT | {"position": position}]}),
+                "include 1: position: got .* an index before",
+            )
             for position in (*([POSITIONS[0], i] for i in (-1, -2, 1, 0.0, False)), ["near", 0], ["above"], "ab", None)
         ),
-        (json.dumps(ENTRY | {"include": [CAT | {"position": ["left of", -1]}]}), "line 2: position: got .* earlier"),
-        (json.dumps(ENTRY | {"include": [CAT | {"color": "teal"}]}), "line 2: color: got 'teal'"),
-        (json.dumps(ENTRY | {"include": [7]}), "line 2: include: got .*accepted is a list of objects"),
-        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "line 2: include: got none"),
+        (
+            json.dumps(ENTRY | {"include": [CAT | {"position": ["left of", -1]}]}),
+            "line 2: include 0: position: got .* before",
+        ),
+        (
+            json.dumps(ENTRY | {"include": [CAT | {"color": "teal"}]}),
+            "line 2: include 0: color: got 'teal', accepted are",
+        ),
+        (json.dumps(ENTRY | {"include": [7]}), "line 2: include 0: got 7, accepted is an object with class"),
+        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "line 2: include: got None, accepted is a list"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
@@ -234,6 +249,8 @@ def test_a_task_of_several_rewards():
         ([{"class": "circle", "count": -1}], "include 0: count: got -1"),
         ([{"class": "circle"}], "include 0: count: got None"),
         ([{"class": "circle", "count": 1, "color": "puce"}], "include 0: color: got 'puce'"),
+        ([{"class": "circle", "count": 1, "color": ["red"]}], "include 0: color: got ['red'], accepted are red"),
+        ([{"class": ["circle"], "count": 1}], "include 0: class: got ['circle'], accepted are circle"),
         ([{"class": "circle", "count": 1, "position": ["above", 0]}], "include 0: position: got ['above', 0]"),
         ([{"class": "circle", "count": 1, "position": "above"}], "include 0: position: got 'above'"),
     ],

@@ -18,14 +18,12 @@ _STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0,
 
 
 def outline(shape: str, left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
-    """Corners of a ``square``, ``triangle`` or ``cross`` that fills the box."""
+    """Corners of a ``square`` or ``triangle`` that fills the box."""
     width, height = right - left, bottom - top
     unit = {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
-        "cross": [(x / 3, y / 3) for x, y in
-                  [(1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1)]],
-    }[shape]  # fmt: skip
+    }[shape]
     return [(left + x * width, top + y * height) for x, y in unit]
 
 
