@@ -39,7 +39,7 @@ def check_entry(entry: Mapping[str, Any], classes: Collection[str], colors: Coll
     for part in ("include", "exclude"):
         items = entry.get(part, [] if part == "exclude" else None)
         if not isinstance(items, list | tuple) or (part == "include" and not items):
-            refuse(part, items, "is a list of objects")
+            refuse(part, items, f"is a list of {'at least one object' if part == 'include' else 'objects'}")
         for i, item in enumerate(items):
             where = f"{part} {i}"
             if not isinstance(item, Mapping):

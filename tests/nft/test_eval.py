@@ -272,7 +272,7 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
             "prompts: drawbench: metadata: entry 0 lacks include, which ShapesReward needs",
         ),
         ([*PAPER, "--prompts", "ocr=unquoted.txt"], "'a sign': prompt: got 'a sign', accepted for OCR"),
-        ([*PAPER, "--prompts", "geneval=nothing.jsonl"], "line 1: include: got none, accepted is at least"),
+        ([*PAPER, "--prompts", "geneval=nothing.jsonl"], "line 1: include: got None, accepted is a list of at least"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_drawn(arguments, message, tmp_path, monkeypatch):

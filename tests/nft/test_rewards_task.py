@@ -41,47 +41,32 @@ def test_the_benchmarks_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: "),
-        ('"text"', "line 2: accepted is an object with a prompt"),
-        (json.dumps(ENTRY | {"prompt": " "}), "line 2: accepted is an object with a prompt"),
-        (json.dumps(ENTRY | {"tag": "size"}), "line 2: accepted is an object with a prompt and one of the tags"),
-        (
-            json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}),
-            "line 2: include 0: class: got 'kat', accepted are person",
-        ),
+        ("{", ""),
+        ('"text"', "accepted is an object with a prompt"),
+        (json.dumps(ENTRY | {"prompt": " "}), "accepted is an object with a prompt"),
+        (json.dumps(ENTRY | {"tag": "size"}), "accepted is an object with a prompt and one of the tags"),
+        (json.dumps(ENTRY | {"include": [{"class": "kat", "count": 1}]}), "include 0: class: got 'kat'"),
         *(
-            (
-                json.dumps(ENTRY | {"include": [{"class": "cat", "count": count}]}),
-                "include 0: count: got .* positive integers",
-            )
+            (json.dumps(ENTRY | {"include": [{"class": "cat", "count": count}]}), f"include 0: count: got {count}")
             for count in (0, True, 1.0, None)
         ),
-        (json.dumps(ENTRY | {"exclude": [{"class": "cat", "count": 0}]}), "line 2: exclude 0: count: got 0"),
-        (json.dumps(ENTRY | {"exclude": None}), "line 2: exclude: got None, accepted is a list of objects"),
-        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "line 2: include 0: position: got .* an index before"),
+        (json.dumps(ENTRY | {"exclude": [{"class": "cat", "count": 0}]}), "exclude 0: count: got 0"),
+        (json.dumps(ENTRY | {"exclude": None}), "exclude: got None, accepted is a list of objects"),
+        (json.dumps(ENTRY | {"include": [ENTRY["include"][1]]}), "include 0: position: got .* an index before"),
         *(
-            (
-                json.dumps(ENTRY | {"include": [CAT, CAT | {"position": position}]}),
-                "include 1: position: got .* an index before",
-            )
+            (json.dumps(ENTRY | {"include": [CAT, CAT | {"position": position}]}), "include 1: position: got ")
             for position in (*([POSITIONS[0], i] for i in (-1, -2, 1, 0.0, False)), ["near", 0], ["above"], "ab", None)
         ),
-        (
-            json.dumps(ENTRY | {"include": [CAT | {"position": ["left of", -1]}]}),
-            "line 2: include 0: position: got .* before",
-        ),
-        (
-            json.dumps(ENTRY | {"include": [CAT | {"color": "teal"}]}),
-            "line 2: include 0: color: got 'teal', accepted are",
-        ),
-        (json.dumps(ENTRY | {"include": [7]}), "line 2: include 0: got 7, accepted is an object with class"),
-        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "line 2: include: got None, accepted is a list"),
+        (json.dumps(ENTRY | {"include": [CAT | {"position": ["left of", -1]}]}), "include 0: position: got "),
+        (json.dumps(ENTRY | {"include": [CAT | {"color": "teal"}]}), "include 0: color: got 'teal'"),
+        (json.dumps(ENTRY | {"include": [7]}), "include 0: got 7, accepted is an object with class and count"),
+        (json.dumps({"tag": "colors", "prompt": "a red bus"}), "include: got None, accepted is a list of at least one"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, message):
     path = tmp_path / "metadata.jsonl"
     path.write_text(f"{json.dumps(ENTRY)}\n{line}\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"line 2: {message}"):
         geneval.read(path)
 
 
@@ -241,7 +226,7 @@ def test_a_task_of_several_rewards():
 @pytest.mark.parametrize(
     ("include", "message"),
     [
-        (5, "include: got 5, accepted is a list of objects"),
+        (5, "include: got 5, accepted is a list of at least one object"),
         ([], "include: got []"),
         ([5], "include 0: got 5, accepted is an object with class and count"),
         ([{"class": "nonsense", "count": 1}], "include 0: class: got 'nonsense', accepted are circle"),
