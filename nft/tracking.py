@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from torch import Tensor
 
 from .config import Config
+
+# Most of an evaluation's that a tracker is given.
+_PICTURES = 24
 
 
 class Tracker:
@@ -44,6 +49,16 @@ class Tracker:
         if self._tracker:
             numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
             self._tracker.log(numbers, step=epoch)
+
+    def pictures(self, pictures: Tensor, epoch: int) -> None:
+        """Some of an evaluation's pictures (B, H, W, 3), where the tracker takes any."""
+        if not hasattr(self._tracker, "log_images"):
+            return
+        some = pictures[:: math.ceil(len(pictures) / _PICTURES)]
+        # TensorBoard's writer wants one array with channels first, the others are given a list.
+        channels_first = self._config.tracker == "tensorboard"
+        values = some.permute(0, 3, 1, 2).numpy() if channels_first else list(some.numpy())
+        self._tracker.log_images({"held_out": values}, step=epoch)
 
     def finish(self) -> None:
         """Close it."""

@@ -580,6 +580,7 @@ class Trainer:
         """Evaluate, compare with the last time, log, and tell the checkpoint, after which it is not done again."""
         scores, pictures, prompts = self.evaluate()
         on_eval(self.epoch, pictures, prompts)
+        self.tracker.pictures(pictures, self.epoch)
         self.score = scores["eval_strict"]
         watched = ["strict", *(f"reward_{name}" for name, weight in self.task.weights.items() if not weight)]
         held_out = {name: (scores[f"eval_{name}"], scores[f"eval_{name}_std"]) for name in watched}

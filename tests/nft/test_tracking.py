@@ -23,8 +23,8 @@ SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_pe
 def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
     build_pipeline().save_pretrained(tmp_path / "pipeline")
     monkeypatch.setitem(TASKS, "shapes", Brightness)
-    needs_folder = name == "tensorboard"
-    seen = {"logged": [], "finished": 0}
+    needs_folder, takes_pictures = name == "tensorboard", name != "trackio"
+    seen = {"logged": [], "pictures": [], "finished": 0}
 
     class Recorder(GeneralTracker):
         name = "recorder"
@@ -44,6 +44,11 @@ def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
         def log(self, values, step):
             seen["logged"].append((step, values))
 
+        if takes_pictures:
+
+            def log_images(self, values, step):
+                seen["pictures"].append((step, values["held_out"]))
+
         def finish(self):
             seen["finished"] += 1
 
@@ -56,6 +61,11 @@ def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
     assert [step for step, _ in seen["logged"]] == [line["epoch"] for line in lines] == [0, 1, 2, 2]
     for (_, values), line in zip(seen["logged"], lines, strict=True):
         assert values and all(line[key] == value for key, value in values.items())
+    assert [step for step, _ in seen["pictures"]] == ([0, 2] if takes_pictures else [])
+    for _, pictures in seen["pictures"]:
+        shapes = {picture.shape for picture in pictures}
+        assert 1 < len(pictures) <= 24 and shapes == {(3, 64, 64) if name == "tensorboard" else (64, 64, 3)}
+        assert all(picture.dtype == "uint8" for picture in pictures)
     assert seen["start"] == ("nft", tmp_path / "run" if needs_folder else None) and seen["finished"] == 1
     assert seen["settings"]["learning_rate"] == 1e-3
     # Trackers take no lists or mappings.
