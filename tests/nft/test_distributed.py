@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -21,12 +22,24 @@ from nft.worlds.shapes.tiny import build_pipeline
 pytestmark = pytest.mark.forks
 
 
-def by_torchrun(count, folder, pipeline):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    command = [sys.executable, *launcher, distributed_worker.__file__, folder, pipeline]
+TORCHRUN, ACCELERATE = ("-m", "torch.distributed.run"), ("-m", "accelerate.commands.launch")
+
+
+def launched(*launches, folder, pipeline):
+    """Commands of one launcher, a node each, side by side."""
     environment = {**os.environ, **LOCAL, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    work = distributed_worker.__file__, folder, pipeline
+    running = [
+        subprocess.Popen([sys.executable, *launch, *work], env=environment, stderr=subprocess.PIPE, text=True)
+        for launch in launches
+    ]
+    try:
+        for each in running:
+            said = each.communicate(timeout=300)[1]
+            assert each.returncode == 0, said[-3000:]
+    finally:
+        for each in running:
+            each.kill()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def runs(tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
         TASKS["shapes"] = shapes
-    by_torchrun(3, str(folder / "run3"), pipeline)
+    launched((*TORCHRUN, "--standalone", "--nproc-per-node=3"), folder=folder / "run3", pipeline=pipeline)
     return folder, {
         count: [torch.load(folder / f"run{count}-{rank}.pt") for rank in range(count)] for count in (1, 2, 3)
     }
@@ -60,6 +73,29 @@ def test_the_same_pictures_advantages_and_weights_as_one_process(runs, count):
         for name in ("trained", "old", "ema"):
             for ours, theirs in zip(out[name], one[name], strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun on two nodes", "accelerate launch"])
+def test_other_launchers_make_the_same_processes(runs, launcher):
+    """To the last bit of what two processes got that were started in another way."""
+    folder, found = runs
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    name = launcher.partition(" ")[0]
+    if name == "torchrun":
+        both = (*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}")
+        launches = [(*both, f"--node-rank={rank}") for rank in range(2)]
+    else:
+        # Its name for several processes; without a GPU they are on the CPU.
+        settings = "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"
+        launches = [(*ACCELERATE, "--multi_gpu", "--num_processes=2", *settings)]
+    launched(*launches, folder=folder / name, pipeline=folder / "pipeline")
+    for rank, wanted in enumerate(found[2]):
+        got = torch.load(folder / f"{name}-{rank}.pt")
+        assert got["processes"] == 2
+        for key in ("r", "x0", "trained", "old", "ema"):
+            assert all(map(torch.equal, got[key], wanted[key]))
 
 
 @pytest.mark.parametrize("count", [2, 3])
