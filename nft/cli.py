@@ -161,11 +161,11 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value settings")] = None,
     config: Annotated[str, typer.Option(help="bundled configuration or YAML file")] = "shapes",
 ) -> None:
-    """Print every setting of a configuration as a YAML file."""
+    """Print every setting of a configuration, and what it does, as a YAML file."""
     from .config import ConfigError, load_config
 
     try:
-        typer.echo(load_config(config, overrides).dump(), nl=False)
+        typer.echo(load_config(config, overrides).dump(explained=True), nl=False)
     except ConfigError as error:
         raise fail(error) from None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from bisect import bisect
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 import yaml
@@ -57,7 +58,9 @@ class ConfigError(ValueError, TypeError):
 class Config(BaseModel):
     """All settings of a run. Defaults are those of the shapes world."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True
+    )
 
     plugins: list[str] = []
     """Modules of your own, on the path or in the working folder, that register solvers, objectives or models."""
@@ -76,6 +79,7 @@ class Config(BaseModel):
     combine: Literal["sum", "normalized_sum", "gdpo", "per_reward"] = "sum"
     """How several rewards become one advantage."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Of every random choice, each of which comes from a stream named by seed, epoch and purpose."""
     device: str = "cpu"
     """Device of the pipeline and of GPU rewards, ``cpu``, ``cuda`` or ``cuda:1``; with several processes ``cuda`` is a
     GPU for each."""
@@ -84,6 +88,7 @@ class Config(BaseModel):
     resolution: int | None = Field(None, gt=0, multiple_of=8)
     """Width and height of a picture in pixels; the pipeline's own by default."""
     gradient_checkpointing: bool = False
+    """Activations of a block are computed anew in the backward, which saves memory and takes another forward pass."""
     offload: bool = False
     """Text encoders and VAE wait in host memory between uses."""
     shard: bool = False
@@ -96,12 +101,16 @@ class Config(BaseModel):
     adapter: Literal["lora", "full"] = "lora"
     """``full`` trains every weight of the transformer, in float32."""
     lora_rank: int = Field(32, gt=0)
+    """Of the adapters."""
     lora_alpha: int = Field(64, gt=0)
+    """Adapters are scaled by ``lora_alpha / lora_rank``."""
 
     epochs: int = Field(120, gt=0)
+    """How often pictures are sampled and trained on."""
     stages: list[dict[str, Any]] = []
     """A curriculum: each stage has its ``epochs`` and whatever differs from the settings outside."""
     prompts_per_epoch: int = Field(24, gt=0)
+    """Prompts of an epoch, over all processes."""
     group_size: int = Field(12, gt=1)
     """Pictures per prompt, among which rewards are compared."""
     explore: int | None = Field(None, gt=1)
@@ -113,16 +122,21 @@ class Config(BaseModel):
     filter_mean: float | None = None
     """A group is not trained on if its mean reward reaches this and its deviation is below ``filter_std``."""
     filter_std: float = Field(0.05, gt=0)
+    """See ``filter_mean``."""
     rollout_steps: int = Field(10, gt=0, le=1000)
+    """Steps of the solver in a rollout."""
     timestep_spacing: Literal["even", "pipeline"] = "even"
     """How times are spaced before the scheduler's shift, in rollouts and evaluations: evenly down to 0, or as by
     diffusers' own call of the pipeline."""
     rollout_solver: str = "euler"
+    """A name of ``nft solvers``."""
     rollout_options: dict[str, Any] = {}
     """The solver's own options, such as ``{eta: 0.5}``."""
     window: int | None = Field(None, gt=0)
     """How many steps of the solver ``mixed`` draw noise; where they lie moves with the epoch."""
     window_order: Literal["sliding", "random"] = "sliding"
+    """``sliding`` moves it a step at a time and starts over at the end, ``random`` puts it anywhere in the first
+    half."""
     window_epochs: int = Field(1, gt=0)
     """For how many epochs the window stays where it is."""
     rollout_batch: int = Field(96, gt=0)
@@ -135,39 +149,60 @@ class Config(BaseModel):
     """Matrix products of rollouts in float8, which needs ``fused_transformer`` and a GPU, or torch on a CPU,
     that has them."""
     max_sequence_length: int = Field(10, gt=0, le=4096)
+    """Tokens of a prompt; of its T5 encoder for Stable Diffusion 3 and FLUX.1."""
 
     objective: str = "nft"
+    """What is learned of the pictures: DiffusionNFT, ``nft``, or a baseline of docs/baselines.md."""
     timesteps_per_sample: int = Field(3, gt=0)
     """How many of the rollout's times each picture is trained on in an epoch; of its noisy steps for ``grpo``."""
     shared_noise: bool = False
     """Times and noise are drawn once for all pictures of a prompt."""
     updates_per_epoch: int = Field(6, gt=0)
+    """Optimizer steps that the pictures of an epoch are shared out over."""
     micro_batch: int = Field(144, gt=0)
     """Most pairs of picture and time that a process differentiates at a time."""
     learning_rate: float = Field(1e-3, gt=0)
+    """Of AdamW."""
     weight_decay: float = Field(1e-4, ge=0)
+    """Of AdamW, decoupled."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """The norm that gradients are clipped to."""
     old_policy: Literal["copy", "linear_0.5", "delayed_0.999"] = "linear_0.5"
+    """The eta of theta_old <- eta theta_old + (1-eta) theta at step i: 0 for ``copy``, min(0.001 i, 0.5) for
+    ``linear_0.5``, and for ``delayed_0.999`` 0 below i = 75, then min(0.0075 (i - 75), 0.999)."""
     old_policy_counts: Literal["epochs", "updates"] = "epochs"
     """What that schedule goes by: epochs, the iterations of the paper, or optimizer steps, as in its code."""
 
     beta: float = Field(1.0, gt=0)
+    """Strength of the implicit policies, v+- = v_old +- beta (v_theta - v_old)."""
     adv_clip_max: float = Field(5.0, gt=0, le=1e6)
+    """M: advantages A are clipped to +-M, r = A / (2M) + 1/2, and the loss is scaled by M."""
     kl_weight: float = Field(1e-4, ge=0)
+    """Of the mean squared difference of the velocities to those of the reference model, which is not evaluated at 0."""
     weighting: Literal["adaptive", "none", "t", "t2", "1/t", "1/t2", "(1-t)/t2"] = "adaptive"
+    """``adaptive`` divides the errors of a sample by their mean size, the others weigh them by time; see
+    ``nft_loss``."""
     advantage_mode: Literal["continuous", "positive_only", "negative_only", "one_only", "binary"] = "continuous"
+    """What of an advantage counts: all, its positive or its negative side, 1 where it is positive, or its sign."""
     advantage_std: Literal["global", "group"] = "global"
+    """The deviation that advantages are divided by: of all pictures of the epoch or of the group."""
     rwr_temperature: float = Field(1.0, gt=0)
+    """Of ``rwr``, whose weights are exp(A / rwr_temperature)."""
     clip_range: float = Field(1e-4, gt=0)
     """Of the ratio to the old policy, for ``grpo`` and ``awm``."""
 
     eval_every: int = Field(10, gt=0)
+    """Epochs from one evaluation on held-out prompts to the next."""
     eval_prompts_per_group: int = Field(20, gt=0)
+    """Held-out prompts of every task group."""
     eval_steps: int = Field(10, gt=0, le=1000)
+    """Steps of the solver in an evaluation."""
     eval_solver: str = "heun"
+    """A name of ``nft solvers``; another one than in rollouts shows whether the policy depends on it."""
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest checkpoints stay; the best by held-out score always does."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Where numbers and pictures of evaluations are sent, beside metrics.jsonl."""
     alarms: dict[str, float] = {}
     """Thresholds that replace those of ``nft.alarms.THRESHOLDS``."""
     preflight: bool = True
@@ -404,11 +439,25 @@ class Config(BaseModel):
         ends = list(accumulate(stage.epochs for stage in self._stages))
         return min(bisect(ends, epoch), max(len(ends) - 1, 0))
 
-    def dump(self) -> str:
-        """The resolved settings as YAML that ``load_config`` takes."""
+    def dump(self, *, explained: bool = False) -> str:
+        """The resolved settings as YAML that ``load_config`` takes, with a comment on each if ``explained``."""
         # What nobody set follows from each stage's own epoch.
         derived = {"epochs", *({"micro_batch", "updates_per_epoch"} - self.model_fields_set)} if self._stages else set()
-        return yaml.dump(self.model_dump(exclude=derived), Dumper=_Dumper, sort_keys=False)
+        lines = []
+        for key, value in self.model_dump(exclude=derived).items():
+            field = Config.model_fields[key]
+            about = [(field.description or "").replace("``", "`")]
+            if names := _choices(field.annotation):
+                about.append(f"One of {', '.join(map(str, names))}.")
+            comment = textwrap.fill(" ".join(about), 120, initial_indent="# ", subsequent_indent="# ") + "\n"
+            lines += [comment if explained else "", yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False)]
+        return "".join(lines)
+
+
+def _choices(annotation: Any) -> list[Any]:
+    """What a ``Literal`` in an annotation accepts."""
+    parts = get_args(annotation)
+    return list(parts) if get_origin(annotation) is Literal else [name for part in parts for name in _choices(part)]
 
 
 def check_float32(key: str, value: float) -> None:

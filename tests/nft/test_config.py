@@ -412,3 +412,17 @@ def test_a_mapping_that_is_merged_before_it_is_read_has_each_key_once(tmp_path):
         "  ocr: {options: &a {<<: {workers: 1}, workers: 2}}\n  jpeg: {<<: *a, weight: 3}\n"
     )
     assert load_config(str(tmp_path / "run.yaml")).reward_specs()["jpeg"].workers == 2
+
+
+def test_every_setting_is_explained(tmp_path):
+    for overrides in ([], ["stages=[{epochs: 1}, {epochs: 2, beta: 0.3}]"]):
+        config = load_config("shapes", overrides)
+        text = config.dump(explained=True)
+        (tmp_path / "explained.yaml").write_text(text)
+        assert load_config(tmp_path / "explained.yaml") == config and "#" not in config.dump()
+        lines = text.splitlines()
+        keys = [i for i, line in enumerate(lines) if line.partition(":")[0] in Config.model_fields]
+        assert keys and all(lines[i - 1].startswith("# ") for i in keys)
+        assert all(len(line) <= 120 for line in lines if line.startswith("#"))
+        for names in ("One of copy, linear_0.5, delayed_0.999.", "One of default, reduce-overhead, max-autotune."):
+            assert names in " ".join(text.replace("\n# ", " ").split())
