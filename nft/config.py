@@ -449,7 +449,10 @@ class Config(BaseModel):
             about = [(field.description or "").replace("``", "`")]
             if names := _choices(field.annotation):
                 about.append(f"One of {', '.join(map(str, names))}.")
-            comment = textwrap.fill(" ".join(about), 120, initial_indent="# ", subsequent_indent="# ") + "\n"
+            comment = (
+                textwrap.fill(" ".join(about), 120, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
+                + "\n"
+            )
             lines += [comment if explained else "", yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False)]
         return "".join(lines)
 
