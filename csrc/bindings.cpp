@@ -149,13 +149,13 @@ PYBIND11_MODULE(_C, m) {
                        const std::optional<Tensor>& mask, const std::optional<Tensor>& r_elements, uintptr_t offsets,
                        const PerSample& t, const PerSample& r, const PerSample& beta, const PerSample& outer,
                        double adv_clip_max, double kl_weight, int weighting, int prediction, bool kl_in_x0,
-                       bool detach_weight, bool double_math, int64_t batch, int64_t elements, uintptr_t loss,
-                       uintptr_t details) {
+                       bool detach_weight, int64_t channels, int64_t inner, bool double_math, int64_t batch,
+                       int64_t elements, uintptr_t loss, uintptr_t details) {
     LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), view(v_ref), view(grad), view(mask), view(r_elements),
                v_ref.has_value(), grad.has_value(), double_math,
                mask.has_value(), r_elements.has_value(), detach_weight, kl_in_x0,
                weighting, prediction, batch, elements, pointer<int64_t>(offsets),
-               vector(t), vector(r), vector(beta), vector(outer), adv_clip_max, kl_weight,
+               vector(t), vector(r), vector(beta), vector(outer), adv_clip_max, kl_weight, channels, inner,
                pointer<void>(loss), pointer<void>(details)};
     dispatch(where, a, baseline::nft_loss, NFT_AVX2(nft_loss), NFT_AVX512(nft_loss), NFT_CUDA(nft_loss));
   });

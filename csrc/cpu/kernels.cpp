@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -245,6 +246,127 @@ void loss(const LossArgs& a) {
   a.has_ref ? loss<T, S, kElementwise, true>(a) : loss<T, S, kElementwise, false>(a);
 }
 
+// Some neighbouring tokens of sample b, whose channels are rows of `width` values each.
+template <typename T, bool kRef>
+struct Tokens {
+  const LossArgs& a;
+  Buffers<T>& buf;
+  int64_t width;
+
+  // Rows of a tensor in a buffer: in the tensor they are often a power of two apart, and would share a cache's places.
+  void load_rows(const View& view, int64_t b, int64_t start, int64_t count, T* rows) const {
+    for (int64_t c = 0; c < a.channels; ++c) {
+      T* row = rows + c * width;
+      const T* found = load(view, b, start + c * a.inner, count, row);
+      if (found != row) std::copy_n(found, count, row);
+      std::fill_n(row + count, width - count, T(0));
+    }
+  }
+
+  // The mean over the tokens of each of their details, times `share`; of the last the largest.
+  void run(int64_t b, int64_t start, int64_t count, double share, double (&details)[kDetails]) const {
+    load_rows(a.v_theta, b, start, count, buf.v_theta);
+    load_rows(a.v_old, b, start, count, buf.v_old);
+    load_rows(a.x_t, b, start, count, buf.x_t);
+    load_rows(a.x0, b, start, count, buf.x0);
+    if (kRef) load_rows(a.v_ref, b, start, count, buf.v_ref);
+    Sample sample = sample_of(a, b);
+    sample.outer *= share;
+    const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
+    for (int64_t k = 0; k < count; k += kLanes) {
+      T lane[kKl + 2][kLanes] = {{0}}, d_max[kLanes] = {0};
+      for (int64_t i = k; i < a.channels * width; i += width) {
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          T d, base;
+          errors<T>(buf.v_theta[i + l], buf.v_old[i + l], buf.x_t[i + l], buf.x0[i + l], f, d, base);
+          const T positive = fused(f.step, d, base), negative = fused(-f.step, d, base), most = std::abs(d);
+          lane[kPositiveAbs][l] += std::abs(positive);
+          lane[kNegativeAbs][l] += std::abs(negative);
+          lane[kPositiveSq][l] += positive * positive;
+          lane[kNegativeSq][l] += negative * negative;
+          lane[kDAbs][l] += most;
+          if constexpr (kRef) {
+            const T delta = buf.v_theta[i + l] - buf.v_ref[i + l];
+            lane[kKl][l] += delta * delta;
+          }
+          d_max[l] = d_max[l] > most ? d_max[l] : most;
+        }
+      }
+      T of_base[kLanes] = {0}, of_d[kLanes] = {0}, of_kl = 0;
+      for (int l = 0; l < std::min<int64_t>(kLanes, count - k); ++l) {
+        const double d_abs = static_cast<double>(lane[kDAbs][l]);
+        const Sums<double> sums{static_cast<double>(lane[kPositiveAbs][l]), static_cast<double>(lane[kNegativeAbs][l]),
+                                static_cast<double>(lane[kPositiveSq][l]), static_cast<double>(lane[kNegativeSq][l]),
+                                static_cast<double>(lane[kKl][l]), d_abs,
+                                std::isnan(d_abs) ? d_abs : static_cast<double>(d_max[l])};
+        double each[kDetails];
+        const Coefficients c = finish(a, sample, sums, a.channels, each);
+        of_base[l] = static_cast<T>(c.positive + c.negative);
+        of_d[l] = static_cast<T>((c.positive - c.negative) * static_cast<double>(f.step));
+        of_kl = static_cast<T>(c.kl);
+        add_details(each, share, details);
+      }
+      for (int64_t i = k; a.want_grad && i < a.channels * width; i += width) {
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) {
+          T d, base;
+          errors<T>(buf.v_theta[i + l], buf.v_old[i + l], buf.x_t[i + l], buf.x0[i + l], f, d, base);
+          T value = fused(of_base[l], base, of_d[l] * d);
+          if constexpr (kRef) value = fused(of_kl, buf.v_theta[i + l] - buf.v_ref[i + l], value);
+          buf.grad[i + l] = value;
+        }
+      }
+    }
+    for (int64_t c = 0; a.want_grad && c < a.channels; ++c)
+      store(a.grad, b, start + c * a.inner, count, buf.grad + c * width);
+  }
+
+  static void add_details(const double (&each)[kDetails], double share, double (&details)[kDetails]) {
+    for (int i = 0; i < kDetails - 1; ++i) details[i] += share * each[i];
+    // A NaN, which compares false, must not be lost.
+    const double most = each[kDetails - 1];
+    if (most > details[kDetails - 1] || most != most) details[kDetails - 1] = most;
+  }
+};
+
+// With a weight per token: every token's errors are divided by their mean over its channels.
+template <typename T, bool kRef>
+void token_loss(const LossArgs& a) {
+  const int64_t tokens = a.elements / a.channels, outer = tokens / a.inner;
+  const int64_t width = std::min((a.inner + kLanes - 1) / kLanes, kChunk / a.channels / kLanes) * kLanes;
+  const int64_t across = (a.inner + width - 1) / width, tiles = outer * across;
+  std::vector<std::array<double, kDetails>> partial(a.batch * tiles);
+#pragma omp parallel
+  {
+    Buffers<T> buf;
+    const Tokens<T, kRef> part{a, buf, width};
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < a.batch * tiles; ++item) {
+      const int64_t tile = item % tiles, first = tile % across * width;
+      double details[kDetails] = {0};
+      part.run(item / tiles, tile / across * a.channels * a.inner + first, std::min(width, a.inner - first),
+               1.0 / static_cast<double>(tokens), details);
+      std::copy_n(details, kDetails, partial[item].data());
+    }
+  }
+  for (int64_t b = 0; b < a.batch; ++b) {
+    double details[kDetails] = {0};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      double each[kDetails];
+      std::copy_n(partial[b * tiles + tile].data(), kDetails, each);
+      Tokens<T, kRef>::add_details(each, 1.0, details);
+    }
+    for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
+  }
+  reduce<T>(a);
+}
+
+template <typename T>
+void token_loss(const LossArgs& a) {
+  a.has_ref ? token_loss<T, true>(a) : token_loss<T, false>(a);
+}
+
 template <typename T>
 void noise(const NoiseArgs& a) {
   const int64_t chunks = (a.elements + kChunk - 1) / kChunk;
@@ -279,6 +401,7 @@ bool all_bf16(const LossArgs& a) {
 
 void nft_loss(const LossArgs& args) {
   if (args.want_grad) expect_writes(args.grad, args.batch, args.elements);
+  if (args.channels) return args.double_math ? token_loss<double>(args) : token_loss<float>(args);
   const bool weighted = elementwise(args);
   if (args.double_math)
     weighted ? loss<double, double, true>(args) : loss<double, double, false>(args);

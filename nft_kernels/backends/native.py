@@ -129,6 +129,8 @@ def nft_loss(
         PREDICTIONS.index(options.prediction),
         options.kl_space == "x0",
         options.detach_weight,
+        options.channels,
+        options.inner,
         dtype == torch.float64,
         batch,
         x0.numel() // x0.shape[0],

@@ -16,6 +16,8 @@ from ..reference.nft_loss import KL_SPACES, PREDICTIONS, WEIGHTINGS, LossInputs,
 from . import _validate
 
 REDUCTIONS = ("mean", "sum", "none")
+# That the CPU's kernel for weights of tokens holds.
+_MOST_CHANNELS = 128
 
 
 class NFTLossOutput(NamedTuple):
@@ -105,10 +107,14 @@ def _op(
     kl_space: str,
     detach_weight: bool,
     constant_beta: float,
+    channels: int,
+    inner: int,
     want_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = Options(adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight, constant_beta)
+    options = Options(
+        adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight, constant_beta, channels, inner
+    )
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
     if segments is not None:
         # What torch.compile traced had no values to look at.
@@ -166,7 +172,13 @@ def _per_token(
     inputs: LossInputs, options: Options, backend: str, per_sample: bool, channel_dim: int
 ) -> tuple[Tensor, Tensor]:
     """``_run`` with every token as a sample of its own, which counts by its share of its sample's elements."""
-    x0, lengths = inputs.x0, None if inputs.segments is None else inputs.segments.diff()
+    x0 = inputs.x0
+    channels, inner = x0.shape[channel_dim], math.prod(x0.shape[channel_dim + 1 :])
+    common = inputs.mask is None and inputs.segments is None and inputs.r.ndim == 1 and options.detach_weight
+    if common and inner > 1 and channels <= _MOST_CHANNELS and backend == "native" and x0.is_cpu:
+        # Nothing needs to be copied to have the channels last.
+        return _run(inputs, options._replace(channels=channels, inner=inner), backend, per_sample)
+    lengths = None if inputs.segments is None else inputs.segments.diff()
     tokens = x0[0].numel() // x0.shape[channel_dim]
 
     def rows(x: Tensor) -> Tensor:

@@ -57,6 +57,9 @@ class Options(NamedTuple):
     kl_space: str = "v"
     detach_weight: bool = True
     beta: float = 1.0
+    channels: int = 0
+    """Of a weight per token, for kernels that know one: a token's channels lie ``inner`` elements of a sample apart."""
+    inner: int = 1
 
 
 def time_weighting(t: Tensor, weighting: str) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nft_kernels import check, nft_loss
+from nft_kernels.backends import native
 from nft_kernels.ops.nft_loss import _within_reach
 
 M = 5.0
@@ -244,6 +245,11 @@ LONG = {
         (2, 3, 43, 37),
         {"mask": (random(3, 1, 37) - 0.3).relu(), "r": random(2, 1, 43, 37), "kl_weight": 0.1, "detach_weight": False},
     ),
+    "weight per token": ((2, 8, 24, 24), {"weight_per": "token", "channel_dim": 1, "kl_weight": 0.1}),
+    "weight per token of frames": ((2, 3, 7, 33, 5), {"weight_per": "token", "channel_dim": 2, "beta": 0.3}),
+    "weight per token of few": ((3, 70, 5), {"weight_per": "token", "channel_dim": 1, "prediction": "eps"}),
+    "weight per token of many channels": ((2, 129, 11), {"weight_per": "token", "channel_dim": 1}),
+    "weight per token, channels last": ((2, 70, 8), {"weight_per": "token", "channel_dim": 2}),
     "segments": ((60, 3, 64), {"segments": edges(0, 1, 40, 60), "kl_weight": 0.1}),
     "segments that are not aligned": ((60, 63), {"segments": edges(0, 9, 10, 60), "detach_weight": False}),
     "all": (
@@ -463,3 +469,94 @@ def test_bad_offsets_make_the_loss_nan_on_a_gpu(reduction: str) -> None:
     assert loss.isnan().all()
     assert v.grad is not None
     assert v.grad.isnan().any()
+
+
+@pytest.fixture
+def tokens():
+    """A function that runs the native loss with a weight per token, and gives all that comes out."""
+    if reason := native.why_not([torch.empty(0)]):
+        pytest.skip(reason)
+
+    def run(x, t, r, **options):
+        leaf = x[0].clone().requires_grad_()
+        out = nft_loss(leaf, *x[1:4], t, r, weight_per="token", channel_dim=1, backend="native", **options)
+        return [*out, *torch.autograd.grad(out.loss.sum(), leaf)]
+
+    return run
+
+
+def test_a_weight_per_token_reads_any_strides(tokens):
+    """As the same values in dense memory; tokens beyond a tile, and rows that are shorter than a vector."""
+    g = torch.Generator().manual_seed(0)
+    for shape in ((2, 16, 9, 37), (3, 5, 3), (2, 100, 41)):
+        dense = [torch.randn(shape, generator=g) for _ in range(4)]
+        t, r = torch.rand(2, shape[0], generator=g)
+        wanted = tokens(dense, t, r)
+        strided = [
+            dense[0].transpose(1, -1).contiguous().transpose(1, -1),
+            dense[1].repeat_interleave(2, -1)[..., ::2],
+            dense[2].expand(2, *shape)[0],
+            torch.cat([dense[3], dense[3]], 1)[:, : shape[1]],
+        ]
+        assert all(torch.equal(got, exact) for got, exact in zip(tokens(strided, t, r), wanted, strict=True))
+
+
+def test_a_weight_per_token_has_the_same_bits_for_any_threads_and_batch(tokens):
+    (*x, _), t, r = make((5, 6, 33, 20))
+    x, t, r = [a.float() for a in x], t.float(), r.float()
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(tokens(x, t, r, reduction="none"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    alone = tokens([a[2:3] for a in x], t[2:3], r[2:3], reduction="none")
+    assert all(torch.equal(a[0], whole[2]) for a, whole in zip(alone, found[0], strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_spoils_its_token_and_sample_only(tokens, bad):
+    (*x, _), t, r = make((3, 4, 5, 7))
+    x, t, r = [a.float() for a in x], t.float(), r.float()
+    clean = tokens(x, t, r, reduction="none")
+    x[0][1, 2, 3, 4] = bad
+    *out, grad = tokens(x, t, r, reduction="none")
+    assert not out[0][1].isfinite() and out[8][1].isnan() == (bad != bad)
+    for got, wanted in zip(out, clean, strict=False):
+        assert torch.equal(got[::2], wanted[::2])
+    spoilt = torch.zeros(3, 4, 5, 7, dtype=torch.bool)
+    spoilt[1, :, 3, 4] = True
+    assert not grad[1, 2, 3, 4].isfinite() and torch.equal(grad[~spoilt], clean[-1][~spoilt])
+    # An infinite weight leaves the token's other channels nothing.
+    assert bad == bad or grad[1, :, 3, 4].isnan().all()
+
+
+def test_a_weight_per_token_copies_nothing_but_where_it_must(tokens, monkeypatch):
+    taken, original = [], native.nft_loss
+    monkeypatch.setattr(native, "nft_loss", lambda inputs, o, **k: taken.append(o.channels) or original(inputs, o, **k))
+    (*x, _), t, r = make((2, 4, 5, 7))
+    x, t, r = [a.float() for a in x], t.float(), r.float()
+    for options in ({}, {"detach_weight": False}, {"mask": torch.ones(5, 7)}):
+        tokens(x, t, r, **options)
+    tokens(x, t, torch.rand(2, 1, 5, 7))
+    assert taken == [4, 0, 0, 0]
+
+
+def test_a_weight_per_token_compiles_whole(tokens):
+    (*x, ref), t, r = make((2, 4, 5, 7))
+    x, t, r, ref = [a.float() for a in x], t.float(), r.float(), ref.float()
+
+    def run(v_theta):
+        return nft_loss(
+            v_theta, *x[1:4], t, r, v_ref=ref, kl_weight=0.1, weight_per="token", channel_dim=1, backend="native"
+        ).loss
+
+    found = []
+    for call in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        leaf = x[0].clone().requires_grad_()
+        loss = call(leaf)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(eager, compiled)
