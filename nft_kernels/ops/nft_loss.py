@@ -331,8 +331,8 @@ def nft_loss(
         segments: (S + 1,) int64 offsets into the first dimension of packed sequences of different lengths, from 0 to
             x0.shape[0]. Every segment then is a sample: B is S in all that is said of (B,) here.
         weight_per: ``sample`` takes the mean in w+- over a sample, ``token`` over the channels of each token.
-        channel_dim: the dimension of the channels, for ``weight_per="token"``. The tensors are copied unless it is
-            their last one.
+        channel_dim: the dimension of the channels, for ``weight_per="token"``. Unless it is their last one the tensors
+            are copied, but for ``native`` on the CPU without the options above.
         detach_weight: False lets the gradient flow through w+- too.
         kl_space: ``v`` takes the KL term's difference between velocities, ``x0`` between x0 predictions.
         sample_weight: (B,) weights of at least 0, by which ``mean`` averages and the others multiply.
