@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -38,8 +38,13 @@ def why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
     return load(backend).why_not(tensors)
 
 
-def choose(backend: str, *tensors: Tensor) -> str:
+def choose(backend: str, *tensors: Tensor, lacking: Callable[[str], str | None] = lambda backend: None) -> str:
     """Resolve ``backend`` for these tensors; NFT_KERNELS_BACKEND overrides ``auto``.
+
+    Args:
+        backend: one of ``BACKENDS``.
+        tensors: what a kernel is for.
+        lacking: why a backend has no kernel for an op, or None where it has.
 
     Raises:
         ValueError: an unknown name.
@@ -53,13 +58,13 @@ def choose(backend: str, *tensors: Tensor) -> str:
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = why_not(backend, tensors)
+        reason = lacking(backend) or why_not(backend, tensors)
         if reason is not None:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
     candidates = ("native",) if tensors[0].is_cpu else ("native", "triton")
     for candidate in candidates:
-        if why_not(candidate, tensors) is None:
+        if (lacking(candidate) or why_not(candidate, tensors)) is None:
             return candidate
     return "reference"

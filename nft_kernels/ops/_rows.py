@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,24 +24,17 @@ def backend_of(
     Raises:
         ValueError, RuntimeError: as ``choose``, also for a backend without a kernel.
     """
-    named = os.environ.get("NFT_KERNELS_BACKEND") if backend == "auto" else None
-    wish, origin = named or backend, "NFT_KERNELS_BACKEND" if named else "backend"
-    here = kernels if x.is_cpu else tuple(kernel for kernel in kernels if kernel != "native")
-    if wish in ("native", "triton") and wish not in here:
-        where, accepted = f" on {x.device.type}" if wish in kernels else "", ", ".join((*here, "reference"))
-        raise RuntimeError(f"{origin}: {wish!r} cannot run: it has no kernel for {op}{where}, accepted are {accepted}")
-    if wish in ("auto", "native") and native_dtype not in (None, x.dtype):
-        if wish == "native":
-            raise RuntimeError(f"{origin}: 'native' cannot run: it takes {str(native_dtype)[6:]}, not {x.dtype}")
-        here = tuple(kernel for kernel in here if kernel != "native")
-    if wish != "auto" or (x.is_cpu and "native" in here):
-        return choose(backend, x)
-    if x.device.type != "cuda" or "triton" not in here:
-        return "reference"
-    try:
-        return choose("triton", x)
-    except RuntimeError:
-        return "reference"
+    here = [kernel for kernel in kernels if kernel != "native" or x.is_cpu]
+
+    def lacking(name: str) -> str | None:
+        if name not in here:
+            where, accepted = f" on {x.device.type}" if name in kernels else "", ", ".join((*here, "reference"))
+            return f"it has no kernel for {op}{where}, accepted are {accepted}"
+        if name == "native" and native_dtype not in (None, x.dtype):
+            return f"it takes {str(native_dtype)[6:]}, not {x.dtype}"
+        return None
+
+    return choose(backend, x, lacking=lacking)
 
 
 def dense(x: Any) -> Any:
@@ -76,9 +68,34 @@ def function(
     return Fused
 
 
-def call(op: Any, function: Any, *args: Any) -> Any:
-    """The op that the compiler knows while it looks, else the autograd function, or without a gradient what it runs:
-    small tensors take less time than autograd."""
-    if torch.compiler.is_compiling():
-        return op(*args)
-    return function.apply(*args) if torch.is_grad_enabled() else function.run(*args)
+def fused(
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: Callable[..., Any],
+    fake_gradient: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[[Any, Callable[..., Any], tuple[Any, ...]], tuple[Tensor | None, ...]],
+) -> Callable[..., Any]:
+    """An op with a gradient. The compiler is shown custom ops; else it is an autograd function, or without a gradient
+    ``run`` itself: small tensors take less time than autograd.
+
+    Args:
+        name: of the op in ``torch.ops.nft_kernels``.
+        run, gradient: the kernels, and ``fake`` and ``fake_gradient`` their outputs without contents.
+        setup_context: keeps in ``ctx`` what the backward needs.
+        backward: gradients of the inputs by ``ctx``, ``gradient`` and the outputs' gradients.
+    """
+    op = torch.library.custom_op(f"nft_kernels::{name}", run, mutates_args=())
+    op.register_fake(fake)
+    gradient_op = torch.library.custom_op(f"nft_kernels::{name}_gradient", gradient, mutates_args=())
+    gradient_op.register_fake(fake_gradient)
+    op.register_autograd(lambda ctx, *grads: backward(ctx, gradient_op, grads), setup_context=setup_context)
+    eager: Any = function(run, setup_context, lambda ctx, grads: backward(ctx, gradient, grads))
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        return eager.apply(*args) if torch.is_grad_enabled() else run(*args)
+
+    return call

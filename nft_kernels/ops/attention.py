@@ -12,7 +12,7 @@ from ..backends import native
 from ..backends._memory import new_empty
 from ..reference import attention as reference
 from . import _validate
-from ._rows import backend_of, call, dense, function
+from ._rows import backend_of, dense, fused
 
 
 def why_not(q: Tensor) -> str | None:
@@ -44,20 +44,15 @@ def _fake_gradient(q, k, v, grad):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-_op = torch.library.custom_op("nft_kernels::attention", _run, mutates_args=())
-_op.register_fake(_fake)
-_gradient_op = torch.library.custom_op("nft_kernels::attention_gradient", _gradient, mutates_args=())
-_gradient_op.register_fake(_fake_gradient)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-_op.register_autograd(lambda ctx, grad: _gradient_op(*ctx.saved_tensors, grad), setup_context=_setup_context)
+def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return gradient(*ctx.saved_tensors, *grads)
 
 
-_Fused = function(_run, _setup_context, lambda ctx, grads: _gradient(*ctx.saved_tensors, *grads))
+_call = fused("attention", _run, _fake, _gradient, _fake_gradient, _setup_context, _backward)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tensor:
@@ -87,4 +82,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
             raise TypeError(f"{name}: got {x.dtype}, accepted is the dtype of q, {q.dtype}")
     if backend_of("attention", backend, q, kernels=("native",), native_dtype=torch.float32) == "reference":
         return reference.attention(q, k, v)
-    return call(_op, _Fused, q, k, v)
+    return _call(q, k, v)

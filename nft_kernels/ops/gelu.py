@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import load
 from ..backends._memory import new_empty
 from ..reference import gelu as reference
 from . import _validate
-from ._rows import backend_of, call, function
+from ._rows import backend_of, fused
 
 
 def _run(x: Tensor, backend: str) -> Tensor:
@@ -30,30 +29,21 @@ def _gradient(x: Tensor, grad: Tensor, backend: str) -> Tensor:
     return out
 
 
-_op = torch.library.custom_op("nft_kernels::gelu", _run, mutates_args=())
-_op.register_fake(_fake)
-_gradient_op = torch.library.custom_op("nft_kernels::gelu_gradient", _gradient, mutates_args=())
-_gradient_op.register_fake(_fake)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.backend = inputs
     ctx.save_for_backward(x)
 
 
-def _backward(ctx: Any, gradient: Any, grad: Tensor) -> tuple[Tensor, None]:
-    return gradient(*ctx.saved_tensors, grad, ctx.backend), None
+def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor]) -> tuple[Tensor, None]:
+    return gradient(*ctx.saved_tensors, *grads, ctx.backend), None
 
 
-_op.register_autograd(lambda ctx, grad: _backward(ctx, _gradient_op, grad), setup_context=_setup_context)
-
-
-_Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, *grads))
+_call = fused("gelu", _run, _fake, _gradient, _fake, _setup_context, _backward)
 
 
 def unchecked(x: Tensor, *, backend: str) -> Tensor:
     """``gelu`` of what fits, by a backend that can run."""
-    return reference.gelu(x) if backend == "reference" else call(_op, _Fused, x, backend)
+    return reference.gelu(x) if backend == "reference" else _call(x, backend)
 
 
 def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from ..backends._memory import new_empty
 from ..reference import compute_dtype
 from ..reference import layer_norm_modulate as reference
 from . import _validate
-from ._rows import backend_of, call, dense, function
+from ._rows import backend_of, dense, fused
 
 
 def _run(
@@ -68,12 +67,6 @@ def _fake_gradient(h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, e
     return grad_x, grad_y, grad_y2
 
 
-_op = torch.library.custom_op("nft_kernels::layer_norm_modulate", _run, mutates_args=())
-_op.register_fake(_fake)
-_gradient_op = torch.library.custom_op("nft_kernels::layer_norm_modulate_gradient", _gradient, mutates_args=())
-_gradient_op.register_fake(_fake_gradient)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, y, y2, y_bias, gate, gate2, scale, _, scale2, _, ctx.eps, ctx.backend = inputs
     h = x if y is None else output[0]
@@ -109,10 +102,7 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor | None, ...]) -> tupl
     return tuple(results)
 
 
-_op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), setup_context=_setup_context)
-
-
-_Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, grads))
+_call = fused("layer_norm_modulate", _run, _fake, _gradient, _fake_gradient, _setup_context, _backward)
 
 
 def unchecked(
@@ -123,7 +113,7 @@ def unchecked(
     args = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, eps)
     if backend == "reference":
         return reference.layer_norm_modulate(*args)
-    h, out, out2 = call(_op, _Fused, *args, backend)
+    h, out, out2 = _call(*args, backend)
     return (x if y is None else h, out) if scale2 is None else (x if y is None else h, out, out2)
 
 

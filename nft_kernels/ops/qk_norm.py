@@ -13,7 +13,7 @@ from ..backends._memory import new_empty
 from ..reference import compute_dtype
 from ..reference import qk_norm as reference
 from . import _validate
-from ._rows import backend_of, call, dense, function
+from ._rows import backend_of, dense, fused
 
 
 def _run(
@@ -72,12 +72,6 @@ def _fake_gradient(q, k, *_):
     return new_empty(q, q.shape), new_empty(k, k.shape)
 
 
-_op = torch.library.custom_op("nft_kernels::qk_norm", _run, mutates_args=())
-_op.register_fake(_fake)
-_gradient_op = torch.library.custom_op("nft_kernels::qk_norm_gradient", _gradient, mutates_args=())
-_gradient_op.register_fake(_fake_gradient)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, v, _, ctx.eps, ctx.backend = inputs
     ctx.joins_values = v is not None
@@ -107,10 +101,7 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor, ...]) -> tuple[Tenso
     return (*results, *values, None, None)
 
 
-_op.register_autograd(lambda ctx, *grads: _backward(ctx, _gradient_op, grads), setup_context=_setup_context)
-
-
-_Fused = function(_run, _setup_context, lambda ctx, grads: _backward(ctx, _gradient, grads))
+_call = fused("qk_norm", _run, _fake, _gradient, _fake_gradient, _setup_context, _backward)
 
 
 def unchecked(q, k, weight_q, weight_k, *context, v=None, context_v=None, eps, backend):
@@ -118,7 +109,7 @@ def unchecked(q, k, weight_q, weight_k, *context, v=None, context_v=None, eps, b
     args = (q, k, weight_q, weight_k, *(context or (None,) * 4), v, context_v, eps)
     if backend == "reference":
         return reference.qk_norm(*args)
-    normed_q, normed_k, values = call(_op, _Fused, *args, backend)
+    normed_q, normed_k, values = _call(*args, backend)
     return (normed_q, normed_k) if v is None else (normed_q, normed_k, values)
 
 
