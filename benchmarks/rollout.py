@@ -17,7 +17,7 @@ import torch
 
 from nft.config import load_config
 from nft.policy import Policy
-from nft.rollout import rollout, times
+from nft.rollout import rollout
 from nft.worlds.shapes.prompts import sample
 from nft_kernels.models.vae import restore
 from nft_kernels.provenance import provenance
@@ -45,7 +45,7 @@ def main() -> None:
     prompts = [entries[i % len(entries)]["prompt"] for i in range(options.pictures)]
     restore(official.pipeline.vae)
     pipeline, seeds = official.pipeline, list(range(options.pictures))
-    grid = times(options.steps, **policy.schedule)
+    grid = policy.times(options.steps)
 
     def plain() -> None:
         official.use("default")

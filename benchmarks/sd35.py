@@ -39,7 +39,7 @@ from nft.models.base import Model
 from nft.models.sd3 import StableDiffusion3
 from nft.plan import SD35_MEDIUM, matrix_rate
 from nft.policy import Policy
-from nft.rollout import rollout, times
+from nft.rollout import rollout
 from nft_kernels import add_noise, nft_loss
 from nft_kernels.bench import plain_loss
 from nft_kernels.models import attention, float8
@@ -239,7 +239,7 @@ def flops(policy: Policy) -> int:
 def draws_of(fused: Policy, official: Plain, compiled: dict[str, Draw], batch: int, steps: int) -> Calls:
     """Rollouts of as many pictures from the same noise."""
     device, prompts, seeds = fused.device, ["a"] * batch, list(range(batch))
-    grid, keys = times(steps, **fused.schedule).to(device), torch.tensor(seeds, device=device)
+    grid, keys = fused.times(steps).to(device), torch.tensor(seeds, device=device)
     x = add_noise(torch.zeros(batch, *fused.latent_shape, device=device), torch.ones(batch, device=device), seed=keys)
     wide, narrow = official.policy.embed(prompts), fused.embed(prompts)
 

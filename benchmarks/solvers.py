@@ -55,7 +55,8 @@ def world_errors(checkpoint, per_group):
     """A function from solver name and steps to one minus the strict score."""
     from nft.config import load_config
     from nft.full import load_policy
-    from nft.rollout import rollout, times
+    from nft.policy import times
+    from nft.rollout import rollout
     from nft.tasks import TASKS
 
     policy = load_policy(load_config("shapes"), checkpoint)

@@ -125,7 +125,7 @@ def train(
             text = ", ".join(f"{k} {seen[k]:.3f}" for k in ("reward", "loss", "eval_strict") if k in seen)
             progress.update(bar, completed=trainer.epoch, description=text)
             if "eval_strict" in metrics:
-                progress.print(f"epoch {trainer.epoch}: held-out strict score {metrics['eval_strict']:.3f}")
+                progress.print(f"epoch {trainer.epoch}: held-out score {metrics['eval_strict']:.3f}")
             for message in metrics["alarms"]:
                 progress.print(f"[yellow]epoch {trainer.epoch}, {escape(message)}[/yellow]")
 
@@ -389,11 +389,11 @@ def sample(
     from PIL import Image
 
     from .report import save_grid
-    from .rollout import rollout, times
+    from .rollout import rollout
 
     entries = [line for line in lines for _ in range(per_prompt)]
     seeds = [seed + i for _ in lines for i in range(per_prompt)]
-    grid = times(steps, **policy.schedule)
+    grid = policy.times(steps)
     # The base's weights are needed as they are.
     weights = nullcontext() if reference else policy.merged("default")
     options: dict[str, Any] = {"guidance": guidance, "reference": reference, **chosen}

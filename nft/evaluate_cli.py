@@ -153,10 +153,10 @@ def _subject(pipeline: str, checkpoint: Path | None) -> str:
 
 def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any) -> None:
     from .full import load_policy
-    from .rollout import rollout, times
+    from .rollout import rollout
 
     policy, suite = load_policy(run, checkpoint), evaluation.suite
-    grid = times(suite.steps, **policy.schedule)
+    grid = policy.times(suite.steps)
     with bars(console) as progress, policy.merged("default"):
         bar = progress.add_task("drawing", total=None)
         evaluation.draw(

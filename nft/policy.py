@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nft_kernels.backends import choose
+from nft_kernels.solvers import schedule
 
 from .checkpoint import reading
 from .config import Config, usable_device
@@ -32,6 +33,16 @@ _KEPT_BYTES = 2**30
 # An adapter in PEFT's format, and the whole weights of full fine-tuning in that of diffusers.
 ADAPTER, WEIGHTS = "adapter_model.safetensors", "diffusion_pytorch_model.safetensors"
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
+
+
+def times(steps: int, shift: float, terminal: float | None = None, last: float | None = None) -> Tensor:
+    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given, spaced as ``schedule``
+    has them. Those above 0 are stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal``
+    does."""
+    *above, zero = schedule(steps, shift=shift, last=last)
+    if terminal and steps > 1:
+        above = [1 - (1 - t) / (1 - above[-1]) * (1 - terminal) for t in above]
+    return torch.tensor([*above, zero], dtype=torch.float32)
 
 
 def old_policy_decay(schedule: str, step: int) -> float:
@@ -329,11 +340,10 @@ class Policy:
         """Channels, height and width of one sample's latents."""
         return self.model.latent_shape(self._resolution)
 
-    @property
-    def schedule(self) -> dict[str, float | None]:
-        """What ``rollout.times`` needs to give the times of the pipeline's scheduler."""
+    def times(self, steps: int) -> Tensor:
+        """``steps`` + 1 times from 1 to 0 as the pipeline's scheduler shifts and spaces them."""
         last = self.model.last if self._spacing == "pipeline" else None
-        return {"shift": self.model.shift(self._resolution), "terminal": self.model.terminal, "last": last}
+        return times(steps, self.model.shift(self._resolution), self.model.terminal, last)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

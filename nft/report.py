@@ -22,8 +22,8 @@ _STYLE = """body{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 
 td,th{padding:.2rem 1rem;text-align:left}"""
 _SCORES = (
     ("reward", "training reward", "-"),
-    ("strict", "training strict score", "-"),
-    ("eval_strict", "held-out strict score", "o-"),
+    ("strict", "training score, as it is reported", "-"),
+    ("eval_strict", "held-out score", "o-"),
 )
 _COMPARED = ("eval_strict", "reward", "loss", "kl", "old_deviation", "grad_norm", "zero_variance_groups", "x0_rms")
 
@@ -96,7 +96,7 @@ def write_report(folder: Path) -> Path:
     )
     config = html.escape(yaml.safe_dump(read_settings(folder / "config.yaml"), sort_keys=False))
     body = f"""<p>{lines[-1]["epoch"]} epochs, {lines[-1]["step"]} optimizer steps.</p>
-<h2>Held-out prompts, strict score</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
+<h2>Held-out prompts</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
 <h2>Alarms</h2><ul>{alarms or "<li>none</li>"}</ul>
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}

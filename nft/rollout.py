@@ -10,20 +10,10 @@ import torch
 from torch import Tensor
 
 from nft_kernels import add_noise, solver_step
-from nft_kernels.solvers import SolverTable, schedule, table
+from nft_kernels.solvers import SolverTable, table
 
 from .config import Config
 from .policy import Policy, blocks
-
-
-def times(steps: int, shift: float, terminal: float | None = None, last: float | None = None) -> Tensor:
-    """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given, spaced as ``schedule``
-    has them. Those above 0 are stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal``
-    does."""
-    *above, zero = schedule(steps, shift=shift, last=last)
-    if terminal and steps > 1:
-        above = [1 - (1 - t) / (1 - above[-1]) * (1 - terminal) for t in above]
-    return torch.tensor([*above, zero], dtype=torch.float32)
 
 
 def solver_options(config: Config, epoch: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from .objectives.base import Loss
 from .policy import Policy, old_policy_decay
 from .rewards.base import RewardError
 from .rewards.combine import Combined, combine, weighted_sum
-from .rollout import noisy, rollout, solver_options, times
+from .rollout import noisy, rollout, solver_options
 from .selection import extremes, uninformative
 from .surroundings import changes, surroundings
 from .tracking import Tracker
@@ -126,7 +126,7 @@ class Trainer:
         if epoch and c is not self.config.at(epoch - 1):
             # What another stage's task scored says nothing about this one's.
             self.alarms.restart()
-        self.grid = times(c.rollout_steps, **self.policy.schedule)
+        self.grid = self.policy.times(c.rollout_steps)
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = c.learning_rate, c.weight_decay
@@ -228,7 +228,7 @@ class Trainer:
     def _explore(self, entries: list[dict[str, Any]], seeds: list[int]) -> tuple[list[int], dict[str, Any]]:
         """Which of an epoch's candidates to draw exactly, by how they score drawn cheaply, and what was measured."""
         c, options = self.stage, solver_options(self.stage, self.epoch)
-        grid = times(c.explore_steps or c.rollout_steps, **self.policy.schedule)
+        grid = self.policy.times(c.explore_steps or c.rollout_steps)
         *_, scores = self._draw(entries, seeds, grid, c.rollout_solver, **options)
         scores = self.processes.gather(scores, len(entries))
         combined, measured = self._combine(scores, c.explore)
@@ -405,7 +405,7 @@ class Trainer:
         default ``eval_solver``; its deviation over pictures, and each of several rewards' mean and deviation."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
-        grid = times(c.eval_steps, **self.policy.schedule)
+        grid = self.policy.times(c.eval_steps)
         with self._averaged(), self.policy.merged("default"):
             _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, solver or c.eval_solver)
         pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))

@@ -16,7 +16,7 @@ import nft.trainer
 from nft.compare import read_run
 from nft.config import ConfigError, load_config
 from nft.report import write_report
-from nft.rollout import rollout, times
+from nft.rollout import rollout
 from nft.selection import extremes, uninformative
 from nft.tasks import TASKS, Shapes
 from nft.trainer import Trainer
@@ -145,7 +145,7 @@ def test_the_kept_pictures_are_those_of_a_plain_rollout_from_their_seeds(
     assert sum(len(call[0]) for call in calls) == 14 + 8
 
     def plain(count, **options):
-        grid, solver = times(count, **trainer.policy.schedule), trainer.config.rollout_solver
+        grid, solver = trainer.policy.times(count), trainer.config.rollout_solver
         return rollout(trainer.policy, prompts, seeds, grid, solver, 14, **options)
 
     states = []

@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 from nft.config import load_config
 from nft.policy import Policy
-from nft.rollout import rollout, times
+from nft.rollout import rollout
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
@@ -38,7 +38,7 @@ def draw(pipeline, *overrides, batch=4):
     disturb(policy._old, generator)
     seeds = list(range(6))
     with policy.merged("old"):
-        return rollout(policy, [*PROMPTS, *PROMPTS, *PROMPTS], seeds, times(4, **policy.schedule), "dpm++2M", batch)
+        return rollout(policy, [*PROMPTS, *PROMPTS, *PROMPTS], seeds, policy.times(4), "dpm++2M", batch)
 
 
 FUSED = ["dtype=bfloat16", "fused_transformer=true"]
@@ -84,7 +84,7 @@ def test_graphs_draw_what_eager_evaluations_do(pipeline):
         for _ in range(2):
             disturb(policy._old, generator)
             with policy.merged("old"):
-                grid = times(4, **policy.schedule)
+                grid = policy.times(4)
                 pictures.append(rollout(policy, PROMPTS * 3, list(range(6)), grid, "dpm++2M", 4))
     first, second, replayed_first, replayed_second = pictures
     assert (first - second).norm() > 0.02 * first.norm()

@@ -36,7 +36,7 @@ from nft.full import FullPolicy
 from nft.models import MODELS, find
 from nft.plan import _KNOWN, plan
 from nft.policy import Policy
-from nft.rollout import rollout, times
+from nft.rollout import rollout
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import TEXT_LENGTH, _clip_tokenizer, _t5_tokenizer, _words, build_pipeline
@@ -158,7 +158,7 @@ def test_a_euler_rollout_is_diffusers_own(pipeline, spacing):
     whole.set_progress_bar_config(disable=True)
     noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
     with policy.merged("default"):
-        x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
+        x0 = rollout(policy, PROMPTS, [1, 2], policy.times(4), "euler", 2)
     assert x0.shape == (2, *policy.latent_shape) and x0.dtype == torch.float32
     assert (x0 - noise).abs().max() > 0.1
     torch.testing.assert_close(packed(x0), theirs(whole, noise, 4, "latent"), rtol=1e-4, atol=1e-5)
@@ -170,10 +170,10 @@ def test_a_euler_rollout_is_diffusers_own(pipeline, spacing):
 
 def test_a_picture_depends_on_its_prompt_and_not_on_its_batch(pipeline):
     policy = Policy(settings(pipeline))
-    many = rollout(policy, PROMPTS * 5, list(range(10)), times(2, **policy.schedule), "heun", 10)
-    alone = rollout(policy, PROMPTS[1:], [3], times(2, **policy.schedule), "heun", 1)
+    many = rollout(policy, PROMPTS * 5, list(range(10)), policy.times(2), "heun", 10)
+    alone = rollout(policy, PROMPTS[1:], [3], policy.times(2), "heun", 1)
     assert torch.equal(many[3:4], alone)
-    other = rollout(policy, PROMPTS[:1], [3], times(2, **policy.schedule), "heun", 1)
+    other = rollout(policy, PROMPTS[:1], [3], policy.times(2), "heun", 1)
     assert (alone - other).abs().max() > 1e-4
 
 
@@ -188,7 +188,7 @@ def test_half_precision_and_compiled_rollouts_draw_what_float32_does(pipeline, m
     for extra in ([], ["compile_rollout=default"], ["dtype=bfloat16"]):
         policy = Policy(settings(pipeline, *extra))
         with policy.merged("old"):
-            latents.append(rollout(policy, PROMPTS, [1, 2], times(3, **policy.schedule), "unipc", 8))
+            latents.append(rollout(policy, PROMPTS, [1, 2], policy.times(3), "unipc", 8))
         assert policy.decode(latents[-1]).dtype == torch.uint8
     assert compiled == ["default"]
     torch.testing.assert_close(latents[1], latents[0], rtol=1e-4, atol=1e-5)
@@ -288,7 +288,7 @@ def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_p
     policy = Policy(load_config("sd35_geneval", [f"pipeline={tmp_path}", *changes]))
     noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
     with policy.merged("old"):
-        x0 = rollout(policy, PROMPTS, [1, 2], times(4, **policy.schedule), "euler", 2)
+        x0 = rollout(policy, PROMPTS, [1, 2], policy.times(4), "euler", 2)
     sigmas = [1.0, 0.75, 0.5, 0.25] if spacing == "even" else None
     expected = whole(PROMPTS, height=64, width=64, latents=noise, guidance_scale=0.0, num_inference_steps=4,
                      sigmas=sigmas, max_sequence_length=TEXT_LENGTH, output_type="latent")  # fmt: skip

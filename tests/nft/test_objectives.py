@@ -12,8 +12,8 @@ import distributed_worker
 
 from nft.config import load_config
 from nft.objectives import OBJECTIVES, Batch, Step
-from nft.policy import Policy
-from nft.rollout import noisy, rollout, solver_options, times
+from nft.policy import Policy, times
+from nft.rollout import noisy, rollout, solver_options
 from nft.tasks import TASKS, Shapes
 from nft.trainer import Trainer
 from nft_kernels import add_noise

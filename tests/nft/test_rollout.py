@@ -12,8 +12,8 @@ pytest.importorskip("diffusers")
 from accelerate.hooks import CpuOffload, UserCpuOffloadHook
 
 from nft.config import load_config
-from nft.policy import Policy
-from nft.rollout import rollout, solver_options, times
+from nft.policy import Policy, times
+from nft.rollout import rollout, solver_options
 from nft.worlds.shapes.prompts import sample
 from nft.worlds.shapes.tiny import build_pipeline
 

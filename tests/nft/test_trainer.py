@@ -13,9 +13,9 @@ import peft
 import nft.objectives.nft
 from nft import checkpoint
 from nft.config import ConfigError, load_config
-from nft.policy import Policy, old_policy_decay
+from nft.policy import Policy, old_policy_decay, times
 from nft.report import write_report
-from nft.rollout import rollout, times
+from nft.rollout import rollout
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
