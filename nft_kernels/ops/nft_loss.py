@@ -176,8 +176,8 @@ def _per_token(
     channels, inner = x0.shape[channel_dim], math.prod(x0.shape[channel_dim + 1 :])
     common = inputs.mask is None and inputs.segments is None and inputs.r.ndim == 1 and options.detach_weight
     if common and inner > 1 and channels <= _MOST_CHANNELS and backend == "native" and x0.is_cpu:
-        # Nothing needs to be copied to have the channels last.
-        return _run(inputs, options._replace(channels=channels, inner=inner), backend, per_sample)
+        # Nothing needs to be copied to have the channels last. The compiler of torch 2.6 knows no _replace.
+        return _run(inputs, Options(*options[:-2], channels, inner), backend, per_sample)
     lengths = None if inputs.segments is None else inputs.segments.diff()
     tokens = x0[0].numel() // x0.shape[channel_dim]
 
