@@ -177,7 +177,8 @@ def _per_token(
     common = inputs.mask is None and inputs.segments is None and inputs.r.ndim == 1 and options.detach_weight
     if common and inner > 1 and channels <= _MOST_CHANNELS and backend == "native" and x0.is_cpu:
         # Nothing needs to be copied to have the channels last. The compiler of torch 2.6 knows no _replace.
-        return _run(inputs, Options(*options[:-2], channels, inner), backend, per_sample)
+        *others, _, _ = options
+        return _run(inputs, Options(*others, channels, inner), backend, per_sample)
     lengths = None if inputs.segments is None else inputs.segments.diff()
     tokens = x0[0].numel() // x0.shape[channel_dim]
 
