@@ -178,7 +178,7 @@ def _per_token(
     if common and inner > 1 and channels <= _MOST_CHANNELS and backend == "native" and x0.is_cpu:
         # Nothing needs to be copied to have the channels last. The compiler of torch 2.6 knows no _replace.
         *others, _, _ = options
-        return _run(inputs, Options(*others, channels, inner), backend, per_sample)  # type: ignore[arg-type]
+        return _run(inputs, Options(*others, channels, inner), backend, per_sample)  # type: ignore[arg-type, call-arg]
     lengths = None if inputs.segments is None else inputs.segments.diff()
     tokens = x0[0].numel() // x0.shape[channel_dim]
 
