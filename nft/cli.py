@@ -326,7 +326,9 @@ def sample(
     config: Annotated[
         str | None, typer.Option(help="bundled configuration or YAML file; the checkpoint's own or shapes by default")
     ] = None,
-    override: Annotated[list[str] | None, typer.Option("--set", help="key=value setting, such as device=cuda")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="key=value of the configuration, such as device=cuda")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="run, checkpoint or folder of weights; none is the base")
     ] = None,
@@ -364,7 +366,7 @@ def sample(
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
         own = saved_settings(checkpoint) if checkpoint else None
-        check_sampling(override or [], "set")
+        check_sampling(override or [])
         settings = load_config(config or own or "shapes", override)
         quieten_libraries()
         from nft_kernels.solvers import SOLVERS, schedule, table

@@ -21,11 +21,11 @@ _SAMPLING = {"resolution", "dtype", "max_sequence_length", "timestep_spacing", "
 _READ = _SAMPLING | {"plugins", "pipeline", "device", "offload", "rollout_batch", "cuda_graphs"}
 
 
-def check_sampling(overrides: list[str], label: str) -> None:
+def check_sampling(overrides: list[str]) -> None:
     """Refuse what would change nothing.
 
     Raises:
-        ValueError: an override of a setting that only training reads, named after ``label``.
+        ValueError: an override of a setting that only training reads.
     """
     from .config import Config
 
@@ -33,7 +33,7 @@ def check_sampling(overrides: list[str], label: str) -> None:
         key = override.partition("=")[0].partition(".")[0]
         if key in Config.model_fields and key not in _READ:
             accepted = ", ".join(name for name in Config.model_fields if name in _READ)
-            raise ValueError(f"{label}: got {override!r}, which only training reads; accepted are {accepted}")
+            raise ValueError(f"override: got {override!r}, which only training reads; accepted are {accepted}")
 
 
 def pairs(settings: list[str] | None, label: str) -> dict[str, str]:
@@ -109,7 +109,7 @@ def evaluate(
         files = {name: Path(path) for name, path in pairs(prompts, "--prompts").items()}
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
-        check_sampling(overrides or [], "override")
+        check_sampling(overrides or [])
         own = saved_settings(checkpoint) if checkpoint else None
         run = load_config(config or own or SUITES[suite].config, overrides)
         usable_device(run.device)

@@ -57,7 +57,7 @@ class Objective(NamedTuple):
     needs_old: bool
     """Whether the loss needs the old policy's velocity."""
     reads: tuple[str, ...] = ()
-    """Which of the settings that not every objective has a use for."""
+    """The settings that it reads and other objectives may not."""
     trajectory: bool = False
     """Whether it trains on the rollout's stochastic steps, and not on noise that is added to clean latents."""
 

@@ -114,8 +114,8 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, *, force: bool = True) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (B, S, H, d) by the implementation that ``select`` named. One that torch takes by
-    itself need not be forced, which leaves all threads of the process no other meanwhile."""
+    """softmax(q k^T / sqrt(d)) v for (B, S, H, d) by the implementation that ``select`` named. To
+    ``force`` one leaves all threads no other meanwhile, and is not needed for what torch takes itself."""
     if name in _PACKAGES:
         out = _package(name)(q, k, v)
         # Some versions also return the logarithms of the sums.

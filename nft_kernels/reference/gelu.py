@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, in float32 also for narrower x, to which torch sees itself."""
+    """x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, which torch computes in float32 for narrower x."""
     return F.gelu(x, approximate="tanh")

@@ -397,9 +397,9 @@ RESUME, REPORT, EXPORT = (
     ["report", "run"],
     ["export", "run", "out"],
 )
-SAMPLE = ["sample", "a red circle", "--checkpoint", "run", "--set"]
+SAMPLE = ["sample", "a red circle", "--checkpoint", "run", "--override"]
 EVAL = ["eval", "--limit", "1", "--checkpoint", "run", "--output", "out", "--override"]
-FULL = [*SAMPLE[:3], "full", "--set"]
+FULL = [*SAMPLE[:3], "full", "--override"]
 WEIGHTS, EMA = (f"checkpoint/{name}/adapter_model.safetensors" for name in ("default", "ema"))
 LORA, WHOLE = "checkpoint/ema/adapter_config.json", "checkpoint/ema/diffusion_pytorch_model.safetensors"
 
@@ -444,7 +444,7 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
         shutil.copytree(finished / run, run, symlinks=True)
     damage(tmp_path / file)
     result = CliRunner().invoke(
-        app, [*command, f"pipeline={pipeline}"] if command[-1] in ("--set", "--override") else command
+        app, [*command, f"pipeline={pipeline}"] if command[-1] in ("--override", "--override") else command
     )
     assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
     assert len(result.output.splitlines()) == 1

@@ -41,7 +41,7 @@ def pixels(path):
 def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("two blue squares\n\n")
-    common = ["--set", pipeline, "--steps", "2"]
+    common = ["--override", pipeline, "--steps", "2"]
     result = run(app, ["sample", "a red circle", "--file", str(prompts), "--per-prompt", "2", *common,
                        "--output", str(tmp_path / "a")])  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -60,7 +60,17 @@ def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
 def test_sample_takes_a_solvers_options(pipeline, tmp_path):
     drawn = []
     for i, more in enumerate(([], ["--option", "eta=0.0"], ["--option", "eta=1.0"])):
-        arguments = ["--set", pipeline, "--steps", "3", "--solver", "ddim", *more, "--output", str(tmp_path / str(i))]
+        arguments = [
+            "--override",
+            pipeline,
+            "--steps",
+            "3",
+            "--solver",
+            "ddim",
+            *more,
+            "--output",
+            str(tmp_path / str(i)),
+        ]
         result = run(app, ["sample", "a red circle", *arguments])
         assert result.exit_code == 0, result.output
         drawn.append((tmp_path / str(i) / "0000_seed0.png").read_bytes())
@@ -77,7 +87,7 @@ def test_sample_keeps_what_it_has_drawn(pipeline, tmp_path, monkeypatch):
         return decode(policy, latents)
 
     monkeypatch.setattr(Policy, "decode", interrupted)
-    settings = ["--set", pipeline, "--set", "rollout_batch=2", "--steps", "1"]
+    settings = ["--override", pipeline, "--override", "rollout_batch=2", "--steps", "1"]
     result = run(app, ["sample", "a red circle", *settings, "--per-prompt", "6", "--output", str(tmp_path / "a")])
     assert result.exit_code == 130 and calls == [2, 2, 2]
     assert "stopped: the pictures drawn so far are kept" in result.output
@@ -87,7 +97,7 @@ def test_sample_keeps_what_it_has_drawn(pipeline, tmp_path, monkeypatch):
 def test_sample_takes_a_new_folder_every_time(pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("samples", "samples-2", "samples-3"):
-        result = run(app, ["sample", "a red circle", "--set", pipeline, "--steps", "1"])
+        result = run(app, ["sample", "a red circle", "--override", pipeline, "--steps", "1"])
         assert result.exit_code == 0 and result.output.endswith(f": {name}\n"), result.output
         assert (tmp_path / name / "0000_seed0.png").is_file()
 
@@ -98,7 +108,7 @@ def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
         parameter.data.add_(0.1)
     policy.save_adapter("default", tmp_path / "run" / "checkpoint" / "default")
     for name, more in (("base", []), ("tuned", ["--checkpoint", str(tmp_path / "run")])):
-        result = run(app, ["sample", "a red circle", "--set", pipeline, "--steps", "2", *more,
+        result = run(app, ["sample", "a red circle", "--override", pipeline, "--steps", "2", *more,
                            "--output", str(tmp_path / name)])  # fmt: skip
         assert result.exit_code == 0, result.output
     base, tuned = (pixels(tmp_path / name / "0000_seed0.png") for name in ("base", "tuned"))
@@ -116,7 +126,9 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
     cases = {"base": [pipeline], "tuned": [pipeline, *tuned], "changed": [f"pipeline={tmp_path / 'changed'}"]}
     cases["guided"] = [*cases["tuned"], "--guidance", "1", "--reference"]
     for name, more in cases.items():
-        result = run(app, ["sample", "a red circle", "--steps", "2", "--set", *more, "--output", str(tmp_path / name)])
+        result = run(
+            app, ["sample", "a red circle", "--steps", "2", "--override", *more, "--output", str(tmp_path / name)]
+        )
         assert result.exit_code == 0, result.output
     base, *same = (pixels(tmp_path / name / "0000_seed0.png") for name in cases)
     assert np.abs(base - same[0]).max() > 5
@@ -145,8 +157,11 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--guidance", "1e300"], "guidance: got 1e+300, accepted are numbers that float32 holds"),
         (["a", "--output", "drawn"], "output: drawn holds 0000_seed0.png already; give another folder"),
         (["a", "--per-prompt", "2", "--seed", str(2**63 - 1)], f"seed: got {2**63 - 1}, accepted are 0 to {2**63 - 2}"),
-        (["a", "--set", "devise=cuda"], "devise: unknown key, did you mean device?"),
-        (["a", "--set", "rollout_solver=ddim"], "set: got 'rollout_solver=ddim', which only training reads; accepted"),
+        (["a", "--override", "devise=cuda"], "devise: unknown key, did you mean device?"),
+        (
+            ["a", "--override", "rollout_solver=ddim"],
+            "override: got 'rollout_solver=ddim', which only training reads; accepted",
+        ),
         (["a", "--option", "eta"], "--option: got 'eta', accepted is NAME=VALUE"),
         (["a", "--option", "eta=1"], "solver: dpm++2M cannot take 20 steps with options {'eta': 1}: eta: unknown"),
         (["a", "--solver", "ddim", "--option", "eta=["], "--option eta: is not YAML"),
@@ -183,7 +198,7 @@ def test_an_adapter_of_another_model_is_named(pipeline, tmp_path):
         {**state, "base_model.model.more.lora_A.weight": torch.zeros(4, 4)},
     ):
         save_file(broken, path)
-        result = run(app, ["sample", "a red circle", "--set", pipeline, "--checkpoint", str(tmp_path)])
+        result = run(app, ["sample", "a red circle", "--override", pipeline, "--checkpoint", str(tmp_path)])
         assert result.exit_code == 2, result.output
         assert "does not fit the pipeline: 1 weights are missing, unknown or of another shape" in result.output
 
@@ -294,7 +309,7 @@ def test_a_full_gpu_is_told_what_needs_less(pipeline, tmp_path, monkeypatch):
     for name, arguments in (
         ("nft.trainer.Trainer.sample", ["train", pipeline, *TINY]),
         ("nft.policy.Policy.update_old", ["train", pipeline, *TINY]),
-        ("nft.policy.Policy.decode", ["sample", "a red circle", "--set", pipeline, "--steps", "1"]),
+        ("nft.policy.Policy.decode", ["sample", "a red circle", "--override", pipeline, "--steps", "1"]),
         ("nft.policy.Policy.velocity", ["eval", "--limit", "1", "--override", pipeline]),
     ):
         with monkeypatch.context() as patch:

@@ -90,7 +90,7 @@ def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
     """Its settings, and not those that commands have for no run."""
     run, invoke = trainer.folder, CliRunner().invoke
     own = [(run, []), (run / "best", []), (run / "checkpoint" / "ema", []), (run, ["--config", run / "config.yaml"])]
-    others = [(run, ["--config", "shapes"]), (run, ["--set", "pipeline=shapes"])]
+    others = [(run, ["--config", "shapes"]), (run, ["--override", "pipeline=shapes"])]
     drawn = []
     for i, (source, more) in enumerate([*own, *others]):
         arguments = ["a dog", "--checkpoint", source, "--steps", "2", "--output", tmp_path / str(i), *more]
