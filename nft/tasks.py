@@ -197,9 +197,10 @@ def build(config: Config, device: torch.device) -> Task:
     return Rewards(device, **_settings(config))
 
 
-def check(config: Config) -> None:
+def check(config: Config, *, ask: bool = False) -> None:
     """Look for all that a task needs which is built later, so that a curriculum cannot fail at its second stage for
-    what could be known at its start: but for rewards on a device or a server, which are not loaded.
+    what could be known at its start: but for rewards on a device, which are not loaded, and, unless it is to ``ask``
+    them, on servers, which may be started by then.
 
     Raises:
         OSError, ValueError, RewardError: as ``build``.
@@ -209,7 +210,7 @@ def check(config: Config) -> None:
     settings = _settings(config)
     groups, kept_away = _prompts(settings["train"], settings.get("held_out"))
     for name, spec in settings["rewards"].items():
-        judge = registry.examine(spec.reward, spec.options, device=spec.device, where=f"rewards.{name}")
+        judge = registry.examine(spec.reward, spec.options, device=spec.device, where=f"rewards.{name}", ask=ask)
         if isinstance(judge, type):
             fetch_weights(judge, spec.options)
         _check_needs(judge, groups, kept_away)

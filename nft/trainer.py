@@ -77,7 +77,7 @@ class Trainer:
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
         if not resume:
             checkpoint.check_vacant(folder, _WRITTEN - ({"config.yaml"} if _begun(folder / "config.yaml") else set()))
-        logged = checkpoint.read_metrics(folder, required=False) if resume else []
+        logged, finished = checkpoint.read_metrics(folder, required=False) if resume else [], 0
         if resume and (done := checkpoint.existing(folder / "checkpoints")):
             finished = checkpoint.verify(done[-1])["epoch"]
             if config.epochs < finished:
@@ -88,7 +88,7 @@ class Trainer:
                 if came != was:
                     raise ValueError(f"{key}: got {came}, but {folder} was trained with {was}; that cannot be changed")
         for stage in config.all_stages():
-            tasks.check(stage)
+            tasks.check(stage, ask=stage is config.at(finished))
         self.config, self.folder = config, folder
         self.processes = Processes(config.device)
         self.tracker = Tracker(config, folder)

@@ -150,9 +150,14 @@ def check(name: str, options: Mapping[str, Any] = _NONE, *, device: str | None =
 
 
 def examine(
-    name: str, options: Mapping[str, Any] = _NONE, *, device: str | None = None, where: str = ""
+    name: str,
+    options: Mapping[str, Any] = _NONE,
+    *,
+    device: str | None = None,
+    where: str = "",
+    ask: bool = False,
 ) -> Reward | type[Reward]:
-    """Check as ``check``, and make a reward that uses neither device nor server.
+    """Check as ``check``, and make a reward that uses no device, nor, unless it is to ``ask``, a server.
 
     Returns:
         the reward, or its class; either says what it needs.
@@ -161,7 +166,8 @@ def examine(
         ValueError, FileNotFoundError, RewardError: see ``check`` and ``load``.
     """
     kind = check(name, options, device=device, where=where)
-    return kind if kind.uses_device or name.startswith(REMOTE) else load(name, options, where=where)
+    known_later = kind.uses_device or (name.startswith(REMOTE) and not ask)
+    return kind if known_later else load(name, options, where=where)
 
 
 def load(name: str, options: Mapping[str, Any] = _NONE, *, device: str = "cpu", where: str = "") -> Reward:

@@ -1,5 +1,7 @@
 """The trainer with a task of several rewards, which are scored beside the sampling."""
 
+import socket
+
 import pytest
 import torch
 
@@ -79,6 +81,21 @@ def test_a_reward_of_weight_zero_is_only_watched(run, tmp_path):
     again = Trainer(one.config, tmp_path / "run", resume=True)
     again.task.close()
     assert again.alarms.state() == one.alarms.state()
+
+
+def test_a_server_that_is_not_there_is_named_before_the_pipeline_is_loaded(tmp_path, monkeypatch):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        free = sock.getsockname()[1]
+    monkeypatch.setattr(trainer, "Policy", None)
+    remote = f"rewards={{far: {{reward: 'http://127.0.0.1:{free}/x', options: {{patience: 0.1}}}}}}"
+    with pytest.raises(RewardError, match=rf"reward server http://127.0.0.1:{free}: no answer in 0.1 s"):
+        Trainer(load_config("shapes", ["task=rewards", "prompts=shapes", remote]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # One of a later stage may be started by then.
+    stages = "stages=[{epochs: 1, task: shapes, prompts: null, rewards: {}}, {epochs: 1}]"
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        Trainer(load_config("shapes", ["task=rewards", "prompts=shapes", remote, stages]), tmp_path / "run")
 
 
 def test_a_reward_that_fails_is_asked_again_and_then_named(run, monkeypatch):
