@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,6 +122,8 @@ class Alarms:
         trained, spread = (sum(column) / len(epochs) for column in zip(*epochs, strict=True))
         messages = []
         for name, (score, deviation) in held_out.items():
+            if not math.isfinite(score):
+                continue
             if name not in self._best or score >= self._best[name][1]:
                 self._best[name] = trained, score
             rise, fall = trained - self._best[name][0], self._best[name][1] - score
@@ -141,8 +144,10 @@ class Alarms:
         return {"skipped": self._skipped, "best": self._best, "rewards": self._rewards}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state()``."""
-        self._skipped, self._best, self._rewards = state["skipped"], dict(state["best"]), list(state["rewards"])
+        """Go on from ``state()``; those of older versions compared otherwise, and begin anew."""
+        self._skipped = state["skipped"]
+        if "best" in state:
+            self._best, self._rewards = dict(state["best"]), list(state["rewards"])
 
 
 def distribution(r: Tensor, rewards: Tensor, x0: Tensor) -> dict[str, Any]:

@@ -453,9 +453,14 @@ def solvers(plugins: Annotated[list[str] | None, typer.Argument(help="modules th
         raise fail(error) from None
     listing = Table("name", "order", "evaluations per step", "stochastic", "source")
     for name, build in SOLVERS.items():
-        solver = table(name, schedule(4))
         source = (build.__doc__ or "").partition("\n")[0]
-        listing.add_row(name, str(solver.order), str(solver.evaluations), "yes" if solver.stochastic else "no", source)
+        try:
+            solver = table(name, schedule(4))
+            row = (str(solver.order), str(solver.evaluations), "yes" if solver.stochastic else "no", source)
+        # Of a user's own, such as one whose options have no defaults.
+        except Exception as error:
+            row = ("", "", "", f"{source} (not by itself: {error})")
+        listing.add_row(*map(escape, (name, *row)))
     console.print(listing)
 
 

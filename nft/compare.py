@@ -24,6 +24,7 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from nft_kernels.provenance import provenance
 
+from . import plugins
 from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
 from .console import quieten_libraries
@@ -187,6 +188,9 @@ class Run:
         """Train, from the newest checkpoint if there is one, and write ``result.json``."""
         from .trainer import Trainer
 
+        # A process of its own has imported nothing, and takes the settings as they were checked.
+        for module in self.config.plugins:
+            plugins.load(module, f"plugins: got {module!r}")
         saved = self.folder / "config.yaml"
         if saved.is_file() and saved.read_text() != self.config.dump():
             raise ValueError(f"output: {self.folder} holds a run with other settings; give another folder")

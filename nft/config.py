@@ -202,7 +202,7 @@ class Config(BaseModel):
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest checkpoints stay; the best by held-out score always does."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Where numbers and pictures of evaluations are sent, beside metrics.jsonl."""
+    """Where numbers are sent beside metrics.jsonl, and pictures of evaluations to the first two."""
     alarms: dict[str, float] = {}
     """Thresholds that replace those of ``nft.alarms.THRESHOLDS``."""
     preflight: bool = True

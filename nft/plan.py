@@ -113,7 +113,6 @@ def _outline(config: Config) -> tuple[Model, int | None]:
         return kind.outline(settings, dtype, vae_scale_factor=8, **pipeline), others * dtype.itemsize
     try:
         kind = find(source)
-        # Only now: what the hub's cache lacks of the settings has been fetched.
         folder = _folder(source)
         tokenizer = folder / "tokenizer" / "tokenizer_config.json" if folder else None
         if tokenizer and tokenizer.is_file():

@@ -95,8 +95,8 @@ def plain_loss(v_theta, v_old, x_t, x0, t, r, beta=1.0, M=5.0):
 def _plain_with(
     mean: Callable[[Tensor], Tensor], weigh: Callable[[Tensor], Tensor], spread: Callable[[Tensor], Tensor]
 ) -> Callable[..., Tensor]:
-    """The loss with an option, in the latents' dtype: ``mean`` over a sample, ``weigh`` for the weight of its errors,
-    ``spread`` for what there is of every sample."""
+    """The loss with an option, in float32, to which t promotes narrower latents: ``mean`` over a sample, ``weigh`` for
+    the weight of its errors, ``spread`` for what there is of every sample."""
 
     def loss(v_theta, v_old, x_t, x0, t, r):
         t, r, total = spread(t), r if r.ndim == x0.ndim else spread(r), 0

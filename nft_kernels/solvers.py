@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from inspect import signature
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +133,8 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
 
 
 def _positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+    # numpy's numbers are these too.
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
         raise ValueError(f"{name}: got {value!r}, accepted are positive finite numbers")
 
 
@@ -159,10 +161,10 @@ def schedule(steps: int, *, shift: float = 1.0, last: float | None = None) -> Si
     Raises:
         ValueError: no whole number of steps above 0, a shift that is not positive, or ``last`` outside (0, 1).
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"steps: got {steps!r}, accepted are positive integers")
     _positive("shift", shift)
-    if last is not None and not (isinstance(last, int | float) and 0 < last < 1):
+    if last is not None and not (isinstance(last, Real) and 0 < last < 1):
         raise ValueError(f"last: got {last!r}, accepted is a number between 0 and 1")
     grid = np.linspace(1, 0, steps + 1) if last is None else np.append(np.linspace(1, last, steps), 0.0)
     return tuple(shifted(t, shift) for t in grid.tolist())

@@ -50,9 +50,7 @@ def function(
     """The op outside of torch.compile, which can be differentiated once."""
 
     class Fused(torch.autograd.Function):
-        run = staticmethod(original)
-
-        # With autograd's own setup_context, apply would look up the signature of ``run`` at every call, which takes
+        # With autograd's own setup_context, apply would look up the signature of this at every call, which takes
         # longer than the rest.
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:

@@ -333,7 +333,8 @@ def nft_loss(
             x0.shape[0]. Every segment then is a sample: B is S in all that is said of (B,) here.
         weight_per: ``sample`` takes the mean in w+- over a sample, ``token`` over the channels of each token.
         channel_dim: the dimension of the channels, for ``weight_per="token"``. Unless it is their last one the tensors
-            are copied, but for ``native`` on the CPU without the options above.
+            are copied; ``native`` on the CPU copies them with a mask, segments, an r of elements,
+            ``detach_weight=False`` or more than 128 channels only.
         detach_weight: False lets the gradient flow through w+- too.
         kl_space: ``v`` takes the KL term's difference between velocities, ``x0`` between x0 predictions.
         sample_weight: (B,) weights of at least 0, by which ``mean`` averages and the others multiply.

@@ -112,7 +112,8 @@ def test_schedules_of_diffusers():
 
     theirs.set_timesteps(sigmas=[1.0, 0.7, 0.2], mu=calculate_shift(1024))
     np.testing.assert_allclose([shifted(t, dynamic_shift(1024)) for t in (1.0, 0.7, 0.2, 0.0)], theirs.sigmas, 2e-6)
-    assert schedule(4) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert schedule(4) == schedule(np.int64(4), shift=np.float32(1)) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert dynamic_shift(np.int64(1024)) == dynamic_shift(1024)
     # Beside 1 a solver would have no limit, and flow-sde's noise no bound.
     assert all(schedule(4, shift=shift)[0] == 1 for shift in (0.1, 0.3, 0.37, 3.0, 7.3))
 

@@ -136,6 +136,16 @@ def test_a_slow_fall_is_one_from_the_best():
     assert not any(raised(*slow[:5], ([0.9], 0.6), ([1.1], 0.45)))
 
 
+def test_a_score_that_is_not_finite_is_no_best():
+    assert raised(([0.1], math.nan), ([0.2], 0.9), ([0.9], 0.1))[-1] == ["strict"]
+
+
+def test_a_state_of_an_older_version_is_begun_anew():
+    watch = Alarms({})
+    watch.load({"skipped": 2, "last": (0.5, 0.4), "rewards": [0.5, 0.6]})
+    assert watch.state() == {"skipped": 2, "best": {}, "rewards": []}
+
+
 def test_rewards_of_any_unit_and_those_that_are_only_watched():
     rewards = ([0.5], 0.9, 0.28), ([0.8], 0.9, 0.24)
     assert raised(*rewards, names=("strict", "reward_hpsv2"), deviation=0.03) == [[], ["reward_hpsv2"]]

@@ -443,9 +443,7 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
     for run in ("run", "full"):
         shutil.copytree(finished / run, run, symlinks=True)
     damage(tmp_path / file)
-    result = CliRunner().invoke(
-        app, [*command, f"pipeline={pipeline}"] if command[-1] in ("--override", "--override") else command
-    )
+    result = CliRunner().invoke(app, [*command, f"pipeline={pipeline}"] if command[-1] == "--override" else command)
     assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
     assert len(result.output.splitlines()) == 1
 

@@ -1,7 +1,9 @@
 """A user's own modules, as the documents have them."""
 
+import multiprocessing
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("diffusers")
 from typer.testing import CliRunner
 
 from nft.cli import app
+from nft.compare import Run
 from nft.config import load_config
 from nft.objectives import OBJECTIVES
 from nft.trainer import Trainer
@@ -59,9 +62,26 @@ def test_a_solver_and_an_objective_of_ones_own(modules, pipeline, tmp_path):
     assert set(data["r"].tolist()) <= {0.0, 2.0} and torch.is_tensor(data["x0"])
 
 
+def test_a_comparisons_processes_import_the_module(modules, pipeline, tmp_path):
+    """Settings come to a new process as they were checked, without a check that would import it."""
+    settings = [f"pipeline={pipeline}", *SMALL, "plugins=[mine]", "objective=better_half", "epochs=1"]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(Run(tmp_path / "run", load_config("shapes", settings))).result()
+    assert (tmp_path / "run" / "result.json").is_file()
+
+
 def test_solvers_of_a_module_are_listed(modules):
-    listed = CliRunner().invoke(app, ["solvers", "adams"])
+    Path("needy.py").write_text(
+        "from nft_kernels.solvers import register\n\n\n"
+        '@register(\'needy\')\ndef needy(sigmas, *, gamma):\n    """Needs [gamma]."""\n'
+    )
+    try:
+        listed = CliRunner().invoke(app, ["solvers", "adams", "needy"])
+    finally:
+        SOLVERS.pop("needy", None)
+        sys.modules.pop("needy", None)
     assert listed.exit_code == 0 and re.search(r"adams2 +│ +2 +│ +1 +│ +no", listed.output), listed.output
+    assert "[gamma]." in listed.output and "'gamma')" in listed.output
 
 
 @pytest.mark.parametrize(
