@@ -99,7 +99,7 @@ def check_folder(output: Path) -> None:
     """Whether a folder can be written to, or made.
 
     Raises:
-        FileExistsError: it is a file, or lies in one.
+        FileExistsError: it is a file, or lies in one, or in a checkpoint, which is deleted as a whole.
         PermissionError: it cannot be written to, or made.
     """
     there = next(folder for folder in (output, *output.absolute().parents) if os.path.lexists(folder))
@@ -108,6 +108,11 @@ def check_folder(output: Path) -> None:
         raise FileExistsError(f"output: {output}{within} is a file; give a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"output: {output} cannot be written to; give another folder")
+    # Others have a file of the manifest's name, too.
+    around = (folder for folder in (output, *output.absolute().parents) if (folder / "state.pt").is_file())
+    kept = next((folder for folder in around if (folder / MANIFEST).is_file()), None)
+    if kept is not None:
+        raise FileExistsError(f"output: {output} lies in the checkpoint {kept}; give another folder")
 
 
 def check_vacant(output: Path, names: Iterable[str] | None = None) -> None:

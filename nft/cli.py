@@ -200,7 +200,7 @@ def plan(
     what = "of the first stage " if len(stages) > 1 else ""
     device = "process" if settings.device == "cpu" else "GPU"
     unknown = "" if "text encoders and VAE" in costs.memory else "text encoders and VAE, which are not on disk, and "
-    listing = Table(f"one epoch {what}of {config} on {gpus}", "", show_header=True)
+    listing = Table(escape(f"one epoch {what}of {config} on {gpus}"), "", show_header=True)
     for name, text in (
         ("transformer", f"{costs.parameters / 1e6:,.1f} M parameters, {costs.trained_parameters / 1e6:,.2f} M trained"),
         ("rollout", f"{costs.rollout_evaluations:,} evaluations, {costs.rollout_flops / 1e12:,.3g} TFLOP"),

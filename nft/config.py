@@ -30,7 +30,7 @@ from nft_kernels.solvers import SOLVERS, schedule, table
 
 from . import plugins
 from .alarms import SHARES, THRESHOLDS
-from .objectives import OBJECTIVES, unread
+from .objectives import OBJECTIVES, Objective, unread
 from .rewards import registry
 from .rewards.pool import RewardSpec
 
@@ -263,6 +263,10 @@ class Config(BaseModel):
     def _imported(cls, modules: list[str]) -> list[str]:
         for module in modules:
             plugins.load(module, f"plugins: got {module!r}")
+        for name, objective in OBJECTIVES.items():
+            if not isinstance(objective, Objective) or not {*objective.reads} <= cls.model_fields.keys():
+                accepted = "an Objective, of which reads is a tuple of names of settings"
+                raise ValueError(f"plugins: got {objective!r} as the objective {name!r}, accepted is {accepted}")
         return modules
 
     @field_validator("rollout_solver", "eval_solver", "objective")
@@ -297,6 +301,8 @@ class Config(BaseModel):
     def _known_rewards(cls, rewards: dict[str, Any]) -> dict[str, Any]:
         specs = {name: _reward_spec(name, value) for name, value in rewards.items()}
         for name, spec in specs.items():
+            if name == "std" or name.endswith("_std"):
+                raise ValueError(f"rewards: got the name {name!r}, accepted are others: deviations are logged so")
             if ":" not in spec.reward and spec.reward not in registry.known():
                 near = get_close_matches(spec.reward, registry.known(), n=1)
                 guess = f", did you mean {near[0]}?" if near else ""
@@ -387,14 +393,21 @@ class Config(BaseModel):
                 raise ValueError(
                     f"{key}: got {solver} with options {options}, which it does not take: {error}"
                 ) from None
-            noisy = sum(row.c > 0 for row in rows)
+            drawn = [i for i, row in enumerate(rows) if row.c > 0]
+            noisy = len(drawn)
+            trajectory = key == "rollout_solver" and OBJECTIVES[self.objective].trajectory
+            if trajectory and drawn and drawn[-1] - drawn[0] >= noisy:
+                raise ValueError(
+                    f"{key}: got {solver}, which draws noise in the rows {drawn}, but {self.objective} trains on rows "
+                    "one after another"
+                )
             if key == "rollout_solver" and noisy and (self.explore_steps or steps) != steps:
                 # Other steps draw other noise: an exact picture would have little to do with its candidate.
                 raise ValueError(
                     f"explore_steps: got {self.explore_steps}, but {solver} draws noise in its steps; accepted is "
                     f"{steps}, rollout_steps, or a solver that draws none"
                 )
-            if key == "rollout_solver" and OBJECTIVES[self.objective].trajectory and self.timesteps_per_sample > noisy:
+            if trajectory and self.timesteps_per_sample > noisy:
                 raise ValueError(
                     f"timesteps_per_sample: got {self.timesteps_per_sample}, but {self.objective} trains on the steps "
                     f"that draw noise, and {solver} has {noisy} of them"

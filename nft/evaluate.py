@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
-from .checkpoint import beside, check_folder, reading, replace_text
+from .checkpoint import beside, check_folder, check_vacant, reading, replace_text
 from .data import geneval, prompts
 from .data.prompts import Entry
 from .data.text import parse_json
@@ -199,6 +199,7 @@ class Evaluation:
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
         check_folder(folder)
+        check_vacant(folder, ("metrics.jsonl",))
         if per_prompt < 1:
             raise ValueError(f"per_prompt: got {per_prompt}, accepted are positive numbers")
         self.suite, self.folder, self.per_prompt = SUITES[suite], folder, per_prompt

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
-from .checkpoint import MANIFEST, check_folder, check_vacant, reading
+from .checkpoint import check_folder, check_vacant, reading
 from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
@@ -22,13 +22,6 @@ def _writing(output: Path) -> Iterator[None]:
     # The libraries that write tensors wrap a full disk in errors of their own, without a common class.
     except Exception as error:
         raise OSError(f"output: {output} could not be written: {error}") from error
-
-
-def _check(output: Path) -> None:
-    check_folder(output)
-    kept = next((folder for folder in (output, *output.absolute().parents) if (folder / MANIFEST).is_file()), None)
-    if kept is not None:
-        raise FileExistsError(f"output: {output} lies in the checkpoint {kept}; give another folder")
 
 
 def _check_layers(folder: Path, transformer: nn.Module) -> None:
@@ -61,7 +54,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         OSError: an output that cannot be written to, as on a full disk.
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
-    _check(output)
+    check_folder(output)
     check_vacant(output, ("metrics.jsonl", LORA_WEIGHT_NAME_SAFE))
     folder = find_weights(source, weights).parent
     if (folder / WEIGHTS).is_file():
@@ -87,7 +80,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
         ValueError: damaged files, or an adapter of layers that the pipeline does not have.
     """
-    _check(output)
+    check_folder(output)
     check_vacant(output)
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
     folder = find_weights(source, weights).parent

@@ -18,7 +18,10 @@ def load(module: str, said: str) -> ModuleType:
         sys.path.append(os.getcwd())
     try:
         return import_module(module)
-    except Exception as error:
+    # Its exit is not the command's.
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
-            raise ValueError(f"{said}, but there is no module {error.name!r}") from None
+            raise ValueError(
+                f"{said}, but there is no module {error.name!r} on the path or in the working folder"
+            ) from None
         raise ValueError(f"{said}, but {module} fails: {type(error).__name__}: {error}") from error

@@ -420,7 +420,7 @@ class Trainer:
         prompts = [entry["prompt"] for entry in entries]
         found = {f"eval_{name}": column.mean().item() for name, column in columns.items()}
         found |= {f"eval_{name}_std": column.std(correction=0).item() for name, column in columns.items()}
-        return {**found, "eval_strict": sum(metrics.values()) / len(metrics), **metrics}, pictures, prompts
+        return {**metrics, **found, "eval_strict": sum(metrics.values()) / len(metrics)}, pictures, prompts
 
     def preflight_pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, pictures and scores of two pictures of the first prompt."""

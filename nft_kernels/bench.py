@@ -435,8 +435,9 @@ def compare(old: Path, new: Path, threshold: float) -> list[str]:
 
     def rows(path: Path) -> dict[str, dict[str, Any]]:
         try:
-            found = json.loads(path.read_text())["results"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = list(json.loads(path.read_text())["results"])
+            assert all({"median", "check", "provider"} <= row.keys() for row in found), "its results are others"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"--compare: got {path}, accepted is a file of --json ({error!r})") from error
         if not found:
             raise ValueError(f"--compare: got {path}, which has no results")
@@ -524,6 +525,13 @@ def _new_file(text: str) -> Path:
     return path
 
 
+def _plot_file(text: str) -> Path:
+    path = _new_file(text)
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"got {text}, accepted is a name that ends with .png, .pdf or .svg")
+    return path
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nft_kernels.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
@@ -539,7 +547,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=_positive(int), help="of the CPU; as many as there are by default")
     for name in ("json", "csv", "plot"):
-        parser.add_argument(f"--{name}", type=_new_file, help=f"file to write the results to as {name}")
+        kind = _plot_file if name == "plot" else _new_file
+        parser.add_argument(f"--{name}", type=kind, help=f"file to write the results to as {name}")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of --json")
     parser.add_argument("--threshold", type=_positive(float), default=1.1, help="of --compare")
     options = parser.parse_args(arguments)

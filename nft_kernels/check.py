@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -237,7 +238,9 @@ _MISSING = {
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    about = (__doc__ or "").partition("\n\n")[0]
+    argparse.ArgumentParser(prog="python -m nft_kernels.check", description=about).parse_args(arguments)
     gpu = ["cuda"] if torch.cuda.is_available() else []
     candidates = [("reference", "cpu"), ("native", "cpu"), *(("native", d) for d in gpu), ("triton", *(gpu or ["cpu"]))]
     places, reasons = [], {}

@@ -35,6 +35,8 @@ import numpy as np
 from numpy.polynomial import Polynomial
 
 Sigmas = tuple[float, ...]
+_MOST_TERMS = 8
+"""Of kMaxHistory in csrc/args.h."""
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
@@ -59,6 +61,18 @@ class SolverTable:
     rows: tuple[Row, ...]
     evaluations: int = 1
     """Evaluations of the model per step; a final step to t = 0 may need fewer."""
+
+    def __post_init__(self) -> None:
+        """Raise ``ValueError`` for what no kernel could apply."""
+        if self.history not in ("velocity", "x0", "noise"):
+            raise ValueError(f"history: got {self.history!r} of {self.name}, accepted are velocity, x0, noise")
+        if not self.rows:
+            raise ValueError(f"rows: got none of {self.name}, accepted is at least one")
+        for i, row in enumerate(self.rows):
+            fits = 0 <= row.t <= 1 and row.c >= 0 and 1 <= len(row.b) <= min(i + 1, _MOST_TERMS)
+            if not fits:
+                accepted = f"a time in [0, 1], a c of at least 0 and 1 to {min(i + 1, _MOST_TERMS)} b"
+                raise ValueError(f"rows: got {row} as row {i} of {self.name}, accepted are {accepted}")
 
     @property
     def times(self) -> Sigmas:
@@ -123,7 +137,14 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
             near = get_close_matches(option.lower(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(known) or 'none'}"
             raise TypeError(f"{option}: unknown option of {name}, {hint}")
-    solver = SOLVERS[name](times, **options)
+    try:
+        solver = SOLVERS[name](times, **options)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: fails with {options}: {type(error).__name__}: {error}") from error
+    if not isinstance(solver, SolverTable):
+        raise ValueError(f"{name}: got {type(solver).__name__}, accepted is a SolverTable")
     for row in solver.rows:
         held = all(abs(y) <= _LARGEST for y in (row.a, *row.b, row.c))
         # Noise that float32 rounds to 0 has no density.

@@ -111,6 +111,7 @@ def test_numbers_are_above_0(option, value, capsys):
         ("--json", "nowhere/results.json", "a file in a folder that exists"),
         ("--csv", ".", "a file in a folder that exists"),
         ("--plot", "nowhere/plot.png", "a file in a folder that exists"),
+        ("--plot", "plot.foo", "a name that ends with .png, .pdf or .svg"),
     ],
 )
 def test_what_would_fail_after_measuring_is_refused_before(option, value, accepted, tmp_path, monkeypatch, capsys):
@@ -120,7 +121,9 @@ def test_what_would_fail_after_measuring_is_refused_before(option, value, accept
     assert f"argument {option}: got {value}, accepted is {accepted}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"results": []}', None])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"results": []}', '{"results": 3}', '{"results": [{"a": 1}]}', None]
+)
 def test_a_comparison_with_nothing_is_refused(tmp_path, capsys, content):
     old = tmp_path / "old.json"
     if content is not None:

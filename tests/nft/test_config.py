@@ -297,6 +297,7 @@ def test_rewards_are_checked():
     assert "rewards.pickscore: got -1" in refused("sd35_pickscore", "rewards.pickscore=-1")
     assert "rewards.pickscore: got 'a'" in refused("sd35_pickscore", "rewards.pickscore=a")
     assert "accepted is at least one with a weight above 0" in refused("sd35_pickscore", "rewards.pickscore=0")
+    assert "rewards: got the name 'a_std'" in refused("sd35_pickscore", "rewards.a_std={reward: jpeg}")
     assert load_config("sd35_pickscore", ["rewards.hpsv2=0"]).reward_specs()["hpsv2"].weight == 0
     assert "prompts: got none" in refused("sd35_pickscore", "prompts=null")
     assert "epochs: got 20, but the stages add up to 1600" in refused("sd35_multi_reward", "epochs=20")

@@ -102,6 +102,13 @@ def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
     assert result.exit_code == 0, result.output
     subject = json.loads((tmp_path / "eval" / "settings.json").read_text())["subject"]
     assert subject.startswith(f"{trainer.config.pipeline} with ")
+    # A checkpoint is deleted as a whole one day.
+    inside, whole = str(run / "checkpoint" / "mine"), ["eval", "--limit", "1", "--checkpoint", str(run), "--output"]
+    for command in (["sample", "a dog", "--output", inside], [*whole, inside], ["train", "--output", inside]):
+        result = invoke(app, command)
+        assert result.exit_code == 2 and "lies in the checkpoint" in result.output.replace("\n", "")
+    result = invoke(app, [*whole, str(run)])
+    assert result.exit_code == 2 and "holds metrics.jsonl already" in result.output.replace("\n", "")
     # A configuration beside a checkpoint that is no run's is another's.
     shutil.copytree(run / "checkpoint" / "default", tmp_path / "lora")
     shutil.copy(run / "config.yaml", tmp_path / "config.yaml")

@@ -89,11 +89,13 @@ def test_solvers_of_a_module_are_listed(modules):
     [
         ("nothing_here", "plugins: got 'nothing_here', but there is no module 'nothing_here'"),
         ("broken", "plugins: got 'broken', but broken fails: ZeroDivisionError: division by zero"),
+        ("leaving", "plugins: got 'leaving', but leaving fails: SystemExit"),
         ("", "plugins: got '', but  fails: ValueError"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_named(modules, module, message):
     Path("broken.py").write_text("1 / 0\n")
+    Path("leaving.py").write_text("import sys\n\nsys.exit()\n")
     for arguments in (["solvers", module], ["plan", f"plugins=['{module}']"]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and message in result.output
@@ -105,3 +107,44 @@ def test_names_that_nothing_registers_are_named_with_those_that_are_known():
         assert result.exit_code == 2 and f"{setting}: got 'eulr', accepted are euler, heun," in result.output
     result = CliRunner().invoke(app, ["plan", "objective=dpo"])
     assert result.exit_code == 2 and "objective: got 'dpo', accepted are awm, grpo, nft" in result.output
+
+
+@pytest.mark.parametrize(
+    ("code", "settings", "message"),
+    [
+        (
+            "SOLVERS['odd'] = lambda sigmas: None",
+            ["rollout_solver=odd"],
+            "odd: got NoneType, accepted is a SolverTable",
+        ),
+        ("SOLVERS['odd'] = lambda sigmas: {}['a']", ["rollout_solver=odd"], "odd: fails with {}: KeyError: 'a'"),
+        (
+            "SOLVERS['odd'] = lambda s: SolverTable('odd', 1, 'velocity', (Row(1.0, 1.0, ()),))",
+            ["rollout_solver=odd"],
+            "rows: got Row(t=1.0, a=1.0, b=(), c=0.0) as row 0 of odd",
+        ),
+        (
+            "SOLVERS['odd'] = lambda s: SolverTable("
+            "'odd', 1, 'velocity', tuple(Row(t, 1.0, (-0.1,), 0.1 * (i % 2)) for i, t in enumerate(s[:-1])))",
+            ["rollout_solver=odd", "objective=grpo", "rollout_steps=4", "timesteps_per_sample=2"],
+            "rollout_solver: got odd, which draws noise in the rows [1, 3], but grpo trains on rows one after another",
+        ),
+        ("OBJECTIVES['odd'] = {}", [], "plugins: got {} as the objective 'odd', accepted is an Objective"),
+        (
+            "OBJECTIVES['odd'] = OBJECTIVES['rwr']._replace(reads='beta')",
+            [],
+            "as the objective 'odd', accepted is an Objective, of which reads is a tuple of names of settings",
+        ),
+    ],
+)
+def test_what_cannot_work_is_named_before_any_work(modules, code, settings, message):
+    header = "from nft.objectives import OBJECTIVES\nfrom nft_kernels.solvers import SOLVERS, Row, SolverTable\n"
+    Path("odd.py").write_text(f"{header}\n{code}\n")
+    try:
+        result = CliRunner().invoke(app, ["train", *SMALL, *settings, "plugins=[odd]", "--output", "run"])
+    finally:
+        sys.modules.pop("odd", None)
+        SOLVERS.pop("odd", None)
+        OBJECTIVES.pop("odd", None)
+    assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
+    assert not Path("run").exists()
