@@ -66,8 +66,6 @@ class SolverTable:
         """Raise ``ValueError`` for what no kernel could apply."""
         if self.history not in ("velocity", "x0", "noise"):
             raise ValueError(f"history: got {self.history!r} of {self.name}, accepted are velocity, x0, noise")
-        if not self.rows:
-            raise ValueError(f"rows: got none of {self.name}, accepted is at least one")
         for i, row in enumerate(self.rows):
             fits = 0 <= row.t <= 1 and row.c >= 0 and 1 <= len(row.b) <= min(i + 1, _MOST_TERMS)
             if not fits:
@@ -145,6 +143,8 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
         raise ValueError(f"{name}: fails with {options}: {type(error).__name__}: {error}") from error
     if not isinstance(solver, SolverTable):
         raise ValueError(f"{name}: got {type(solver).__name__}, accepted is a SolverTable")
+    if not solver.rows and len(times) > 1:
+        raise ValueError(f"{name}: got no rows for {len(times) - 1} steps, accepted is at least one")
     for row in solver.rows:
         held = all(abs(y) <= _LARGEST for y in (row.a, *row.b, row.c))
         # Noise that float32 rounds to 0 has no density.

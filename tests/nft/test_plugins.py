@@ -119,6 +119,11 @@ def test_names_that_nothing_registers_are_named_with_those_that_are_known():
         ),
         ("SOLVERS['odd'] = lambda sigmas: {}['a']", ["rollout_solver=odd"], "odd: fails with {}: KeyError: 'a'"),
         (
+            "SOLVERS['odd'] = lambda sigmas: SolverTable('odd', 1, 'velocity', ())",
+            ["rollout_solver=odd"],
+            "odd: got no rows for 2 steps, accepted is at least one",
+        ),
+        (
             "SOLVERS['odd'] = lambda s: SolverTable('odd', 1, 'velocity', (Row(1.0, 1.0, ()),))",
             ["rollout_solver=odd"],
             "rows: got Row(t=1.0, a=1.0, b=(), c=0.0) as row 0 of odd",
