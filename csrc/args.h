@@ -70,7 +70,7 @@ struct LossArgs {
   Vector t, r, beta;
   Vector outer;  // what a sample counts in the loss, in float64
   double adv_clip_max, kl_weight;
-  // With a weight per token, on the CPU only: the channels of a token lie `inner` elements of a sample apart. Else 0 channels.
+  // With a weight per token, on the CPU only: a token's channels lie `inner` elements of a sample apart. Else 0 of them.
   int64_t channels, inner;
   void* loss;             // scalar of the compute type
   void* details;          // (8, batch) of the compute type: policy, l+, l-, w+, w-, kl, mean |d|, max |d|

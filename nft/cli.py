@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .console import bars, console, fail, quieten_libraries, say
-from .evaluate_cli import check_sampling, evaluate, pairs
+from .evaluate_cli import evaluate, pairs, sampling_settings
 from .rewards.cli import reward_server, rewards
 
 if TYPE_CHECKING:
@@ -52,11 +52,10 @@ class _Commands(TyperGroup):
             raise typer.Exit(130) from None
         except (MemoryError, RuntimeError) as error:
             # By name, as most commands do without torch, which has no class for a CPU's.
-            if type(error).__name__ not in ("MemoryError", "OutOfMemoryError") and "DefaultCPUAllocator" not in str(
-                error
-            ):
+            kind, text = type(error).__name__, str(error)
+            if kind not in ("MemoryError", "OutOfMemoryError") and "DefaultCPUAllocator" not in text:
                 raise
-            what = str(error).partition(". ")[0] or "out of memory"
+            what = text.partition(". ")[0] or "out of memory"
             less = "smaller rollout_batch and micro_batch, gradient_checkpointing=true and offload=true need less"
             raise fail(f"{what}: {less}, and `nft plan` says how much") from None
 
@@ -347,7 +346,7 @@ def sample(
 ) -> None:
     """Draw pictures of prompts."""
     from .checkpoint import check_folder
-    from .config import ConfigError, check_float32, load_config, parsed, saved_settings
+    from .config import ConfigError, check_float32, parsed
     from .data.text import encodable, read_lines
 
     lines = [*(prompts or [])]
@@ -365,9 +364,7 @@ def sample(
             raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
-        own = saved_settings(checkpoint) if checkpoint else None
-        check_sampling(override or [])
-        settings = load_config(config or own or "shapes", override)
+        settings = sampling_settings(config, checkpoint, "shapes", override or [])
         quieten_libraries()
         from nft_kernels.solvers import SOLVERS, schedule, table
 
@@ -444,11 +441,10 @@ def solvers(plugins: Annotated[list[str] | None, typer.Argument(help="modules th
 
     from nft_kernels.solvers import SOLVERS, schedule, table
 
-    from .plugins import load
+    from .plugins import load_all
 
     try:
-        for module in plugins or []:
-            load(module, f"plugins: got {module!r}")
+        load_all(plugins or [])
     except ValueError as error:
         raise fail(error) from None
     listing = Table("name", "order", "evaluations per step", "stochastic", "source")

@@ -189,8 +189,7 @@ class Run:
         from .trainer import Trainer
 
         # A process of its own has imported nothing, and takes the settings as they were checked.
-        for module in self.config.plugins:
-            plugins.load(module, f"plugins: got {module!r}")
+        plugins.load_all(self.config.plugins)
         saved = self.folder / "config.yaml"
         if saved.is_file() and saved.read_text() != self.config.dump():
             raise ValueError(f"output: {self.folder} holds a run with other settings; give another folder")

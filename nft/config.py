@@ -9,6 +9,7 @@ from bisect import bisect
 from collections.abc import Collection, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -261,8 +262,7 @@ class Config(BaseModel):
     @field_validator("plugins")
     @classmethod
     def _imported(cls, modules: list[str]) -> list[str]:
-        for module in modules:
-            plugins.load(module, f"plugins: got {module!r}")
+        plugins.load_all(modules)
         for name, objective in OBJECTIVES.items():
             if not isinstance(objective, Objective) or not {*objective.reads} <= cls.model_fields.keys():
                 accepted = "an Objective, of which reads is a tuple of names of settings"
@@ -388,12 +388,11 @@ class Config(BaseModel):
             ("eval_solver", self.eval_solver, self.eval_steps, {}),
         ):
             try:
-                rows = table(solver, schedule(steps), **options).rows
+                drawn = table(solver, schedule(steps), **options).noisy
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{key}: got {solver} with options {options}, which it does not take: {error}"
                 ) from None
-            drawn = [i for i, row in enumerate(rows) if row.c > 0]
             noisy = len(drawn)
             trajectory = key == "rollout_solver" and OBJECTIVES[self.objective].trajectory
             if trajectory and drawn and drawn[-1] - drawn[0] >= noisy:
@@ -456,18 +455,21 @@ class Config(BaseModel):
         """The resolved settings as YAML that ``load_config`` takes, with a comment on each if ``explained``."""
         # What nobody set follows from each stage's own epoch.
         derived = {"epochs", *({"micro_batch", "updates_per_epoch"} - self.model_fields_set)} if self._stages else set()
-        lines = []
-        for key, value in self.model_dump(exclude=derived).items():
-            field = Config.model_fields[key]
-            about = [(field.description or "").replace("``", "`")]
-            if names := _choices(field.annotation):
-                about.append(f"One of {', '.join(map(str, names))}.")
-            comment = (
-                textwrap.fill(" ".join(about), 120, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-                + "\n"
-            )
-            lines += [comment if explained else "", yaml.dump({key: value}, Dumper=_Dumper, sort_keys=False)]
-        return "".join(lines)
+        values = self.model_dump(exclude=derived)
+        dump = partial(yaml.dump, Dumper=_Dumper, sort_keys=False)
+        if not explained:
+            return dump(values)
+        return "".join(_comment(key) + dump({key: value}) for key, value in values.items())
+
+
+def _comment(key: str) -> str:
+    """What a setting does, in lines of YAML."""
+    field = Config.model_fields[key]
+    about = (field.description or "").replace("``", "`")
+    if names := _choices(field.annotation):
+        about += f" One of {', '.join(map(str, names))}."
+    lines = textwrap.wrap(about, 118, break_on_hyphens=False)
+    return "".join(f"# {line}\n" for line in lines)
 
 
 def _choices(annotation: Any) -> list[Any]:

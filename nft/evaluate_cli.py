@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from .console import bars, fail, quieten_libraries, say
+
+if TYPE_CHECKING:
+    from .config import Config
 
 # What the pictures depend on besides pipeline, weights, prompts and solver.
 _SAMPLING = {"resolution", "dtype", "max_sequence_length", "timestep_spacing", "fused_transformer", "float8_rollout",
@@ -21,19 +24,21 @@ _SAMPLING = {"resolution", "dtype", "max_sequence_length", "timestep_spacing", "
 _READ = _SAMPLING | {"plugins", "pipeline", "device", "offload", "rollout_batch", "cuda_graphs"}
 
 
-def check_sampling(overrides: list[str]) -> None:
-    """Refuse what would change nothing.
+def sampling_settings(config: str | None, checkpoint: Path | None, default: str, overrides: list[str]) -> Config:
+    """The settings that pictures are drawn with: of a configuration, else of the checkpoint's run, else by default.
 
     Raises:
-        ValueError: an override of a setting that only training reads.
+        ValueError: an override of a setting that only training reads, or one that ``load_config`` refuses.
     """
-    from .config import Config
+    from .config import Config, load_config, saved_settings
 
     for override in overrides:
         key = override.partition("=")[0].partition(".")[0]
         if key in Config.model_fields and key not in _READ:
             accepted = ", ".join(name for name in Config.model_fields if name in _READ)
             raise ValueError(f"override: got {override!r}, which only training reads; accepted are {accepted}")
+    own = saved_settings(checkpoint) if checkpoint else None
+    return load_config(config or own or default, overrides)
 
 
 def pairs(settings: list[str] | None, label: str) -> dict[str, str]:
@@ -99,7 +104,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
     console = Console()
-    from .config import load_config, saved_settings, usable_device
+    from .config import usable_device
     from .distributed import Processes
     from .evaluate import SUITES, Evaluation, read_settings
     from .rewards.cli import reward_options
@@ -109,9 +114,7 @@ def evaluate(
         files = {name: Path(path) for name, path in pairs(prompts, "--prompts").items()}
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
-        check_sampling(overrides or [])
-        own = saved_settings(checkpoint) if checkpoint else None
-        run = load_config(config or own or SUITES[suite].config, overrides)
+        run = sampling_settings(config, checkpoint, SUITES[suite].config, overrides or [])
         usable_device(run.device)
         subject = _subject(run.pipeline, checkpoint)
         processes = Processes(run.device)

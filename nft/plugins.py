@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
@@ -25,3 +26,13 @@ def load(module: str, said: str) -> ModuleType:
                 f"{said}, but there is no module {error.name!r} on the path or in the working folder"
             ) from None
         raise ValueError(f"{said}, but {module} fails: {type(error).__name__}: {error}") from error
+
+
+def load_all(modules: Iterable[str]) -> None:
+    """Import what a setting or an argument names ``plugins``.
+
+    Raises:
+        ValueError: as ``load``.
+    """
+    for module in modules:
+        load(module, f"plugins: got {module!r}")

@@ -436,8 +436,9 @@ def compare(old: Path, new: Path, threshold: float) -> list[str]:
     def rows(path: Path) -> dict[str, dict[str, Any]]:
         try:
             found = list(json.loads(path.read_text())["results"])
-            assert all({"median", "check", "provider"} <= row.keys() for row in found), "its results are others"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            if not all({"median", "check", "provider"} <= row.keys() for row in found):
+                raise ValueError("its results are others")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"--compare: got {path}, accepted is a file of --json ({error!r})") from error
         if not found:
             raise ValueError(f"--compare: got {path}, which has no results")

@@ -78,9 +78,14 @@ class SolverTable:
         return tuple(row.t for row in self.rows)
 
     @property
+    def noisy(self) -> list[int]:
+        """The rows that draw noise."""
+        return [i for i, row in enumerate(self.rows) if row.c > 0]
+
+    @property
     def stochastic(self) -> bool:
         """Whether any row draws noise."""
-        return any(row.c > 0 for row in self.rows)
+        return bool(self.noisy)
 
     def prediction(self, i: int) -> tuple[float, float]:
         """(p, q) of row i's h = p x + q v. At t = 1 a noise prediction would be x itself, so there h is v."""

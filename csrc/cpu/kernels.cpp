@@ -2,7 +2,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <vector>
 
@@ -264,7 +263,7 @@ struct Tokens {
   }
 
   // The mean over the tokens of each of their details, times `share`; of the last the largest.
-  void run(int64_t b, int64_t start, int64_t count, double share, double (&details)[kDetails]) const {
+  void run(int64_t b, int64_t start, int64_t count, double share, double* details) const {
     load_rows(a.v_theta, b, start, count, buf.v_theta);
     load_rows(a.v_old, b, start, count, buf.v_old);
     load_rows(a.x_t, b, start, count, buf.x_t);
@@ -322,7 +321,7 @@ struct Tokens {
       store(a.grad, b, start + c * a.inner, count, buf.grad + c * width);
   }
 
-  static void add_details(const double (&each)[kDetails], double share, double (&details)[kDetails]) {
+  static void add_details(const double* each, double share, double* details) {
     for (int i = 0; i < kDetails - 1; ++i) details[i] += share * each[i];
     // A NaN, which compares false, must not be lost.
     const double most = each[kDetails - 1];
@@ -336,7 +335,7 @@ void token_loss(const LossArgs& a) {
   const int64_t tokens = a.elements / a.channels, outer = tokens / a.inner;
   const int64_t width = std::min((a.inner + kLanes - 1) / kLanes, kChunk / a.channels / kLanes) * kLanes;
   const int64_t across = (a.inner + width - 1) / width, tiles = outer * across;
-  std::vector<std::array<double, kDetails>> partial(a.batch * tiles);
+  std::vector<double> partial(a.batch * tiles * kDetails);
 #pragma omp parallel
   {
     Buffers<T> buf;
@@ -344,19 +343,14 @@ void token_loss(const LossArgs& a) {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < a.batch * tiles; ++item) {
       const int64_t tile = item % tiles, first = tile % across * width;
-      double details[kDetails] = {0};
       part.run(item / tiles, tile / across * a.channels * a.inner + first, std::min(width, a.inner - first),
-               1.0 / static_cast<double>(tokens), details);
-      std::copy_n(details, kDetails, partial[item].data());
+               1.0 / static_cast<double>(tokens), partial.data() + item * kDetails);
     }
   }
   for (int64_t b = 0; b < a.batch; ++b) {
     double details[kDetails] = {0};
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      double each[kDetails];
-      std::copy_n(partial[b * tiles + tile].data(), kDetails, each);
-      Tokens<T, kRef>::add_details(each, 1.0, details);
-    }
+    for (int64_t item = b * tiles; item < (b + 1) * tiles; ++item)
+      Tokens<T, kRef>::add_details(partial.data() + item * kDetails, 1.0, details);
     for (int i = 0; i < kDetails; ++i) static_cast<T*>(a.details)[i * a.batch + b] = static_cast<T>(details[i]);
   }
   reduce<T>(a);
