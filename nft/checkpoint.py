@@ -19,7 +19,7 @@ from .data.text import parse_json
 MANIFEST = "manifest.json"
 # What is read of a manifest.
 _ABOUT = {"epoch": int, "stage": int, "score": float | int | None, "sha256": dict, "surroundings": dict,
-          "held_out": dict}  # fmt: skip
+          "held_out": dict, "pipeline": str | None}  # fmt: skip
 # What is logged beside numbers, and what is in it.
 _LISTS = {"alarms": str, "r_histogram": int}
 
@@ -204,7 +204,7 @@ def manifest(folder: Path) -> dict[str, Any]:
         # Those of older versions have no checksum, and none of these.
         if about.pop("seal", None) not in (None, _seal(about)):
             raise ValueError("it has another checksum than when it was written")
-        about = {"surroundings": {}, "held_out": {}, **about}
+        about = {"surroundings": {}, "held_out": {}, "pipeline": None, **about}
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
     except (OSError, ValueError, KeyError, TypeError) as error:

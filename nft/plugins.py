@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from importlib import import_module
 from types import ModuleType
 
@@ -18,7 +19,9 @@ def load(module: str, said: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return import_module(module)
+        # What it prints is no part of what a command prints.
+        with redirect_stdout(sys.stderr):
+            return import_module(module)
     # Its exit is not the command's.
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):

@@ -27,6 +27,7 @@ from .distributed import several, shard
 from .graphs import Graphs
 from .models import MODELS, find
 from .models.base import Model, check_resolution
+from .surroundings import fingerprint
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
 _KEPT_BYTES = 2**30
@@ -180,11 +181,11 @@ class Policy:
             )
             raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
         self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
+        parts = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        self.fingerprint = fingerprint(parts)
         self.sharded = config.shard and several()
         self._waiting: list[UserCpuOffloadHook] = []
-        for part in self.pipeline.components.values():
-            if not isinstance(part, torch.nn.Module):
-                continue
+        for part in parts:
             if part is self.transformer:
                 # A sharded one may not fit a device as a whole.
                 part.to("cpu" if self.sharded else self.device)

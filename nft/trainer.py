@@ -68,7 +68,8 @@ class Trainer:
             CheckpointError: a damaged checkpoint.
             ConfigError: with ``resume`` damaged settings in the folder.
             ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
-                ``resume`` another pipeline or adapter than the run's, fewer epochs than are finished, or a damaged log.
+                ``resume`` a pipeline of other weights or another adapter than the run's, fewer epochs than are
+                finished, or a damaged log.
         """
         checkpoint.check_folder(folder)
         if resume and not (folder / "config.yaml").is_file():
@@ -83,7 +84,7 @@ class Trainer:
             if config.epochs < finished:
                 raise ValueError(f"epochs: got {config.epochs}, but {finished} are finished already")
             before = load_config(str(folder / "config.yaml"))
-            for key in ("pipeline", "adapter", "lora_rank", "lora_alpha"):
+            for key in ("adapter", "lora_rank", "lora_alpha"):
                 came, was = getattr(config, key), getattr(before, key)
                 if came != was:
                     raise ValueError(f"{key}: got {came}, but {folder} was trained with {was}; that cannot be changed")
@@ -451,6 +452,7 @@ class Trainer:
         if self.processes.main:
             stage = self.config.stage_index(self.epoch - 1)
             about = {"format": 1, "epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
+            about["pipeline"] = self.policy.fingerprint
             checkpoint.write(self._checkpoint, self._fill, {**about, "surroundings": self._surroundings})
             self._tidy()
         elif self.policy.sharded:
@@ -495,6 +497,12 @@ class Trainer:
 
     def _load(self, folder: Path) -> None:
         about = checkpoint.verify(folder)
+        # A name on the hub may have other weights by now, and a folder that was moved has the same.
+        if about["pipeline"] not in (None, self.policy.fingerprint):
+            raise ValueError(
+                f"pipeline: got {self.config.pipeline}, whose weights are others than those that {self.folder} was "
+                "trained with, accepted is a pipeline with the same"
+            )
         self.changes = changes(about["surroundings"], self._surroundings)
         self.policy.load_adapter("default", folder / "ema")
         shadow = [parameter.detach().clone() for parameter in self.policy.trained]

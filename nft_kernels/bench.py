@@ -537,8 +537,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nft_kernels.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="by default all that run here")
-    parser.add_argument("--modes", nargs="+", default=["both"], choices=MODES, help="of the loss")
-    parser.add_argument("--options", nargs="+", default=["none"], choices=OPTIONS, help="of the loss")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="of the loss; both by default")
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, help="of the loss; none by default")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"],
                         choices=["float32", "bfloat16", "float16"])  # fmt: skip
     parser.add_argument("--shapes", nargs="+", default=["sd35_512"], choices=list(SHAPES))
@@ -570,19 +570,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent = {"native", "triton"}.intersection(options.providers or ()) - set(_fused(device, wanted))
     if absent:
         parser.error(f"--providers: got {', '.join(sorted(absent))}, which cannot run on {device}")
+    if "nft_loss" not in options.ops and (options.modes or options.options):
+        parser.error(f"--modes, --options: are of nft_loss, got --ops {' '.join(options.ops)}")
+    of_loss = options.modes or ["both"], options.options or ["none"]
+    cases = [
+        Case(*case)
+        for op in options.ops
+        for modes, extras in [of_loss if op == "nft_loss" else (["forward"], ["none"])]
+        for case in itertools.product(
+            [op], modes, options.dtypes, options.shapes, options.batches, options.caches, extras
+        )
+    ]
     rows: list[dict[str, Any]] = []
-    for op in options.ops:
-        modes, extras = (options.modes, options.options) if op == "nft_loss" else (["forward"], ["none"])
-        for case in itertools.starmap(
-            Case,
-            itertools.product([op], modes, options.dtypes, options.shapes, options.batches, options.caches, extras),
-        ):
+    stopped = False
+    try:
+        for case in cases:
             print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
             try:
                 found = measure(case, device, options.seconds, wanted)
             except ValueError as error:
                 parser.error(str(error))
             rows += [asdict(case) | asdict(result) for result in found]
+    except KeyboardInterrupt:
+        if not rows:
+            return 130
+        stopped = True
+        print("stopped: what was measured is kept", file=sys.stderr)
     copies = [row["copy_gigabytes_per_second"] for row in rows]
     print(f"copy bandwidth {min(copies):.1f} to {max(copies):.1f} GB/s")
     print(_markdown(rows))
@@ -600,6 +613,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer.writerows(rows)
     if options.plot:
         _plot(rows, options.plot)
+    if stopped:
+        return 130
     return 0 if all(row["check"] for row in rows) else 1
 
 

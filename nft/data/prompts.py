@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _GENERATORS = {"ocr": ocr.generate, "preference": preference.generate}
 _HELD_OUT = {"geneval": 100, "ocr": 1000, "preference": 100}
 _BENCHMARK = {"geneval": 80, "ocr": 1000, "preference": 50}
 _BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117, "preference": 2205}
+# With eval_ before them they are no task group's.
+_TAKEN = re.compile(r"strict|reward_.*|.*_std")
 _MIRRORED = {"right of": "left of", "below": "above"}
 
 
@@ -42,12 +45,11 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
     lines = read_lines(path, key)
     if not lines:
         raise ValueError(f"{key}: {path} is empty, accepted is at least one prompt")
-    if path.suffix == ".txt":
-        return [{"tag": path.stem, "prompt": line.strip()} for _, line in lines]
     entries = []
     for number, line in lines:
         try:
-            if not isinstance(values := parse_json(line), dict):
+            values = {"prompt": line.strip()} if path.suffix == ".txt" else parse_json(line)
+            if not isinstance(values, dict):
                 raise ValueError(f"got {line[:40]!r}, accepted is an object with a prompt")
             entry = {"tag": path.stem, **values}
         except (ValueError, TypeError) as error:
@@ -56,6 +58,9 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
             text = entry.get(part)
             if not isinstance(text, str) or not text.strip() or not encodable(text):
                 raise ValueError(f"{key}: {path}, line {number}: got {part} {text!r}, accepted is a text")
+        if _TAKEN.fullmatch(entry["tag"]):
+            accepted = "is any other, as scores of all have that name in metrics.jsonl; of a .txt file it is its name"
+            raise ValueError(f"{key}: {path}, line {number}: got tag {entry['tag']!r}, accepted {accepted}")
         entries.append(entry)
     return entries
 

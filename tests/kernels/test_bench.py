@@ -96,6 +96,29 @@ def test_providers_that_cannot_run_are_named(tmp_path, capsys):
     assert "--providers: got triton, which cannot run on cpu" in capsys.readouterr().err
 
 
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    measured = bench.measure
+
+    def interrupted(case, *rest):
+        if case.mode == "backward":
+            raise KeyboardInterrupt
+        return measured(case, *rest)
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    chosen = ["--dtypes", "float32", "--providers", "eager", "--modes"]
+    code, report = run(tmp_path, *chosen, "forward", "backward", "both")
+    assert code == 130 and [row["mode"] for row in report["results"]] == ["forward"]
+    assert "stopped: what was measured is kept" in capsys.readouterr().err
+    assert bench.main([*chosen, "backward", "--device", "cpu"]) == 130
+
+
+def test_what_is_the_loss_own_needs_it(tmp_path, capsys):
+    for option in (["--modes", "forward"], ["--options", "mask"]):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--ops", "add_noise", *option)
+        assert "are of nft_loss, got --ops add_noise" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--batches", "--seconds", "--threads", "--threshold"])
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_numbers_are_above_0(option, value, capsys):

@@ -2,12 +2,14 @@
 
 import multiprocessing
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers")
 
@@ -99,6 +101,14 @@ def test_a_module_that_cannot_be_imported_is_named(modules, module, message):
     for arguments in (["solvers", module], ["plan", f"plugins=['{module}']"]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and message in result.output
+
+
+def test_what_a_module_prints_is_no_part_of_the_settings_that_are_shown(tmp_path):
+    (tmp_path / "chatty.py").write_text("print('hello: there')\n")
+    command = [sys.executable, "-m", "nft.cli", "config", "show", "plugins=[chatty]"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert yaml.safe_load(shown.stdout)["plugins"] == ["chatty"] and "hello" not in shown.stdout
+    assert "hello: there" in shown.stderr
 
 
 def test_names_that_nothing_registers_are_named_with_those_that_are_known():

@@ -94,6 +94,8 @@ def test_prompt_files(tmp_path):
         ("bad.jsonl", '{"prompt": " "}', "line 1: got prompt ' '"),
         ("bad.jsonl", '{"prompt": "a", "tag": [1]}', r"line 1: got tag \[1\], accepted is a text"),
         ("bad.jsonl", '{"prompt": "a", "tag": null}', "line 1: got tag None"),
+        ("bad.jsonl", '{"prompt": "a", "tag": "reward_x"}', "line 1: got tag 'reward_x', accepted is any other"),
+        ("strict.txt", "a", "strict.txt, line 1: got tag 'strict', accepted is any other"),
         ("bad.jsonl", "[1]", "line 1"),
         ("empty.txt", "\n", "empty"),
         ("bad.csv", "a", "accepted are shapes, geneval, ocr, preference or a .txt or .jsonl file"),

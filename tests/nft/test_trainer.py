@@ -1,6 +1,7 @@
 """The trainer on an untrained tiny pipeline: every step of the real code, a few pictures at a time."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from distributed_worker import Brightness, train_until
 pytest.importorskip("diffusers")
 
 import peft
+from safetensors.torch import load_file, save_file
 
 import nft.objectives.nft
 from nft import checkpoint
@@ -73,6 +75,22 @@ def test_a_run_that_is_resumed_elsewhere_says_what_differs(pipeline, tmp_path, m
     del about["surroundings"]
     (folder / "manifest.json").write_text(json.dumps(about))  # as an older version wrote it
     assert Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True).changes == []
+
+
+def test_a_pipeline_may_move_and_one_of_other_weights_is_refused(pipeline, tmp_path):
+    train_until(Trainer(settings(pipeline, "epochs=2"), tmp_path / "run"), 1)
+    shutil.copytree(pipeline, tmp_path / "moved")
+    moved = Trainer(settings(tmp_path / "moved", "epochs=2", "dtype=bfloat16"), tmp_path / "run", resume=True)
+    assert moved.epoch == 1 and moved.changes == []
+    for part in ("transformer", "vae", "text_encoder"):
+        path = next((tmp_path / "moved" / part).glob("*.safetensors"))
+        before = path.read_bytes()
+        weights = load_file(path)
+        name, weight = max(weights.items(), key=lambda item: item[1].numel())
+        save_file({**weights, name: weight * 1.01}, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"pipeline: got .*moved, whose weights are others than those that .*run"):
+            Trainer(settings(tmp_path / "moved", "epochs=2"), tmp_path / "run", resume=True)
+        path.write_bytes(before)
 
 
 def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_path):
