@@ -25,7 +25,7 @@ _SCORES = (
     ("strict", "training score, as it is reported", "-"),
     ("eval_strict", "held-out score", "o-"),
 )
-_COMPARED = ("eval_strict", "reward", "loss", "kl", "old_deviation", "grad_norm", "zero_variance_groups", "x0_rms")
+_CURVES = ("eval_strict", "reward", "loss", "kl", "old_deviation", "grad_norm", "zero_variance_groups", "x0_rms")
 
 
 def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24) -> None:
@@ -49,6 +49,29 @@ def _curve(axis: Any, lines: list[dict[str, Any]], key: str, label: str, style: 
     points = [(line["epoch"], line[key]) for line in lines if key in line]
     axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
     axis.grid(alpha=0.3)
+
+
+def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """A picture of how each metric goes, of several runs over one another: ``_CURVES``, and every one of several
+    rewards in training and on held-out prompts."""
+    logged = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
+    each = (key for key in logged if key.startswith(("reward_", "eval_reward_")) and not key.endswith("_std"))
+    keys = [*_CURVES, *each]
+    rows = -(-len(keys) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for name, lines in runs.items():
+            _curve(axis, lines, key, name, "o-" if key.startswith("eval") else "-")
+        axis.set(xlabel="epoch", title=key)
+    for axis in axes.flat[len(keys) :]:
+        axis.axis("off")
+    if len(runs) > 1:
+        axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    plt.close(figure)
+    return _embedded(buffer.getvalue())
 
 
 def _embedded(data: bytes) -> str:
@@ -99,6 +122,7 @@ def write_report(folder: Path) -> Path:
 <h2>Held-out prompts</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
 <h2>Alarms</h2><ul>{alarms or "<li>none</li>"}</ul>
+<h2>Curves</h2>{_curves({"": lines})}
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}
 <h2>Configuration</h2><pre>{config}</pre>"""
     (folder / "report.html").write_text(_page("DiffusionNFT run", body))
@@ -116,16 +140,6 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
     runs = {str(folder): read_metrics(folder) for folder in folders}
-    figure, axes = plt.subplots(len(_COMPARED) // 2, 2, figsize=(12, 14), squeeze=False)
-    for axis, key in zip(axes.flat, _COMPARED, strict=True):
-        for name, lines in runs.items():
-            _curve(axis, lines, key, name, "o-" if key.startswith("eval") else "-")
-        axis.set(xlabel="epoch", title=key)
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    plt.close(figure)
 
     def final(lines: list[dict[str, Any]], key: str) -> str:
         values = [line[key] for line in lines if key in line]
@@ -153,7 +167,7 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     )
     columns = "".join(f"<th>{label}</th>" for _, label, _ in _SCORES)
     body = f"""<table><tr><th>run</th><th>epochs</th>{columns}<th>seconds</th></tr>{scores}</table>
-<h2>Curves</h2>{_embedded(buffer.getvalue())}
+<h2>Curves</h2>{_curves(runs)}
 <h2>Settings that differ</h2><table><tr><th></th>{heads}</tr>{differences}</table>
 <h2>Pictures at the end</h2>{pictures}"""
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from nft import report
 from nft.alarms import AlarmError
 from nft.cli import app
 from nft.config import load_config
@@ -264,9 +265,9 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path, mo
     epochs = [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert epochs == [0, 1, 2, 2, 3, 3]
     assert {p.name for p in (folder / "pictures").iterdir()} == {f"epoch-00000{i}.png" for i in (0, 2, 3)}
-    # Two grids and the curve, and the alarm that an untrained pipeline's equal scores raise.
+    # Two grids and the curves, and the alarm that an untrained pipeline's equal scores raise.
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png") == 3 and "zero_variance" in page
+    assert page.count("data:image/png") == 4 and "zero_variance" in page
     assert run(app, ["report", str(folder)]).exit_code == 0
     result = run(app, ["report", str(folder), str(tmp_path / "two"), "--output", str(tmp_path / "both.html")])
     assert result.exit_code == 0, result.output
@@ -481,3 +482,19 @@ def test_a_grid_of_many_pictures_is_spread_over_them(tmp_path, monkeypatch):
     pictures = torch.arange(96, dtype=torch.uint8)[:, None, None, None].expand(96, 4, 4, 3)
     save_grid(pictures, ["a"] * 96, tmp_path / "grid.png")
     assert shown == list(range(0, 96, 4))
+
+
+def test_reports_have_a_curve_for_each_of_several_rewards(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        report.plt, "close", lambda figure: drawn.append({a.get_title() for a in figure.axes if a.lines})
+    )
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    lines = (
+        {"epoch": 0, "step": 0, "eval_strict": 0.1, "eval_reward_clip": 0.2, "eval_reward_clip_std": 0.1},
+        {"epoch": 1, "step": 2, "reward": 0.5, "reward_std": 0.1, "reward_clip": 0.4, "reward_clip_std": 0.3},
+    )
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(app, ["report", str(tmp_path)]).exit_code == 0
+    assert {"reward", "eval_strict", "reward_clip", "eval_reward_clip"} <= drawn[1]
+    assert not any(title.endswith("_std") for title in drawn[1])

@@ -56,7 +56,7 @@ def test_interrupted_and_resumed_run_equals_an_unbroken_one(pipeline, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2, 2, 3, 3]
     assert "eval_strict" in lines[0] and "reward" in lines[1]
-    assert write_report(tmp_path / "whole").read_text().count("data:image/png") == 1
+    assert write_report(tmp_path / "whole").read_text().count("data:image/png") == 2
 
 
 def test_a_run_that_is_resumed_elsewhere_says_what_differs(pipeline, tmp_path, monkeypatch):
