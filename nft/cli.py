@@ -235,12 +235,13 @@ def export(
         if not merge:
             export_lora(source, output, weights=weights)
         else:
-            if pipeline is None:
-                saved = saved_settings(source)
-                pipeline = read_settings(saved).get("pipeline") if saved else None
-                if not isinstance(pipeline, str):
-                    raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
-            export_pipeline(source, output, pipeline, weights=weights)
+            saved = saved_settings(source)
+            own = read_settings(saved) if saved else {}
+            pipeline = pipeline or own.get("pipeline")
+            if not isinstance(pipeline, str):
+                raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
+            half = own.get("dtype") == "bfloat16"
+            export_pipeline(source, output, pipeline, weights=weights, half=half)
     except (OSError, ValueError) as error:
         raise fail(error) from None
     say(f"exported: {output}")

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import nn
 
 from .checkpoint import check_folder, check_vacant, reading
-from .policy import SHAPES_PIPELINE, WEIGHTS, find_weights, lora_settings, lora_weights
+from .policy import SHAPES_PIPELINE
+from .weights import LORA, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
 @contextmanager
@@ -24,27 +25,27 @@ def _writing(output: Path) -> Iterator[None]:
         raise OSError(f"output: {output} could not be written: {error}") from error
 
 
-def _check_layers(folder: Path, transformer: nn.Module) -> None:
+def _check_layers(path: Path, transformer: nn.Module) -> None:
     """Whether a transformer has the layers of a LoRA: what does not fit would be left out.
 
     Raises:
         ValueError: a layer that it lacks, or that is of another size.
     """
     layers = dict(transformer.named_modules())
-    for key, weight in lora_weights(folder).items():
+    for key, weight in lora_weights(path).items():
         name, _, part = key.rpartition(".lora_")
-        layer = layers.get(name.removeprefix("transformer.").removeprefix("base_model.model."))
+        layer = layers.get(name)
         sides = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}
         side, of = sides.get(part, (0, ""))
         if getattr(layer, of, None) != weight.shape[side]:
-            raise ValueError(f"source: {folder} does not fit the pipeline, which has no layer for {key}")
+            raise ValueError(f"source: {path} does not fit the pipeline, which has no layer for {key}")
 
 
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
 
     Args:
-        source: a run, one of its checkpoints, or a LoRA folder in PEFT's format.
+        source: a run, one of its checkpoints, or the folder of a LoRA in PEFT's or diffusers' format.
         output: folder to write to.
         weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
 
@@ -55,11 +56,11 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         ValueError: the whole weights of full fine-tuning, or damaged files.
     """
     check_folder(output)
-    check_vacant(output, ("metrics.jsonl", LORA_WEIGHT_NAME_SAFE))
-    folder = find_weights(source, weights).parent
-    if (folder / WEIGHTS).is_file():
-        raise ValueError(f"source: {folder} holds whole weights; export them with --merge")
-    layers, settings = lora_weights(folder), lora_settings(folder)
+    check_vacant(output, ("metrics.jsonl", LORA))
+    path = find_weights(source, weights)
+    if path.name == WEIGHTS:
+        raise ValueError(f"source: {path.parent} holds whole weights; export them with --merge")
+    layers, settings = lora_weights(path), lora_settings(path)
     # The file's format is the same for every pipeline with a ``transformer``.
     with _writing(output):
         StableDiffusion3Pipeline.save_lora_weights(
@@ -67,13 +68,14 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         )
 
 
-def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema") -> None:
+def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema", half: bool = False) -> None:
     """Write a whole pipeline folder whose transformer has the adapter merged into its weights, or the trained weights.
 
     Args:
         source, weights: as for ``export_lora``.
         output: folder to write to, new or empty.
         pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
+        half: write bfloat16, in which the run has drawn, and not what the weights are added up in.
 
     Raises:
         FileExistsError: an output that is a file, lies in a checkpoint or holds anything.
@@ -83,20 +85,22 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     check_folder(output)
     check_vacant(output)
     name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
-    folder = find_weights(source, weights).parent
+    path = find_weights(source, weights)
     try:
         whole = DiffusionPipeline.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}") from error
-    if (folder / WEIGHTS).is_file():
-        with reading(folder, "source"):
-            whole.register_modules(transformer=type(whole.transformer).from_pretrained(folder))
+    if path.name == WEIGHTS:
+        with reading(path.parent, "source"):
+            whole.register_modules(transformer=type(whole.transformer).from_pretrained(path.parent))
     else:
-        _check_layers(folder, whole.transformer)
+        _check_layers(path, whole.transformer)
         with TemporaryDirectory() as lora:
-            export_lora(folder, Path(lora), weights=weights)
+            export_lora(path.parent, Path(lora), weights=weights)
             whole.load_lora_weights(lora)
         whole.fuse_lora(components=["transformer"])
         whole.unload_lora_weights()
+    if half:
+        whole.to(torch.bfloat16)
     with _writing(output):
         whole.save_pretrained(output)

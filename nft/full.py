@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from .checkpoint import reading
 from .config import Config
 from .distributed import shard, sharded_like
-from .policy import WEIGHTS, Policy, check_fit, find_weights, lora_settings
+from .policy import Policy
+from .weights import WEIGHTS, check_fit, find_weights, lora_settings
 
 
 class FullPolicy(Policy):
@@ -122,7 +123,7 @@ def load_policy(config: Config, checkpoint: Path | None) -> Policy:
         speed = {"fused_transformer": False, "cuda_graphs": False, "float8_rollout": False}
         policy: Policy = FullPolicy(config.model_copy(update={"adapter": "full", **speed}))
     else:
-        lora = lora_settings(weights.parent)
+        lora = lora_settings(weights)
         policy = Policy(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
     policy.load_adapter("default", weights.parent)
     return policy

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,24 +14,22 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nft_kernels.backends import choose
 from nft_kernels.solvers import schedule
 
-from .checkpoint import reading
 from .config import Config, usable_device
 from .distributed import several, shard
 from .graphs import Graphs
 from .models import MODELS, find
 from .models.base import Model, check_resolution
 from .surroundings import fingerprint
+from .weights import ADAPTER, check_fit, find_weights, lora_weights
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
 _KEPT_BYTES = 2**30
-# An adapter in PEFT's format, and the whole weights of full fine-tuning in that of diffusers.
-ADAPTER, WEIGHTS = "adapter_model.safetensors", "diffusion_pytorch_model.safetensors"
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
 
@@ -64,71 +61,6 @@ def blocks(count: int, size: int, unit: int) -> Iterator[list[int]]:
     for start in range(0, count, size):
         index = list(range(start, min(start + size, count)))
         yield index + index[-1:] * (-len(index) % unit)
-
-
-def find_weights(folder: Path, kind: str = "ema") -> Path:
-    """The file of the adapter or weights in a run, a checkpoint, or a folder that holds just them.
-
-    Args:
-        folder: where to look.
-        kind: ``ema`` for a run's averaged weights, by which it is evaluated, ``default`` for the trained ones. Where
-            there are no averaged ones the trained ones are taken.
-
-    Raises:
-        FileNotFoundError: none of these.
-    """
-    for wanted in (kind, "default"):
-        for candidate in (folder, folder / wanted, folder / "checkpoint" / wanted):
-            for name in (ADAPTER, WEIGHTS):
-                if (candidate / name).is_file():
-                    return candidate / name
-    raise FileNotFoundError(
-        f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, a LoRA folder in PEFT's format, or the "
-        f"folder of a {WEIGHTS}"
-    )
-
-
-def lora_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a LoRA in PEFT's format.
-
-    Raises:
-        OSError: a file that is missing.
-        ValueError: a file that is damaged.
-    """
-    with reading(folder / ADAPTER, "checkpoint"):
-        return load_file(folder / ADAPTER)
-
-
-def lora_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a LoRA in PEFT's format, with ``r`` and ``lora_alpha``.
-
-    Raises:
-        OSError, ValueError: as of ``lora_weights``.
-    """
-    with reading(path := folder / "adapter_config.json", "checkpoint"):
-        settings = json.loads(path.read_text())
-        rank, alpha = settings["r"], settings["lora_alpha"]
-        if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
-            raise TypeError("r and lora_alpha are no positive numbers")
-        return settings
-
-
-def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:
-    """Compare the shapes that a file has, by name, with the weights that a model needs.
-
-    Raises:
-        ValueError: other names or shapes.
-    """
-    other = sorted(
-        name
-        for name in found.keys() | wanted.keys()
-        if name not in found or name not in wanted or list(found[name]) != list(wanted[name].shape)
-    )
-    if other:
-        raise ValueError(
-            f"checkpoint: {path} does not fit the pipeline: {len(other)} weights are missing, unknown or of another "
-            f"shape, such as {other[0]}; give the configuration that it was trained with"
-        )
 
 
 def _load(kind: type[Model], source: str, dtype: torch.dtype) -> Model:
@@ -365,13 +297,13 @@ class Policy:
         save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER)
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
-        """Read one adapter that ``save_adapter`` wrote.
+        """Read one adapter that ``save_adapter`` wrote, or another of the same layers in PEFT's or diffusers' format.
 
         Raises:
             OSError, ValueError: files that are missing or damaged, or an adapter of other layers, or of layers of
                 another size.
         """
-        state = lora_weights(folder)
+        state = lora_weights(path := find_weights(folder))
         shapes = {name: weight.shape for name, weight in state.items()}
-        check_fit(folder / ADAPTER, shapes, get_peft_model_state_dict(self.transformer, adapter_name=adapter))
+        check_fit(path, shapes, get_peft_model_state_dict(self.transformer, adapter_name=adapter))
         set_peft_model_state_dict(self.transformer, state, adapter_name=adapter)

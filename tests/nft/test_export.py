@@ -10,16 +10,18 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusion3Pipeline
 from distributed_worker import Brightness
+from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nft.cli import app
 from nft.config import load_config, saved_settings
+from nft.export import export_lora
 from nft.full import load_policy
-from nft.policy import find_weights
 from nft.tasks import TASKS
 from nft.trainer import Trainer
+from nft.weights import find_weights
 from nft.worlds.shapes.tiny import build_pipeline
 
 SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_per_sample=1", "eval_prompts_per_group=1",
@@ -69,6 +71,47 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
     merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
     assert not any("lora" in name for name, _ in merged.transformer.named_parameters())
     torch.testing.assert_close(velocities(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_pipeline_is_as_wide_as_the_runs_weights(trainer, tmp_path):
+    shutil.copytree(trainer.folder, tmp_path / "run", symlinks=True)
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("dtype: float32", "dtype: bfloat16"))
+    for run, dtype in ((trainer.folder, torch.float32), (tmp_path / "run", torch.bfloat16)):
+        output = tmp_path / str(dtype)
+        assert CliRunner().invoke(app, ["export", str(run), str(output), "--merge"]).exit_code == 0
+        for part in ("transformer", "vae", "text_encoder"):
+            weights = load_file(next((output / part).glob("*.safetensors")))
+            assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {dtype}
+
+
+def test_loras_of_other_trainers_are_those_of_ours(trainer, tmp_path):
+    """A PeftModel's, and diffusers' with and without settings in the file."""
+    config, own = trainer.config, trainer.folder / "checkpoint" / "default"
+    expected = [weight for _, weight in sorted(load_file(own / "adapter_model.safetensors").items())]
+    weights = load_file(own / "adapter_model.safetensors")
+    for name, file, prefix in (
+        ("peft", "adapter_model.safetensors", "base_model.model."),
+        ("bare", "pytorch_lora_weights.safetensors", "transformer."),
+    ):
+        (tmp_path / name).mkdir()
+        save_file({prefix + key: weight for key, weight in weights.items()}, tmp_path / name / file)
+    shutil.copy(own / "adapter_config.json", tmp_path / "peft")
+    export_lora(own, tmp_path / "told")
+    for name, alpha in (("peft", 12), ("told", 12), ("bare", 4)):
+        policy = load_policy(config, tmp_path / name)
+        assert (policy.lora.r, policy.lora.lora_alpha) == (4, alpha)
+        got = get_peft_model_state_dict(policy.transformer, adapter_name="default")
+        assert all(map(torch.equal, [weight for _, weight in sorted(got.items())], expected))
+        expected_velocities = velocities(policy.transformer)
+        base = StableDiffusion3Pipeline.from_pretrained(config.pipeline)
+        export_lora(tmp_path / name, tmp_path / f"{name}-out")
+        base.load_lora_weights(tmp_path / f"{name}-out")
+        torch.testing.assert_close(velocities(base.transformer), expected_velocities, rtol=1e-4, atol=1e-5)
+    settings = json.loads((own / "adapter_config.json").read_text())
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
+    with pytest.raises(ValueError, match=r"got a LoRA with use_rslora in .*peft, accepted is one without"):
+        load_policy(config, tmp_path / "peft")
 
 
 def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_path):
