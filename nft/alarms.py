@@ -60,11 +60,12 @@ ALARMS = {
 }  # fmt: skip
 
 # The others, which are no comparison of one metric of one epoch.
-NONFINITE, HACKING = "nonfinite_updates", "reward_hacking"
-THRESHOLDS = {**{name: alarm.threshold for name, alarm in ALARMS.items()}, NONFINITE: 3.0, HACKING: 0.3}
+NONFINITE, HACKING, FALLING = "nonfinite_updates", "reward_hacking", "reward_falling"
+THRESHOLDS = {name: alarm.threshold for name, alarm in ALARMS.items()} | {NONFINITE: 3.0, HACKING: 0.3, FALLING: 0.5}
 """Value beyond which each alarm is raised. ``nonfinite_updates``: how many updates in a row may be skipped before the
 run stops. ``reward_hacking``: by how many of its standard deviations over pictures a held-out score falls below its
-best, while the trained reward rises by as many of its own."""
+best, while the trained reward rises by as many of its own. ``reward_falling``: by how many the trained reward, from one
+evaluation to the next, falls below its best."""
 SHARES = ("saturated", "zero_variance")
 """Those that are shares of pictures or groups."""
 
@@ -78,8 +79,9 @@ class Alarms:
         self._skipped = 0
         # By held-out score: the trained reward and the score where it was best.
         self._best: dict[str, tuple[float, float]] = {}
-        # Mean and deviation of each epoch since the last evaluation.
+        # Mean and deviation of the trained reward: of each epoch since the last evaluation, and where it was best.
         self._rewards: list[tuple[float, float]] = []
+        self._highest: tuple[float, float] | None = None
 
     def update(self, finite: bool) -> None:
         """Count the updates in a row whose loss or gradient was not finite.
@@ -109,7 +111,7 @@ class Alarms:
         return messages
 
     def evaluation(self, held_out: Mapping[str, Sequence[float]]) -> list[str]:
-        """Compare with the best evaluation: a trained reward that has risen while a held-out score fell.
+        """Compare with the best evaluation: a trained reward that has fallen, or risen while a held-out score fell.
 
         Args:
             held_out: mean and standard deviation over held-out pictures of the reported score and of every reward that
@@ -121,6 +123,16 @@ class Alarms:
             return []
         trained, spread = (sum(column) / len(epochs) for column in zip(*epochs, strict=True))
         messages = []
+        if self._highest is None or trained >= self._highest[0]:
+            self._highest = trained, spread
+        # Of pictures that have all become noise the rewards hardly differ.
+        fall, unit = self._highest[0] - trained, max(spread, self._highest[1])
+        if fall > self.thresholds[FALLING] * unit:
+            messages.append(
+                f"{FALLING}: the trained reward is {fall:.3g} below its best; look at the pictures: the policy gets "
+                "worse. A lower learning_rate, a slower old_policy, a larger kl_weight or fewer updates_per_epoch help; "
+                "`best` is the checkpoint with the best held-out score"
+            )
         for name, (score, deviation) in held_out.items():
             if not math.isfinite(score):
                 continue
@@ -137,17 +149,23 @@ class Alarms:
 
     def restart(self) -> None:
         """Forget what was compared with: another task's scores come."""
-        self._best, self._rewards = {}, []
+        self._best, self._rewards, self._highest = {}, [], None
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to raise the same alarms."""
-        return {"skipped": self._skipped, "best": self._best, "rewards": self._rewards}
+        return {
+            "skipped": self._skipped,
+            "best": self._best,
+            "rewards": self._rewards,
+            "highest": self._highest,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state()``; those of older versions compared otherwise, and begin anew."""
         self._skipped = state["skipped"]
         if "best" in state:
             self._best, self._rewards = dict(state["best"]), list(state["rewards"])
+            self._highest = state.get("highest")
 
 
 def distribution(r: Tensor, rewards: Tensor, x0: Tensor) -> dict[str, Any]:

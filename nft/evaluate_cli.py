@@ -95,6 +95,7 @@ def evaluate(
     prompts: Annotated[list[str] | None, typer.Option(help="SET=FILE, prompts in place of the suite's")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="prompts of each set and task group")] = None,
     per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
+    guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
     baseline: Annotated[Path | None, typer.Option(help="folder of another evaluation to compare with")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="REWARD.KEY=VALUE, a reward's option")] = None,
     config: Annotated[
@@ -104,7 +105,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
     console = Console()
-    from .config import usable_device
+    from .config import check_float32, usable_device
     from .distributed import Processes
     from .evaluate import SUITES, Evaluation, read_settings
     from .rewards.cli import reward_options
@@ -121,18 +122,21 @@ def evaluate(
         console.quiet = not processes.main
         same: dict[str, Any] = {"files": files, "limit": limit, "per_prompt": per_prompt}
         sampling = run.model_dump(include=_SAMPLING)
+        if guidance is not None:
+            check_float32("guidance", guidance)
+            sampling["guidance"] = guidance
         evaluation = Evaluation(suite, folder, subject=subject, sampling=sampling, **same)
         other = None
         if baseline is not None:
             begun = read_settings(baseline, "baseline")
-            theirs = {key: begun[key] for key in sampling if key in begun}
+            theirs = {key: begun[key] for key in (*_SAMPLING, "guidance") if key in begun}
             other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, **same)
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
         quieten_libraries()
         evaluation.check(options, other)
         if evaluation.missing():
-            _draw(console, evaluation, run, checkpoint, processes)
+            _draw(console, evaluation, run, checkpoint, processes, guidance)
         if not processes.main:
             return
         with console.status("") as status:
@@ -154,7 +158,9 @@ def _subject(pipeline: str, checkpoint: Path | None) -> str:
     return f"{pipeline} with {checkpoint}, sha256 {checksum(find_weights(checkpoint))}"
 
 
-def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any) -> None:
+def _draw(
+    console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any, guidance: float | None
+) -> None:
     from .full import load_policy
     from .rollout import rollout
 
@@ -164,7 +170,7 @@ def _draw(console: Console, evaluation: Any, run: Any, checkpoint: Path | None, 
         bar = progress.add_task("drawing", total=None)
         evaluation.draw(
             lambda texts, seeds: policy.decode(
-                rollout(policy, texts, seeds, grid, suite.solver, run.rollout_batch, guidance=None)
+                rollout(policy, texts, seeds, grid, suite.solver, run.rollout_batch, guidance=guidance)
             ),
             run.rollout_batch,
             lambda done, total: progress.update(bar, completed=done, total=total),

@@ -143,7 +143,55 @@ def test_a_score_that_is_not_finite_is_no_best():
 def test_a_state_of_an_older_version_is_begun_anew():
     watch = Alarms({})
     watch.load({"skipped": 2, "last": (0.5, 0.4), "rewards": [0.5, 0.6]})
-    assert watch.state() == {"skipped": 2, "best": {}, "rewards": []}
+    assert watch.state() == {"skipped": 2, "best": {}, "rewards": [], "highest": None}
+    watch.load({"skipped": 2, "best": {"strict": (0.5, 0.4)}, "rewards": [(0.5, 0.1)]})
+    assert watch.state() == {"skipped": 2, "best": {"strict": (0.5, 0.4)}, "rewards": [(0.5, 0.1)], "highest": None}
+
+
+def falls(epochs, threshold=0.5, restart_at=None):
+    """At which of several evaluations the alarm is raised; before each go these epochs' means and deviations."""
+    watch, found = Alarms({"reward_falling": threshold}), []
+    for i, part in enumerate(epochs):
+        if i == restart_at:
+            watch.restart()
+        for mean, deviation in part:
+            watch.epoch({"reward": mean, "reward_std": deviation})
+        messages = [m for m in watch.evaluation({"strict": (0.5, 0.1)}) if m.startswith("reward_falling")]
+        assert all("the trained reward is" in m and "learning_rate" in m for m in messages)
+        found += [i] * len(messages)
+        # What a resumed run goes on from.
+        state = watch.state()
+        watch = Alarms({"reward_falling": threshold})
+        watch.load(state)
+    return found
+
+
+def test_a_trained_reward_that_falls_far_below_its_best_is_told():
+    # 0.2 is half of the deviation; single epochs may be below.
+    assert falls([[(0.6, 0.4)], [(0.9, 0.4), (0.1, 0.4)], [(0.41, 0.4)], [(0.39, 0.4)]]) == [3]
+    assert falls([[(0.6, 0.4)], [(0.39, 0.4)]], threshold=1.0) == []
+    # Pictures that have become noise score alike, and those of a policy that has learned its task score alike, too.
+    assert falls([[(0.6, 0.4)], [(0.45, 0.01)], [(0.3, 0.01)]]) == [2]
+    assert falls([[(0.3, 0.4)], [(0.99, 0.01)], [(0.9, 0.2)], [(0.95, 0.1)]]) == []
+    # What another stage's task scored is no best of this one's.
+    assert falls([[(0.9, 0.4)], [(0.2, 0.4)]], restart_at=1) == []
+    assert falls([[], [(0.9, 0.4)], [(0.2, 0.4)]]) == [2]
+
+
+def test_a_diverging_run_is_told(make):
+    """As users of such trainers report most: the pictures turn to noise while every other number looks sane."""
+    trainer = make("epochs=4", "eval_every=1")
+    sample = trainer.sample
+    rewards = iter((0.8, 0.9, 0.2, 0.1))
+
+    def worse():
+        data = sample()
+        data["measured"] |= {"reward": next(rewards), "reward_std": 0.3}
+        return data
+
+    trainer.sample, told = worse, []
+    trainer.train(lambda metrics: told.append([m for m in metrics["alarms"] if m.startswith("reward_falling")]))
+    assert [len(messages) for messages in told] == [0, 0, 0, 0, 0, 0, 1, 0, 1]
 
 
 def test_rewards_of_any_unit_and_those_that_are_only_watched():

@@ -27,6 +27,7 @@ from nft.evaluate import SUITES, Evaluation, comparison, summary
 from nft.evaluate_cli import _print
 from nft.policy import Policy
 from nft.rewards.base import score
+from nft.rollout import rollout
 from nft.worlds.shapes.tiny import build_pipeline
 from nft.worlds.shapes.verify import verify
 
@@ -241,9 +242,30 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     assert not (tmp_path / "other" / "pictures").exists()
 
 
+def test_the_base_is_evaluated_with_guidance_as_a_baseline(base, pipeline, tuned, tmp_path):
+    folder, _ = base
+    result = evaluate(tmp_path / "guided", pipeline, "--guidance", "4.5")
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        policy, suite = Policy(load_config("shapes", [pipeline])), SUITES["shapes"]
+        entry, seed, path = Evaluation("shapes", tmp_path / "any", subject="s", limit=2)._jobs("shapes")[0]
+        with policy.merged("default"):
+            x0 = rollout(policy, [entry["prompt"]], [seed], policy.times(suite.steps), suite.solver, 8, guidance=4.5)
+    pictures = Path("pictures", "shapes", path.name)
+    guided = np.asarray(Image.open(tmp_path / "guided" / pictures))
+    np.testing.assert_array_equal(guided, policy.decode(x0)[0].numpy())
+    assert not np.array_equal(guided, np.asarray(Image.open(folder / pictures)))
+    clash = evaluate(folder, pipeline, "--guidance", "4.5")
+    assert clash.exit_code == 2 and "guidance is 'not set' there and 4.5 here" in " ".join(clash.output.split())
+    # It is compared with what draws without.
+    after = evaluate(tmp_path / "tuned", pipeline, "--checkpoint", str(tuned), "--baseline", str(tmp_path / "guided"))
+    assert after.exit_code == 0 and "p, paired" in after.output, after.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--guidance", "1e39"], "guidance: got 1e+39"),
         (["--suite", "papers"], "suite: got 'papers', accepted are paper, shapes"),
         (["--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
         (["--prompts", "shape=x"], "prompts: got shape, accepted are shapes"),
