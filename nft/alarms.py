@@ -130,8 +130,8 @@ class Alarms:
         if fall > self.thresholds[FALLING] * unit:
             messages.append(
                 f"{FALLING}: the trained reward is {fall:.3g} below its best; look at the pictures: the policy gets "
-                "worse. A lower learning_rate, a slower old_policy, a larger kl_weight or fewer updates_per_epoch help; "
-                "`best` is the checkpoint with the best held-out score"
+                "worse. A lower learning_rate, a larger kl_weight or fewer updates_per_epoch help; `best` is the "
+                "checkpoint with the best held-out score"
             )
         for name, (score, deviation) in held_out.items():
             if not math.isfinite(score):

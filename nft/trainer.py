@@ -47,6 +47,11 @@ _WRITTEN |= {"before.png", "after.png", "reward.png"}
 _MEASURED = ("loss", "kl", "old_deviation", "velocity_rms")
 
 
+def _mean(scores: Tensor) -> float:
+    """Of those that are finite."""
+    return scores[scores.isfinite()].mean().item()
+
+
 def _begun(path: Path) -> bool:
     """Whether a file holds the settings of a run that ended before it logged anything, and not a user's own."""
     try:
@@ -202,7 +207,7 @@ class Trainer:
         combined, measured = self._combine(scores, c.group_size)
         total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
         measured |= distribution(optimality_probability(combined.advantages, adv_clip_max=c.adv_clip_max), total, x0)
-        measured |= {"reward": total.mean().item(), "strict": scores[:, -1].mean().item()}
+        measured |= {"reward": total.mean().item(), "strict": _mean(scores[:, -1])}
         measured |= explored | {
             "nonfinite_rewards": measured["nonfinite_rewards"] + explored.get("nonfinite_rewards", 0)
         }
@@ -256,12 +261,19 @@ class Trainer:
 
     def _combine(self, scores: Tensor, size: int) -> tuple[Combined, dict[str, Any]]:
         """Advantages and r (B,) of the rewards of groups of ``size``; a score that is not finite counts as the mean of
-        its group."""
+        its group.
+
+        Raises:
+            RewardError: a reward none of whose scores is finite.
+        """
         c = self.stage
         groups = scores.view(-1, size, scores.shape[1])
         broken = ~groups[..., :-1].isfinite()
         if broken.any():
             rewards = groups[..., :-1]
+            for name, none in zip(self.task.weights, broken.all(0).all(0), strict=True):
+                if none:
+                    raise RewardError(f"rewards.{name}: none of {len(scores)} scores is finite")
             known = rewards.masked_fill(broken, math.nan)
             rewards.copy_(known.where(~broken, known.nanmean(1, keepdim=True)).nan_to_num(0.0))
         combined = combine(
@@ -415,12 +427,14 @@ class Trainer:
         columns = {"strict": strict, **(columns if len(columns) > 1 else {})}
         tags = [entry["tag"] for entry in entries]
         metrics = {
-            f"eval_{tag}": strict[[i for i, other in enumerate(tags) if other == tag]].mean().item()
+            f"eval_{tag}": _mean(strict[[i for i, other in enumerate(tags) if other == tag]])
             for tag in dict.fromkeys(tags)
         }
         prompts = [entry["prompt"] for entry in entries]
-        found = {f"eval_{name}": column.mean().item() for name, column in columns.items()}
-        found |= {f"eval_{name}_std": column.std(correction=0).item() for name, column in columns.items()}
+        found = {f"eval_{name}": _mean(column) for name, column in columns.items()}
+        found |= {
+            f"eval_{name}_std": column[column.isfinite()].std(correction=0).item() for name, column in columns.items()
+        }
         return {**metrics, **found, "eval_strict": sum(metrics.values()) / len(metrics)}, pictures, prompts
 
     def preflight_pictures(self) -> tuple[Tensor, Tensor, Tensor]:

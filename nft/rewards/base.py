@@ -132,13 +132,16 @@ def check_entries(reward: Reward | type[Reward], entries: Metadata, where: str) 
         raise ValueError(f"{where}: {error}") from None
 
 
-def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
+def score(
+    reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metadata, *, all_finite: bool = True
+) -> Scored:
     """Ask a reward for its scores, ``reward.batch`` pictures at a time.
 
     Args:
         reward: any reward.
         pictures: uint8 (B, H, W, 3) on any device.
         prompts, metadata: one of each per picture.
+        all_finite: whether a score or detail that is NaN or infinite is an error.
 
     Returns:
         scores and details on the CPU in float32.
@@ -162,11 +165,12 @@ def score(reward: Reward, pictures: Tensor, prompts: list[str], metadata: Metada
                 raise RewardError(f"{name_of(reward)}: {label} is a {type(values).__name__}, not a tensor")
             if values.shape != (len(prompts[part]),):
                 raise RewardError(f"{name_of(reward)}: {label} has shape {tuple(values.shape)}, not one per picture")
-            if not values.isfinite().all():
+            if all_finite and not values.isfinite().all():
                 raise RewardError(f"{name_of(reward)}: {label} holds NaN or infinity")
         # A sum of float32 terms may pass its own bound by a rounding error.
         low, high = (limit + sign * 1e-5 for limit, sign in zip(reward.range, (-1, 1), strict=True))
-        if not ((scored.score >= low) & (scored.score <= high)).all():
+        within = (scored.score >= low) & (scored.score <= high)
+        if not (within | ~scored.score.isfinite()).all():
             raise RewardError(f"{name_of(reward)}: got {scored.score.tolist()}, its range is {reward.range}")
         parts.append(Scored(*_to_cpu(scored)))
     return join(name_of(reward), parts)

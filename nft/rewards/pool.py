@@ -82,7 +82,8 @@ def _prepare(name: str, options: str) -> None:
 
 
 def _score_here(name: str, options: str, pictures: Any, prompts: list[str], metadata: Metadata) -> dict[str, Any]:
-    scored = score(_in_this_process(name, options), torch.from_numpy(pictures), prompts, metadata)
+    reward = _in_this_process(name, options)
+    scored = score(reward, torch.from_numpy(pictures), prompts, metadata, all_finite=False)
     return {"score": scored.score.numpy(), "details": {name: v.numpy() for name, v in scored.details.items()}}
 
 
@@ -132,7 +133,7 @@ class _Here:
         self.reward = registry.load(spec.reward, spec.options, device=spec.device or device)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        return score(self.reward, pictures, prompts, metadata)
+        return score(self.reward, pictures, prompts, metadata, all_finite=False)
 
     def close(self) -> None:
         pass
@@ -245,7 +246,8 @@ class Scorer:
             self._changed.notify_all()
 
     def gather(self) -> dict[str, Scored]:
-        """Scores of all batches by reward, in the order of submission; the scorer is empty afterwards.
+        """Scores of all batches by reward, in the order of submission; the scorer is empty afterwards. Some may be NaN
+        or infinite.
 
         Raises:
             ValueError: nothing was submitted.

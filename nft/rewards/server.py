@@ -87,7 +87,7 @@ class Batcher:
 
     async def _answer(self, jobs: list[_Job]) -> None:
         try:
-            scored = await asyncio.to_thread(score, self.reward, *_together(jobs))
+            scored = await asyncio.to_thread(score, self.reward, *_together(jobs), all_finite=False)
         # Its exit is not the server's.
         except (Exception, SystemExit) as error:
             if len(jobs) == 1:

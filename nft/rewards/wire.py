@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import safetensors.torch
@@ -45,13 +46,21 @@ def unpack(body: bytes, max_header: int) -> tuple[Tensor, list[str], Metadata]:
 
 
 def to_json(scored: Scored) -> dict[str, Any]:
-    """Scores as JSON; Python writes a float32 so that it comes back the same."""
-    details = {name: values.tolist() for name, values in scored.details.items()}
-    return {"score": scored.score.tolist(), "details": details}
+    """Scores as JSON; Python writes a float32 so that it comes back the same. What is not finite JSON cannot say."""
+    columns = {name: _list(values) for name, values in scored.details.items()}
+    return {"score": _list(scored.score), "details": columns}
+
+
+def _list(values: Tensor) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+    return isinstance(values, list) and all(isinstance(value, int | float | None) for value in values)
+
+
+def _tensor(values: list[float | None]) -> Tensor:
+    return torch.tensor([math.nan if value is None else value for value in values])
 
 
 def from_json(values: Any) -> Scored:
@@ -62,5 +71,5 @@ def from_json(values: Any) -> Scored:
     """
     match values:
         case {"score": found, "details": dict(details)} if all(map(_numbers, [found, *details.values()])):
-            return Scored(torch.tensor(found), {name: torch.tensor(detail) for name, detail in details.items()})
+            return Scored(_tensor(found), {name: _tensor(detail) for name, detail in details.items()})
     raise ValueError(f"answer: got {str(values)[:100]}, accepted are lists of numbers, score and details")

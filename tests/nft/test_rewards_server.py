@@ -83,6 +83,15 @@ class Bad(Number):
         raise RuntimeError("no good")
 
 
+class Hollow(Number):
+    """Has no number for picture 5."""
+
+    def __call__(self, pictures, prompts, metadata):
+        scored = super().__call__(pictures, prompts, metadata)
+        scored.score[scored.score == 5] = float("nan")
+        return scored
+
+
 class Picky(Number):
     """Fails on picture 7."""
 
@@ -152,7 +161,7 @@ class Server:
 @pytest.fixture(scope="module")
 def server(probes):
     limits = ["--max-mib", "1", "--max-waiting", "4", "--max-pictures", "64"]
-    served = ["probes:Number", "probes:Picky", "--set", "probes:Number.seconds=0.05"]
+    served = ["probes:Number", "probes:Picky", "probes:Hollow", "--set", "probes:Number.seconds=0.05"]
     running = Server(probes, free_port(), *served, *limits).wait()
     yield running
     running.kill()
@@ -177,6 +186,20 @@ def test_scores_and_details_come_back(server):
     assert remote.needs == ("n",) and remote.batch == 4 and remote.range == (-float("inf"), float("inf"))
     scored = score(remote, pictures, [e["prompt"] for e in entries], entries)
     assert scored.score.tolist() == [3, 70000, 11] and scored.details["half"].tolist() == [1.5, 35000, 5.5]
+
+
+def test_a_score_that_is_not_finite_comes_back_as_none(server):
+    """As JSON has no word for it; whether it may be is the caller's to say."""
+    answer = post(server, batch([4, 5, 6]), name="Hollow")
+    assert answer.status_code == 200 and answer.json()["score"] == [4.0, None, 6.0]
+    pictures, entries = numbered([4, 5, 6])
+    with Scorer({"far": RewardSpec(f"{server.url}/Hollow"), "near": RewardSpec("probes:Hollow")}) as scorer:
+        scorer.submit(pictures, entries)
+        found = scorer.gather()
+    for scored in found.values():
+        assert scored.score.isnan().tolist() == [False, True, False] and scored.details["half"].tolist() == [2, 2.5, 3]
+    with pytest.raises(RewardError, match="score holds NaN"):
+        score(RemoteReward(f"{server.url}/Hollow"), pictures, ["p"] * 3, entries)
 
 
 @pytest.mark.parametrize("token", [None, "another", TOKEN[:-1], TOKEN + "x", "gepäck"])
@@ -224,7 +247,7 @@ def test_bad_batches_are_refused_and_the_server_lives(server, body, status):
 
 def test_unknown_rewards_are_named(server):
     assert post(server, batch([1]), name="Nuber").status_code == 404
-    with pytest.raises(RewardError, match=r"serves Number, Picky, not 'Nuber'"):
+    with pytest.raises(RewardError, match=r"serves Number, Picky, Hollow, not 'Nuber'"):
         RemoteReward(f"{server.url}/Nuber")
 
 
@@ -441,7 +464,7 @@ def test_a_server_that_dies_late_is_asked_again(stand_in):
     [
         {"text": "<html>"},
         {"content": b"broken", "headers": {"content-encoding": "gzip"}},
-        *({"json": value} for value in ([], {}, {"score": [None, 1], "details": {}}, {"score": [1.0]},
+        *({"json": value} for value in ([], {}, {"score": ["x", 1], "details": {}}, {"score": [1.0]},
                                         {"score": [1.0], "details": []}, {"score": [1.0], "details": {"a": ["b"]}})),
     ],
 )  # fmt: skip

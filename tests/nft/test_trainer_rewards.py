@@ -1,6 +1,8 @@
 """The trainer with a task of several rewards, which are scored beside the sampling."""
 
+import math
 import socket
+import sys
 
 import pytest
 import torch
@@ -54,6 +56,42 @@ def test_rewards_of_all_batches_are_combined_within_their_groups(run):
     assert data["measured"]["reward"] == pytest.approx((rewards * torch.tensor([1.0, 0.5])).sum(2).mean().item())
     for k, name in enumerate(("jpeg", "plain")):
         assert data["measured"][f"reward_{name}"] == pytest.approx(rewards[..., k].mean().item())
+
+
+FLAKY = """import torch
+from nft.rewards.base import Reward
+
+class Flaky(Reward):
+    threaded = True
+    all_of_them = False
+
+    def __call__(self, pictures, prompts, metadata):
+        score = pictures.float().mean((1, 2, 3)) / 255
+        score[slice(None) if self.all_of_them else slice(1, None, 4)] = float("nan")
+        return score
+"""
+
+
+def test_scores_that_are_not_finite_are_counted_and_end_a_run_only_if_all_are(run, tmp_path, monkeypatch):
+    (tmp_path / "flaky_reward.py").write_text(FLAKY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Of two batches, of four and of two pictures, the second of each.
+    one = run("rewards={flaky: {reward: 'flaky_reward:Flaky'}}", "preflight=false", "eval_prompts_per_group=2")
+    data, found = one.sample(), []
+    scores = data["scores"][:, 0].view(2, 3)
+    rest = torch.tensor([[True, False, True], [True, True, False]])
+    assert data["measured"]["nonfinite_rewards"] == 2
+    expected = torch.stack([group[kept].mean() for group, kept in zip(scores, rest, strict=True)])
+    torch.testing.assert_close(scores[~rest], expected)
+    assert data["measured"]["strict"] == pytest.approx(scores[rest].mean().item())
+    one.train(found.append)
+    assert any(message.startswith("nonfinite_rewards: ") for metrics in found for message in metrics["alarms"])
+    scored = [line for line in found if "eval_strict" in line]
+    assert len(scored) == 2 and all(math.isfinite(line["eval_strict"]) for line in scored)
+    monkeypatch.setattr("flaky_reward.Flaky.all_of_them", True)
+    with pytest.raises(RewardError, match=r"rewards.flaky: none of 6 scores is finite"):
+        one.sample()
 
 
 def test_a_reward_of_weight_zero_is_only_watched(run, tmp_path):
