@@ -204,8 +204,10 @@ def preflight(trainer: Any) -> None:
             raise AlarmError(f"preflight: {what} are not finite; {hint}")
     if (pictures.flatten(1).amax(1) == pictures.flatten(1).amin(1)).all():
         raise AlarmError("preflight: every picture has one colour; the VAE does not fit the pipeline or overflows")
-    # Half of the pictures count as good, whatever they score: their rewards may well be equal.
-    weights = torch.arange(len(x0), device=x0.device).remainder(2).to(x0.dtype)
+    # No more at once than in training, for memory's sake; half of them count as good, whatever they score, as their
+    # rewards may well be equal.
+    x0 = x0[: trainer.stage.micro_batch]
+    weights = torch.arange(1, len(x0) + 1, device=x0.device).remainder(2).to(x0.dtype)
     try:
         trainer.backward(x0, weights)
     except RuntimeError as error:

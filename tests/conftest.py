@@ -16,7 +16,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file goes to one worker, whose fixtures are expensive, in the order of collection: the longest ones have few
-    tests and would come last."""
+    tests and would come last. ``--dist`` chooses another scheduler."""
+    if config.option.dist != "load":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False

@@ -130,11 +130,22 @@ __device__ void add_losses(const LossArgs& a) {
   const double* outer = static_cast<const double*>(a.outer.data);
   Sum<double> sum{};
   // Tokens may be many samples, whose loads should not wait for each other.
-#pragma unroll 4
-  for (int64_t b = threadIdx.x; b < a.batch; b += blockDim.x)
-    // Past the first-level cache, which knows nothing of what other blocks wrote.
-    sum.value += (static_cast<double>(__ldcg(policy + b)) + a.kl_weight * static_cast<double>(__ldcg(kl + b))) *
-                 (outer ? outer[b * a.outer.stride] : a.outer.constant);
+  for (int64_t first = threadIdx.x; first < a.batch; first += 4 * blockDim.x) {
+    T losses[4], kls[4];
+    double outers[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int64_t b = first + k * blockDim.x, here = b < a.batch ? b : first;
+      // Past the first-level cache, which knows nothing of what other blocks wrote.
+      losses[k] = __ldcg(policy + here);
+      kls[k] = __ldcg(kl + here);
+      outers[k] = outer ? outer[here * a.outer.stride] : a.outer.constant;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (first + k * blockDim.x < a.batch)
+        sum.value += (static_cast<double>(losses[k]) + a.kl_weight * static_cast<double>(kls[k])) * outers[k];
+  }
   sum = block_total(sum, warps);
   if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value);
 }
@@ -188,13 +199,16 @@ __device__ Held held_of(int64_t b, const Slices& slices, int64_t split, uint4* w
 }
 
 // This thread's sums over its packs; without a gradient nothing is held.
-template <typename T, bool kPacked>
-__device__ Sums<T> sum_and_hold(const LossArgs& a, const Held& held) {
+template <typename T, bool kPacked, typename AskMore>
+__device__ Sums<T> sum_and_hold(const LossArgs& a, const Held& held, const AskMore& ask_more) {
   const int me = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   Affine<T> f;
   Sums<T> sums{};
   for (int pack = me; pack < held.count; pack += threads) {
-    auto ask_affine = [&] { return f = pack == me ? affine_of<T>(a, held.b) : f; };
+    auto ask_affine = [&] {
+      if (pack == me) ask_more();
+      return f = pack == me ? affine_of<T>(a, held.b) : f;
+    };
     const Errors<T> e = load_errors<T, kPacked, false>(a, held.b, held.place<T>(a, pack), ask_affine, sums);
     if (!a.want_grad) continue;
     held.put(0, pack, e.positive);
@@ -235,9 +249,10 @@ __global__ void __launch_bounds__(kThreads, kPacked ? kClusterBlocks : 1)
   const int64_t b = blockIdx.x / ranks;
   const Held held = held_of(b, {packs, ranks, (packs + ranks - 1) / ranks}, rank, words);
   const int me = static_cast<int>(threadIdx.x);
-  Sums<T> sums = sum_and_hold<T, kPacked>(a, held);
+  Sums<T> sums = sum_and_hold<T, kPacked>(a, held, [&] {
+    if (me == 0) sample = sample_of(a, b);
+  });
   cudaTriggerProgrammaticLaunchCompletion();
-  if (me == 0) sample = sample_of(a, b);
   sums = warp_total(sums);
   if (me % 32 == 0) warps[me / 32] = sums;
   cluster.sync();
@@ -281,25 +296,24 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
     loss_on_device(const __grid_constant__ LossArgs a, const __grid_constant__ Slices slices, Sums<double>* partial) {
   extern __shared__ uint4 words[];
   __shared__ Sums<T> warps[kWarps];
+  __shared__ Sums<double> wide[kWarps];
   __shared__ Coefficients coefficients;
   const auto grid = cooperative_groups::this_grid();
   Held held = held_of(0, slices, blockIdx.x, words);
   for (; held.b < a.batch; ++held.b) {
     // Two sets, as other blocks may still read those of the sample before.
     Sums<double>* parts = partial + (held.b & 1) * gridDim.x;
-    const Sums<double> mine = block_total(sum_and_hold<T, kPacked>(a, held), warps);
+    const Sums<double> mine = block_total(sum_and_hold<T, kPacked>(a, held, [] {}), warps);
     if (threadIdx.x == 0) parts[blockIdx.x] = mine;
     auto arrival = grid.barrier_arrive();
     Held next = held;
     if (++next.b < a.batch) bring_near<T, kPacked>(a, next);
     grid.barrier_wait(std::move(arrival));
-    if (threadIdx.x < 32) {
-      Sums<double> total{};
-      for (unsigned i = threadIdx.x; i < gridDim.x; i += 32) total.add(parts[i]);
-      total = warp_total(total);
-      if (threadIdx.x == 0)
-        coefficients = finish_sample<T, false>(a, held.b, sample_of(a, held.b), total, blockIdx.x == 0);
-    }
+    Sums<double> part{};
+    for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) part.add(parts[i]);
+    const Sums<double> total = block_total(part, wide);
+    if (threadIdx.x == 0)
+      coefficients = finish_sample<T, false>(a, held.b, sample_of(a, held.b), total, blockIdx.x == 0);
     __syncthreads();
     store_held_gradient<T, kPacked>(a, held, coefficients);
   }

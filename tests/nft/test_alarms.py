@@ -251,6 +251,16 @@ def test_preflight_leaves_no_trace(make):
     assert torch.equal(rng, torch.get_rng_state()) and trainer.step == trainer.epoch == 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_preflight_differentiates_no_more_at_once_than_training(make, size):
+    """Else it may need more memory, and CUDA graphs are recorded of the largest batch."""
+    trainer, seen = make(f"micro_batch={size}"), []
+    backward = trainer.backward
+    trainer.backward = lambda x0, weights: (seen.append((len(x0), weights.tolist())), backward(x0, weights))
+    preflight(trainer)
+    assert seen == [(min(size, 2), [1.0, 0.0][:size])]
+
+
 @pytest.mark.parametrize(
     ("breakage", "message"),
     [
