@@ -240,6 +240,10 @@ def existing(parent: Path) -> list[Path]:
     return sorted(path for path in numbered if path.is_dir())
 
 
+def _epoch(path: Path) -> int:
+    return int(path.name.removeprefix("epoch-"))
+
+
 def best(parent: Path) -> Path | None:
     """The checkpoint with the highest held-out score of the newest one's stage, the earlier one of equals."""
     found = [(manifest(path), path) for path in existing(parent)]
@@ -251,11 +255,12 @@ def best(parent: Path) -> Path | None:
     return max(scored)[2] if scored else None
 
 
-def prune(parent: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest and the best, and what an interrupted process left half done."""
+def prune(parent: Path, keep: int, every: int | None = None) -> None:
+    """Delete all but the ``keep`` newest, the best and those of every so many epochs, and what an interrupted process
+    left half done."""
     top = best(parent)
     for path in existing(parent)[:-keep]:
-        if path != top:
+        if path != top and not (every and _epoch(path) % every == 0):
             # Out of sight first: a folder that is half deleted must not look like a checkpoint.
             path.rename(path.with_name(f".{path.name}.tmp"))
     for leftover in parent.glob(".*.tmp"):

@@ -39,8 +39,9 @@ _BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
     "plugins", "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload",
-    "adapter", "lora_rank", "lora_alpha", "max_sequence_length", "keep_checkpoints", "tracker", "alarms", "eval_every",
-    "preflight", "compile_rollout", "cuda_graphs", "float8_rollout", "fused_transformer", "shard",
+    "adapter", "lora_rank", "lora_alpha", "max_sequence_length", "save_every", "keep_checkpoints", "keep_every",
+    "tracker", "alarms", "eval_every", "preflight", "compile_rollout", "cuda_graphs", "float8_rollout",
+    "fused_transformer", "shard",
 }  # fmt: skip
 # What does nothing without another setting.
 _PARTNERS = {
@@ -200,8 +201,13 @@ class Config(BaseModel):
     """Steps of the solver in an evaluation."""
     eval_solver: str = "heun"
     """A name of ``nft solvers``; another one than in rollouts shows whether the policy depends on it."""
+    save_every: int = Field(1, gt=0)
+    """Epochs from one checkpoint to the next, from which an interrupted run goes on; one is written before every
+    evaluation, too."""
     keep_checkpoints: int = Field(2, gt=0)
     """How many of the newest checkpoints stay; the best by held-out score always does."""
+    keep_every: int | None = Field(None, gt=0)
+    """Checkpoints of epochs that are multiples of this stay as well, such as those before a reward was exploited."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Where numbers are sent beside metrics.jsonl, and pictures of evaluations to the first two."""
     alarms: dict[str, float] = {}

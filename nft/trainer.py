@@ -480,7 +480,7 @@ class Trainer:
     def _tidy(self) -> None:
         """Delete the checkpoints that are not kept, and point at the newest and the best."""
         parent = self._checkpoint.parent
-        checkpoint.prune(parent, self.config.keep_checkpoints)
+        checkpoint.prune(parent, self.config.keep_checkpoints, self.config.keep_every)
         checkpoint.link(self.folder / "checkpoint", checkpoint.existing(parent)[-1])
         if best := checkpoint.best(parent):
             checkpoint.link(self.folder / "best", best)
@@ -559,10 +559,11 @@ class Trainer:
         on_epoch: Callable[[dict[str, Any]], None] = lambda metrics: None,
         on_eval: Callable[[int, Tensor, list[str]], None] = lambda epoch, pictures, prompts: None,
     ) -> None:
-        """Run to the last epoch. On an interrupt the finished epochs are kept: the checkpoint is of the last one.
+        """Run to the last epoch. On an interrupt the finished epochs are kept: the checkpoint is of the last one, or of
+        the last that ``save_every`` has one for.
 
         Args:
-            on_epoch: told every epoch's and every evaluation's metrics, after they are logged and saved.
+            on_epoch: told every epoch's and every evaluation's metrics, after they are logged and what is due is saved.
             on_eval: told epoch, pictures (B, H, W, 3) and prompts of every evaluation, before it is saved.
 
         Raises:
@@ -585,7 +586,8 @@ class Trainer:
             metrics |= {"seconds": time.perf_counter() - begin}
             metrics["alarms"] = self.alarms.epoch(metrics)
             self.log(metrics)
-            self.save()
+            if self.evaluation_due or self.epoch % self.config.save_every == 0:
+                self.save()
             held_out = self._evaluate(on_eval) if self.evaluation_due else None
             on_epoch(metrics)
             if held_out is not None:

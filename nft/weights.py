@@ -58,9 +58,19 @@ def lora_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _told(path: Path) -> dict[str, Any]:
+    """The settings in a file of diffusers, or those that it is loaded with if there are none."""
+    with safe_open(path, "pt") as file:
+        settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    if settings:
+        return {name.removeprefix("transformer."): value for name, value in settings.items()}
+    ranks = {name: len(weight) for name, weight in lora_weights(path).items() if name.endswith(".lora_A.weight")}
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in ranks)
+    return {"r": max(ranks.values()), "lora_alpha": max(ranks.values()), "target_modules": layers}
+
+
 def lora_settings(path: Path) -> dict[str, Any]:
-    """The settings of a LoRA as PEFT has them, with ``r`` and ``lora_alpha``. Where a file of diffusers tells none,
-    they are those that it is loaded with: alpha is the rank.
+    """The settings of a LoRA as PEFT has them, with ``r`` and ``lora_alpha``.
 
     Raises:
         OSError: a file that is missing.
@@ -68,17 +78,7 @@ def lora_settings(path: Path) -> dict[str, Any]:
     """
     beside = path.with_name("adapter_config.json")
     with reading(beside if path.name == ADAPTER else path, "checkpoint"):
-        if path.name == ADAPTER:
-            settings = json.loads(beside.read_text())
-        else:
-            with safe_open(path, "pt") as file:
-                told = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-            settings = {key.removeprefix("transformer."): value for key, value in told.items()}
-        if not settings:
-            down = {name: weight for name, weight in lora_weights(path).items() if name.endswith(".lora_A.weight")}
-            layers = sorted(name.removesuffix(".lora_A.weight") for name in down)
-            ranks = [len(weight) for weight in down.values()]
-            settings = {"r": max(ranks), "lora_alpha": max(ranks), "target_modules": layers}
+        settings = json.loads(beside.read_text()) if path.name == ADAPTER else _told(path)
         rank, alpha = settings["r"], settings["lora_alpha"]
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
             raise TypeError("r and lora_alpha are no positive numbers")

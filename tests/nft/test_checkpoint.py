@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from distributed_worker import Brightness
+from distributed_worker import Brightness, train_until
 from typer.testing import CliRunner
 
 from nft import checkpoint
@@ -236,6 +236,31 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [path.name for path in checkpoint.existing(parent)] == ["epoch-000004", "epoch-000006", "epoch-000007"]
     assert checkpoint.best(parent).name == "epoch-000004"
     assert sorted(p.name for p in parent.iterdir()) == ["epoch-000004", "epoch-000006", "epoch-000007"]
+
+
+def test_checkpoints_of_every_so_many_epochs(pipeline, tmp_path):
+    """Some are written, some are kept, and a run that is resumed from one ends as an unbroken one."""
+
+    def make(name, *more, **how):
+        return Trainer(settings(pipeline, "epochs=7", "eval_every=10", *more), tmp_path / name, **how)
+
+    def kept(name):
+        return [int(path.name[-6:]) for path in checkpoint.existing(tmp_path / name / "checkpoints")]
+
+    every = ("save_every=2", "keep_checkpoints=1", "keep_every=4")
+    train_until(make("run", *every), 5)
+    assert kept("run") == [4]
+    resumed = make("run", *every, resume=True)
+    assert resumed.epoch == 4
+    resumed.train()
+    # The last epoch's is written for its evaluation.
+    assert kept("run") == [4, 7]
+    whole = make("whole", "keep_every=3", "keep_checkpoints=2")
+    whole.train()
+    assert kept("whole") == [3, 6, 7]
+    assert all(map(torch.equal, whole.policy.trained, resumed.policy.trained))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, *range(1, 8), 7]
 
 
 def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
