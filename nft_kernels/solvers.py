@@ -126,9 +126,11 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
             coefficients that float32 cannot hold.
         TypeError: sigmas that are no numbers, or an option that the solver does not have.
     """
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise ValueError(f"name: got {name!r}, accepted are {', '.join(SOLVERS)}")
     try:
+        if isinstance(sigmas, str | bytes):
+            raise TypeError
         times = tuple(float(s) for s in sigmas)
     except (TypeError, ValueError):
         raise TypeError(f"sigmas: got {sigmas!r}, accepted are strictly falling times in [0, 1]") from None
@@ -200,9 +202,11 @@ def dynamic_shift(tokens: int) -> float:
     """SD3's shift for a picture of ``tokens`` patches: e^mu with mu linear from 0.5 at 256 to 1.15 at 4096.
 
     Raises:
-        ValueError: a number of tokens that is not positive.
+        ValueError: a number of tokens that is not positive, or far beyond those of a picture.
     """
     _positive("tokens", tokens)
+    if tokens > 2**20:
+        raise ValueError(f"tokens: got {tokens}, accepted are numbers up to 2**20")
     return math.exp(0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256))
 
 
@@ -219,13 +223,13 @@ def _row(t: float, a: float, b: Sequence[float]) -> Row:
 
 def _orders(order: int, steps: int) -> list[int]:
     """Order of each step: it ramps up while the history fills and down to 1 at the end."""
-    if isinstance(order, bool) or not isinstance(order, int) or order not in (1, 2, 3):
+    if isinstance(order, bool) or not isinstance(order, Integral) or order not in (1, 2, 3):
         raise ValueError(f"order: got {order!r}, accepted are 1, 2, 3")
     return [min(order, i + 1, steps - i) for i in range(steps)]
 
 
 def _check_eta(eta: float, high: float = _LARGEST) -> None:
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 0 <= eta <= high:
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= high:
         raise ValueError(f"eta: got {eta!r}, accepted is a number in [0, {high:g}]")
 
 
@@ -300,12 +304,15 @@ def dance_sde(sigmas: Sigmas, eta: float = 0.3) -> SolverTable:
 
 @register("mixed")
 def mixed(
-    sigmas: Sigmas, window: Sequence[int] = (0, 2), sde: str = "flow-sde", eta: float | None = None
+    sigmas: Sigmas, window: Sequence[int] | None = None, sde: str = "flow-sde", eta: float | None = None
 ) -> SolverTable:
     """MixGRPO (Li et al., arXiv 2507.21802): steps window[0] <= i < window[1] by ``sde``, all others by Euler.
 
-    ``sde`` is one of flow-sde, dance-sde, cps and ddim, and ``eta`` that solver's own by default.
+    ``window`` is the first two steps by default, ``sde`` one of flow-sde, dance-sde, cps and ddim, and ``eta`` that
+    solver's own by default.
     """
+    if window is None:
+        window = 0, min(2, len(sigmas) - 1)
     if sde not in ("flow-sde", "dance-sde", "cps", "ddim"):
         raise ValueError(f"sde: got {sde!r}, accepted are flow-sde, dance-sde, cps, ddim")
     if not (

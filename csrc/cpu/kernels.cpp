@@ -15,6 +15,10 @@ constexpr int64_t kSamplesPerThread = 4;
 // Elements after which sums go on in double: many equal terms would otherwise all round to the same side.
 constexpr int64_t kFold = 512;
 
+// Errors that one weight is the mean of, up to which it nearly cancels with each of them in the gradient: that is lost if
+// the errors are taken apart again.
+constexpr int64_t kFew = 8;
+
 enum Term { kPositiveAbs, kNegativeAbs, kPositiveSq, kNegativeSq, kKl, kDAbs, kSize, kPositive, kNegative, kTerms };
 
 template <typename T>
@@ -142,11 +146,14 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
   // c+ e+ + c- e- by base and d, so that what cancels, all of it where v_theta = v_old and r = 1/2, does so in double.
   const T of_base = static_cast<T>(c.positive + c.negative), of_kl = static_cast<T>(c.kl);
   const T of_d = static_cast<T>((c.positive - c.negative) * static_cast<double>(in.f.step));
-  auto one = [&](int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
+  auto one = [&](auto few, int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
     T d, base, value;
     errors<T>(v_theta, v_old, x_t, x0, in.f, d, base);
+    const T positive = fused(in.f.step, d, base), negative = fused(-in.f.step, d, base);
     if constexpr (kElementwise)
-      value = policy_gradient(c, in.r[k], fused(in.f.step, d, base), fused(-in.f.step, d, base));
+      value = policy_gradient(c, in.r[k], positive, negative);
+    else if constexpr (few.value)
+      value = static_cast<T>(c.positive) * positive + static_cast<T>(c.negative) * negative;
     else
       value = fused(of_base, base, of_d * d);
     if constexpr (kRef) value = fused(of_kl, v_theta - v_ref, value);
@@ -165,7 +172,7 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
       for (int l = 0; l < kLanes; ++l) {
         auto half = [&](int i) {
           auto at = [&](const S* data) { return part(data + k, l, i); };
-          return one(k + place_of<S>(l, i), at(in.v_theta), at(in.v_old), at(in.x_t), at(in.x0),
+          return one(std::false_type{}, k + place_of<S>(l, i), at(in.v_theta), at(in.v_old), at(in.x_t), at(in.x0),
                      kRef ? at(in.v_ref) : T(0));
         };
         set_parts(to, l, half(0), half(1));
@@ -174,9 +181,12 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
     }
   };
   passes ? write(std::true_type{}) : write(std::false_type{});
-  for (; k < count; ++k)
-    set(grad[k], one(k, get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]),
-                     kRef ? get(in.v_ref[k]) : T(0)));
+  auto write_rest = [&](auto few) {
+    for (; k < count; ++k)
+      set(grad[k], one(few, k, get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]),
+                       kRef ? get(in.v_ref[k]) : T(0)));
+  };
+  part_of(a, b).length <= kFew ? write_rest(std::true_type{}) : write_rest(std::false_type{});
   if constexpr (std::is_same_v<S, T>)
     if (grad == buf.grad) store(a.grad, row, start, count, grad);
 }
@@ -292,6 +302,8 @@ struct Tokens {
           d_max[l] = d_max[l] > most ? d_max[l] : most;
         }
       }
+      const bool few = a.channels <= kFew;
+      // Of the errors themselves where they are few.
       T of_base[kLanes] = {0}, of_d[kLanes] = {0}, of_kl = 0;
       for (int l = 0; l < std::min<int64_t>(kLanes, count - k); ++l) {
         const double d_abs = static_cast<double>(lane[kDAbs][l]);
@@ -301,8 +313,8 @@ struct Tokens {
                                 std::isnan(d_abs) ? d_abs : static_cast<double>(d_max[l])};
         double each[kDetails];
         const Coefficients c = finish(a, sample, sums, a.channels, each);
-        of_base[l] = static_cast<T>(c.positive + c.negative);
-        of_d[l] = static_cast<T>((c.positive - c.negative) * static_cast<double>(f.step));
+        of_base[l] = static_cast<T>(few ? c.positive : c.positive + c.negative);
+        of_d[l] = static_cast<T>(few ? c.negative : (c.positive - c.negative) * static_cast<double>(f.step));
         of_kl = static_cast<T>(c.kl);
         add_details(each, share, details);
       }
@@ -311,7 +323,8 @@ struct Tokens {
         for (int l = 0; l < kLanes; ++l) {
           T d, base;
           errors<T>(buf.v_theta[i + l], buf.v_old[i + l], buf.x_t[i + l], buf.x0[i + l], f, d, base);
-          T value = fused(of_base[l], base, of_d[l] * d);
+          const T positive = fused(f.step, d, base), negative = fused(-f.step, d, base);
+          T value = few ? of_base[l] * positive + of_d[l] * negative : fused(of_base[l], base, of_d[l] * d);
           if constexpr (kRef) value = fused(of_kl, buf.v_theta[i + l] - buf.v_ref[i + l], value);
           buf.grad[i + l] = value;
         }

@@ -20,10 +20,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..backends import BACKENDS
 from ..ops import _validate
+from ..ops._autograd import once_differentiable
 from ..ops._rows import backend_of
 from ..ops.gelu import unchecked as gelu
 from ..ops.layer_norm_modulate import unchecked as layer_norm_modulate

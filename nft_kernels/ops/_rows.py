@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
+from ._autograd import once_differentiable, refuse_second
 
 
 def backend_of(
@@ -88,7 +88,9 @@ def fused(
     op.register_fake(fake)
     gradient_op = torch.library.custom_op(f"nft_kernels::{name}_gradient", gradient, mutates_args=())
     gradient_op.register_fake(fake_gradient)
-    op.register_autograd(lambda ctx, *grads: backward(ctx, gradient_op, grads), setup_context=setup_context)
+    op.register_autograd(
+        lambda ctx, *grads: refuse_second(backward(ctx, gradient_op, grads)), setup_context=setup_context
+    )
     eager: Any = function(run, setup_context, lambda ctx, grads: backward(ctx, gradient, grads))
 
     def call(*args: Any) -> Any:

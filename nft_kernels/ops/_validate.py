@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _FEW = 256
+# Classes, and not those of ``numbers``, which the compiler does not know a variable by.
+WHOLE = (int, np.integer)
+_NUMBERS = (*WHOLE, float, np.floating)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -29,8 +34,9 @@ def _tensor(name: str, x: object, accepted: str = "a tensor") -> None:
     """``x`` must be a tensor with memory of its own: kernels take its address."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is {accepted}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: got a tensor of layout {x.layout}, accepted is a dense one")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"a tensor of layout {x.layout}"
+        raise TypeError(f"{name}: got {kind}, accepted is a dense one")
     if type(x) is Tensor or torch.compiler.is_compiling():
         return
     if is_traceable_wrapper_subclass(x) or isinstance(x, FakeTensor):
@@ -64,16 +70,19 @@ def latents(name: str, x0: Tensor) -> None:
 
 
 def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, below: bool = False) -> None:
-    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(x):
+    # Under vmap, alone or within another of functorch's transforms, there are no values to look at.
+    if not x.is_cpu or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return
     # A few values are read faster than an operator is called. Python's min and max may pass over a NaN, a sum does not.
-    few = x.ndim == 1 and x.shape[0] <= _FEW and not torch._C._are_functorch_transforms_active()
+    few = x.ndim == 1 and x.shape[0] <= _FEW
     values = x.tolist() if few else [bound.item() for bound in x.detach().aminmax()]
     smallest, largest = min(values), max(values)
     inside = low <= smallest and largest <= high and not math.isnan(sum(values))
     if not inside or (above and smallest == low) or (below and largest == high):
         accepted = f"{'(' if above else '['}{low:g}, {high:g}{')' if below else ']'}"
-        raise ValueError(f"{name}: got values outside {accepted} or NaN, accepted is {accepted}")
+        raise ValueError(
+            f"{name}: got values outside {accepted} or NaN, {smallest:g} to {largest:g}, accepted is {accepted}"
+        )
 
 
 def per_sample(
@@ -81,7 +90,8 @@ def per_sample(
 ) -> None:
     """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]; ``above`` and
     ``below`` leave out the bound itself."""
-    _tensor(name, x, f"a tensor of shape ({x0.shape[0]},)")
+    # The compiler would take a size in a text for a constant.
+    _tensor(name, x, "a tensor of shape (B,)")
     floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
@@ -92,8 +102,8 @@ def per_sample(
 def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> None:
     """``x`` must be floating or boolean, broadcast to x0's shape, and, on the CPU, lie within [low, high]."""
     _tensor(name, x, "a tensor that broadcasts to x0's shape")
-    if x.dtype != torch.bool:
-        floating(name, x.dtype)
+    if x.dtype not in (torch.bool, *DTYPES):
+        raise TypeError(f"{name}: got {x.dtype}, accepted are torch.bool, {', '.join(map(str, DTYPES))}")
     shape = (1,) * (x0.ndim - x.ndim) + tuple(x.shape)
     if len(shape) != x0.ndim or any(a not in (1, b) for a, b in zip(shape, x0.shape, strict=True)):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is one that broadcasts to {tuple(x0.shape)}")
@@ -110,8 +120,9 @@ def choice(name: str, value: str, accepted: Sequence[str]) -> None:
 
 def offsets(name: str, x: Tensor, x0: Tensor) -> None:
     """``x`` must be (S + 1,) int64 and, on the CPU, rise from 0 to the length of x0."""
-    if not isinstance(x, Tensor) or x.dtype != torch.int64:
-        raise TypeError(f"{name}: got {getattr(x, 'dtype', type(x).__name__)}, accepted is an int64 tensor of offsets")
+    _tensor(name, x, "an int64 tensor of offsets")
+    if x.dtype != torch.int64:
+        raise TypeError(f"{name}: got {x.dtype}, accepted is an int64 tensor of offsets")
     if x.ndim != 1 or len(x) < 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is (S + 1,) for S segments")
     _same_device(name, x, x0)
@@ -138,9 +149,12 @@ def flag(name: str, value: bool) -> None:
 
 def number(name: str, value: float, *, positive: bool) -> None:
     """``value`` must be a finite number, above zero or at least zero."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: got {type(value).__name__}, accepted is a number")
-    if not math.isfinite(value) or value < 0 or (positive and value == 0):
+    if isinstance(value, np.generic):
+        value = value.item()
+    # As comparisons, which the compiler can make of a number that it takes for a variable.
+    if not 0 <= value <= sys.float_info.max or (positive and value == 0):
         raise ValueError(f"{name}: got {value}, accepted is a finite number {'above' if positive else 'of at least'} 0")
 
 
@@ -154,9 +168,9 @@ def seeds(seed: int | Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
                 f"accepted is an int or an int64 tensor of shape ({x0.shape[0]},) on {x0.device}"
             )
         return seed.contiguous(), torch.zeros_like(seed)
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, WHOLE):
         raise TypeError(f"seed: got {type(seed).__name__}, accepted is an int or an int64 tensor")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: got {seed}, accepted are signed 64-bit integers")
     sample = torch.arange(x0.shape[0], device=x0.device)
-    return torch.full_like(sample, seed), sample
+    return torch.full_like(sample, int(seed)), sample

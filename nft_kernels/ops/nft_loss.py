@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose, load
 from ..reference import compute_dtype
 from ..reference import nft_loss as reference
 from ..reference.nft_loss import KL_SPACES, PREDICTIONS, WEIGHTINGS, LossInputs, Options
 from . import _validate
+from ._autograd import refuse_second
 
 REDUCTIONS = ("mean", "sum", "none")
 # That the CPU's kernel for weights of tokens holds.
@@ -65,22 +65,27 @@ class _Fused(torch.autograd.Function):
         return loss, details
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return (None,) * len(ctx.needs_input_grad)
         *saved, details = ctx.saved_tensors
         kernels, grad, ctx.grad = load(ctx.backend), ctx.grad, None
         grad_loss = grad_loss.resolve_neg()
-        if grad is None:
+        twice = torch.is_grad_enabled()
+        if grad is None or twice:
             inputs = LossInputs._make(x if kept is None else kept for x, kept in zip(saved, ctx.kept, strict=True))
+        # A gradient that is to be differentiated in its turn is autograd's, of the reference.
+        if twice and not ctx.options.channels:
+            loss = reference.nft_loss(inputs, ctx.options)[0].sum()
+            return *torch.autograd.grad(loss, inputs.v_theta, grad_loss, create_graph=True), *(None,) * 4
+        if grad is None:
             dtype = inputs.v_theta.dtype
             grad = kernels.nft_loss_gradient(
                 inputs, ctx.options, details=details, grad_dtype=dtype, grad_loss=grad_loss
             )
         else:
             kernels.scale(grad, grad_loss)
-        return grad, None, None, None, None
+        return refuse_second((grad, None, None, None, None))
 
 
 def _unscaled_dtype(v_theta: Tensor) -> torch.dtype:
@@ -146,7 +151,8 @@ def _backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None,
     scale = grad_losses
     if segments:
         scale = scale.repeat_interleave(segments[0].diff(), output_size=len(grad))
-    return ((grad * scale.view(-1, *[1] * (grad.ndim - 1))).to(ctx.dtype), *[None] * (ctx.inputs - 1))
+    scaled = (grad * scale.view(-1, *[1] * (grad.ndim - 1))).to(ctx.dtype)
+    return refuse_second((scaled, *[None] * (ctx.inputs - 1)))
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -302,7 +308,8 @@ def nft_loss(
     reduction: str = "mean",
     backend: str = "auto",
 ) -> NFTLossOutput:
-    """The DiffusionNFT loss (arXiv 2509.16117, section 3), differentiable once with respect to ``v_theta`` alone.
+    """The DiffusionNFT loss (arXiv 2509.16117, section 3), differentiable with respect to ``v_theta`` alone: once, and
+    the mean or sum outside of torch.compile any number of times, by the reference from the second on.
 
     loss = mean_i M (r_i l+_i + (1-r_i) l-_i) / beta_i + kl_weight mean_i mean_elements (v_theta - v_ref)^2 with
     l+- = mean_elements(e+-^2) / w+- and e+- = x_t - t v+- - x0.
@@ -375,6 +382,9 @@ def nft_loss(
         segments, right = _within_reach(segments, len(x0)) if segments.is_cuda else (segments.contiguous(), None)
     # At an end the x0 prediction, or the velocity that the KL term needs, may not follow from what is predicted.
     positive = ((prediction, kl_space) == ("x0", "v") and v_ref is not None) or "/" in weighting
+    if not wide and isinstance(t, Tensor) and t.dtype == torch.float64:
+        # In what the loss is computed in, a time beside an end may be the end.
+        t = t.float()
     _validate.per_sample("t", t, samples, 0, 1, above=positive, below=prediction == "eps")
     if isinstance(r, Tensor) and r.ndim == x0.ndim > 1:
         _validate.broadcastable("r", r, x0, 0, 1)

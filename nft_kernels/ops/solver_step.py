@@ -127,7 +127,7 @@ def solver_step(
     """
     if not isinstance(table, SolverTable):
         raise TypeError(f"table: got {type(table).__name__}, accepted is a SolverTable from solvers.table")
-    if isinstance(i, bool) or not isinstance(i, int):
+    if isinstance(i, bool) or not isinstance(i, _validate.WHOLE):
         raise TypeError(f"i: got {type(i).__name__}, accepted is an int")
     if not 0 <= i < len(table.rows):
         raise ValueError(f"i: got {i}, accepted are rows 0 to {len(table.rows) - 1} of {table.name}")

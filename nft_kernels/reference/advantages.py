@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -41,10 +41,14 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, accepted is (B,) with B > 0")
     if group_ids.shape != rewards.shape:
         raise ValueError(f"group_ids: got shape {tuple(group_ids.shape)}, accepted is {tuple(rewards.shape)}")
-    if not rewards.isfinite().all():
-        raise ValueError("rewards: got NaN or infinity, accepted are finite values")
     if std not in ("global", "group"):
         raise ValueError(f"std: got {std!r}, accepted are 'global' and 'group'")
+    return _op(rewards, group_ids, std) if torch.compiler.is_compiling() else _advantages(rewards, group_ids, std)
+
+
+def _advantages(rewards: Tensor, group_ids: Tensor, std: str) -> Tensor:
+    if not rewards.isfinite().all():
+        raise ValueError("rewards: got NaN or infinity, accepted are finite values")
     x = rewards.double()
     _, inverse, counts = group_ids.unique(return_inverse=True, return_counts=True)
 
@@ -54,6 +58,11 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
     centred = x - group_mean(x)
     deviation = x.std(correction=0) if std == "global" else group_mean(centred.square()).sqrt()
     return (centred / (deviation + 1e-4)).to(rewards.dtype)
+
+
+# How many groups there are the compiler cannot know.
+_op = torch.library.custom_op("nft_kernels::group_advantages", _advantages, mutates_args=())
+_op.register_fake(lambda rewards, group_ids, std: torch.empty_like(rewards))
 
 
 def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = "continuous") -> Tensor:
@@ -70,16 +79,17 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
         tensor in [0, 1] of A's shape and dtype.
 
     Raises:
-        ValueError: NaN advantages, M that is not positive and finite, or an unknown mode.
+        ValueError: NaN advantages (not within torch.compile), M that is not positive and finite, or an unknown mode.
         TypeError: A that is not floating point.
     """
     _floating("A", A)
-    number = isinstance(adv_clip_max, int | float) and not isinstance(adv_clip_max, bool)
-    if not (number and math.isfinite(adv_clip_max) and adv_clip_max > 0):
-        raise ValueError(f"adv_clip_max: got {adv_clip_max!r}, accepted are positive finite numbers")
+    # Twice its largest value is a float32, too.
+    number = isinstance(adv_clip_max, Real) and not isinstance(adv_clip_max, bool)
+    if not (number and 0 < adv_clip_max <= 1e38):
+        raise ValueError(f"adv_clip_max: got {adv_clip_max!r}, accepted are positive finite numbers up to 1e38")
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(MODES)}")
-    if A.isnan().any():
+    if not torch.compiler.is_compiling() and A.isnan().any():
         raise ValueError("A: got NaN, accepted are numbers")
     used = {
         "continuous": lambda: A,

@@ -237,6 +237,7 @@ def _distributed(rank, port, sharded):
         heads, weights = torch.ones(2, 3, 1, 4), torch.ones(4)
         for name, run in {
             "v_theta": lambda: nft_loss(spread(x_t), v_old, x_t, x0, t, r),
+            "segments": lambda: nft_loss(x_t, v_old, x_t, x0, t[:1], r[:1], segments=spread(torch.tensor([0, len(t)]))),
             "scale": lambda: layer_norm_modulate(rows, spread(vector), vector),
             "weight_k": lambda: qk_norm(heads, heads, weights, spread(weights)),
             "bias": lambda: group_norm_silu(pictures, weights, spread(weights), groups=2, eps=1e-6),
@@ -298,14 +299,88 @@ def test_inference_tensors_are_taken():
     torch.testing.assert_close(first, second)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_second_derivative_is_refused_and_not_0(reduction):
-    v, *others = torch.randn(4, 3, 40)
-    v.requires_grad_()
-    out = nft_loss(v, *others, torch.full((3,), 0.4), torch.full((3,), 0.7), reduction=reduction, backend="native")
-    (gradient,) = torch.autograd.grad(out.loss.sum(), v, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(gradient.square().sum(), v)
+def penalized(v, others, backend, **options):
+    """The gradient of a loss with a penalty on its own gradient."""
+    loss = nft_loss(v, *others, backend=backend, **options).loss.sum()
+    (gradient,) = torch.autograd.grad(loss, v, create_graph=True)
+    (loss + 50 * gradient.square().sum()).backward()
+    return v.grad
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 0.5, "reduction": "sum"}, {"detach_weight": False}], ids=str)
+def test_a_gradient_can_be_penalized(options):
+    """By the reference: kernels know no derivative of theirs."""
+    v, *others = torch.randn(4, 3, 40, dtype=torch.float64)
+    others = *others, torch.full((3,), 0.4), torch.full((3,), 0.7)
+    first, second = (penalized(v.clone().requires_grad_(), others, name, **options) for name in ("native", "reference"))
+    torch.testing.assert_close(first, second)
+    assert torch.autograd.gradgradcheck(
+        lambda v: nft_loss(v, *others, weighting="none", backend="native").loss, v.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {"weight_per": "token", "channel_dim": 1}], ids=str)
+def test_a_second_derivative_is_refused_where_it_would_be_0(options):
+    v, *others = torch.randn(4, 3, 4, 10)
+    with pytest.raises(RuntimeError, match="can be differentiated once, and twice with backend='reference'"):
+        penalized(v.requires_grad_(), (*others, torch.full((3,), 0.4), torch.full((3,), 0.7)), "native", **options)
+
+
+def test_a_second_derivative_of_a_transformers_op_is_refused():
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    _, out = layer_norm_modulate(x, torch.randn(2, 16), torch.randn(2, 16), backend="native")
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        gradient.square().sum().backward()
+
+
+def test_gradients_of_single_samples():
+    """vmap over grad, the way to per-sample gradients."""
+    x_t, x0, v_old, t, r = batch()
+    v = 0.9 * v_old
+
+    def loss(v, *others):
+        return nft_loss(v[None], *(x[None] for x in others)).loss
+
+    got = torch.func.vmap(torch.func.grad(loss))(v, v_old, x_t, x0, t, r)
+    for i in range(len(v)):
+        leaf = v[i : i + 1].clone().requires_grad_()
+        plain = plain_loss(leaf, *(x[i : i + 1] for x in (v_old, x_t, x0, t, r)))
+        torch.testing.assert_close(got[i], torch.autograd.grad(plain, leaf)[0][0])
+
+
+def test_compiled_code_takes_other_settings_and_any_batch():
+    """What the compiler takes for a variable when it comes a second time: numbers, and the size of a batch."""
+
+    def compiled(function):
+        torch._dynamo.reset()
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    x_t, x0, v_old, t, r = batch()
+    v = 0.9 * v_old
+    tensors = v, v_old, x_t, x0, t, r
+    step = compiled(lambda beta, kl: nft_loss(*tensors, v_ref=x0, beta=beta, adv_clip_max=beta, kl_weight=kl).loss)
+    for numbers in ((0.1, 1e-4), (0.5, 2e-4), (2.0, 3e-4)):
+        wanted = nft_loss(*tensors, v_ref=x0, beta=numbers[0], adv_clip_max=numbers[0], kl_weight=numbers[1]).loss
+        torch.testing.assert_close(step(*numbers), wanted)
+    loss, noised = compiled(lambda *x: nft_loss(*x).loss), compiled(lambda x, t: add_noise(x, t, seed=3))
+    for function, arguments in ((loss, tensors), (noised, (x0, t))):
+        for size in range(2, 13):
+            many = [x.repeat(3, *[1] * (x.ndim - 1))[:size] for x in arguments]
+            wanted = plain_loss(*many) if function is loss else add_noise(*many, seed=3)
+            torch.testing.assert_close(function(*many), wanted)
+    torch.testing.assert_close(torch.compile(nft_loss, fullgraph=True, dynamic=True)(*tensors).loss, loss(*tensors))
+    torch._dynamo.reset()
+
+
+def test_raw_rewards_within_compiled_code():
+    x_t, x0, v_old, t, _ = batch()
+    step = torch.compile(nft_loss_from_rewards, fullgraph=True, backend="aot_eager")
+    for ids in ([0, 0, 1, 1, 2, 2], [5] * 6, [3, 1, 2, 3, 3, 1]):
+        arguments = 0.9 * v_old, v_old, x_t, x0, t, torch.linspace(0, 1, 6), torch.tensor(ids)
+        torch.testing.assert_close(step(*arguments).loss, nft_loss_from_rewards(*arguments).loss)
+    with pytest.raises(ValueError, match="rewards: got NaN or infinity"):
+        step(*arguments[:5], torch.full((6,), math.nan), arguments[6])
 
 
 def test_tensors_without_memory_are_refused():

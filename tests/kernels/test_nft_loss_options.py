@@ -371,6 +371,8 @@ def test_backward_of_none_in_half_precision_scales_by_the_gradients_themselves()
         ),
         ({"prediction": "score"}, ValueError, "prediction: got 'score', accepted are v, x0, eps"),
         ({"prediction": "eps", "t": torch.tensor([0.5, 1.0])}, ValueError, "t: got values outside"),
+        # That is 1 in float32.
+        ({"prediction": "eps", "t": torch.tensor([0.5, 1 - 1e-10]).double()}, ValueError, "t: got values outside"),
         ({"kl_space": "eps"}, ValueError, "kl_space: got 'eps'"),
         ({"reduction": "max"}, ValueError, "reduction: got 'max'"),
         ({"weight_per": "pixel"}, ValueError, "weight_per: got 'pixel'"),
@@ -483,6 +485,49 @@ def tokens():
         return [*out, *torch.autograd.grad(out.loss.sum(), leaf)]
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((64, 1), {}),
+        ((64,), {}),
+        ((40, 1, 1, 2), {}),
+        ((2, 1, 6, 7), {"weight_per": "token", "channel_dim": 1}),
+        ((2, 6, 1), {"weight_per": "token", "channel_dim": 2}),
+    ],
+    ids=str,
+)
+def test_the_gradient_keeps_its_bound_where_a_weight_is_of_few_errors(backend, shape, options):
+    """At most twice the error of the plain formula, or 4 units in the last place: an error e that is small beside the
+    terms it is the sum of has a weight as small, and e / |e| is as exact as ever."""
+    token, worst = options.get("channel_dim"), 0.0
+
+    def plain(v, v_old, x_t, x0, t, r):
+        each = (-1, *[1] * (x0.ndim - 1))
+        t, r, total = t.view(each), r.view(each), 0
+        axes = [token] if token else [*range(1, x0.ndim)]
+        for sign, share in ((1, r), (-1, 1 - r)):
+            e = x_t - t * ((1 - sign) * v_old + sign * v) - x0
+            weight = e.detach().abs().mean(axes, keepdim=True) if axes else e.detach().abs()
+            total = total + share * e.square() / weight.clamp_min(1e-5)
+        return 5 * total.mean()
+
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        x = [torch.randn(shape, generator=g) for _ in range(4)]
+        t, r = torch.rand(2, shape[0], generator=g)
+        found = []
+        for function, dtype in ((plain, torch.float64), (plain, torch.float32), (nft_loss, torch.float32)):
+            v, *others = (y.to(torch.get_default_device(), dtype) for y in (*x, t, r))
+            v.requires_grad_()
+            loss = plain(v, *others) if function is plain else nft_loss(v, *others, backend=backend, **options).loss
+            found.append(torch.autograd.grad(loss, v)[0].double())
+        exact, eager, ours = found
+        unit = torch.finfo(torch.float32).eps * exact.abs().max()
+        limit = torch.maximum(2 * (eager - exact).abs().max(), 4 * unit)
+        worst = max(worst, ((ours - exact).abs().max() / limit).item())
+    assert worst <= 1
 
 
 def test_a_weight_per_token_reads_any_strides(tokens):
