@@ -125,6 +125,9 @@ def train(
             progress.update(bar, completed=trainer.epoch, description=text)
             if "eval_strict" in metrics:
                 progress.print(f"epoch {trainer.epoch}: held-out score {metrics['eval_strict']:.3f}")
+            elif not console.is_terminal:
+                # A bar is not drawn into a file.
+                progress.print(f"epoch {trainer.epoch} of {settings.epochs}: {text}, {metrics['seconds']:.1f} s")
             for message in metrics["alarms"]:
                 progress.print(f"[yellow]epoch {trainer.epoch}, {escape(message)}[/yellow]")
 

@@ -43,6 +43,24 @@ _FIXED = {
     "tracker", "alarms", "eval_every", "preflight", "compile_rollout", "cuda_graphs", "float8_rollout",
     "fused_transformer", "shard",
 }  # fmt: skip
+# Names that other trainers have for a setting, which are too far from ours to be guessed.
+_ELSEWHERE = {
+    "lr": "learning_rate", "num_image_per_prompt": "group_size", "num_generations": "group_size",
+    "mixed_precision": "dtype", "num_inference_steps": "rollout_steps", "num_steps": "rollout_steps",
+    "num_epochs": "epochs", "train_batch_size": "micro_batch", "batch_size": "micro_batch", "model": "pipeline",
+    "pretrained": "pipeline", "height": "resolution", "width": "resolution", "reward_fn": "rewards",
+    "decay_type": "old_policy", "ema_decay": "old_policy", "eval_freq": "eval_every", "save_freq": "save_every",
+    "use_lora": "adapter", "noise_level": "rollout_options.eta", "sde_window_size": "window",
+    "num_checkpoint_limit": "keep_checkpoints", "max_train_steps": "epochs", "solver": "rollout_solver",
+}  # fmt: skip
+# And of what is none.
+_NOT_HERE = {
+    "guidance_scale": "rollouts and training use no guidance",
+    "cfg": "rollouts and training use no guidance",
+    "resume_from": "it is `nft train --output FOLDER --resume`",
+    "run_name": "it is `nft train --output FOLDER`",
+    "lora_path": "`nft export LORA FOLDER --merge --pipeline NAME`, then pipeline=FOLDER, begins with a LoRA",
+}
 # What does nothing without another setting.
 _PARTNERS = {
     "explore_steps": "explore",
@@ -68,8 +86,8 @@ class Config(BaseModel):
     """Modules of your own, on the path or in the working folder, that register solvers, objectives or models."""
     pipeline: str = Field("shapes", min_length=1)
     """Hub name or folder of a pipeline of a class in ``nft.models``; ``shapes`` is the bundled one."""
-    task: Literal["shapes", "geneval", "rewards"] = "shapes"
-    """``rewards`` scores with ``rewards`` on the prompts of ``prompts``; the others bring both."""
+    task: Literal["shapes", "rewards"] = "shapes"
+    """``rewards`` scores with ``rewards`` on the prompts of ``prompts``; ``shapes`` brings both."""
     prompts: str | None = Field(None, min_length=1)
     """For the task ``rewards``: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a .txt or .jsonl file."""
     held_out_prompts: str | None = Field(None, min_length=1)
@@ -514,7 +532,7 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
     return spec
 
 
-_REWARDS_RULE = "the task rewards needs at least one, the others bring their own"
+_REWARDS_RULE = "the task rewards needs at least one, shapes brings its own"
 
 
 class _Loader(yaml.SafeLoader):
@@ -634,12 +652,21 @@ def _index(part: str) -> int:
     return int(part)
 
 
+def _unknown(key: str) -> str:
+    name = key.rpartition(".")[2].lower()
+    if name in _NOT_HERE:
+        return f"{key}: unknown key; {_NOT_HERE[name]}"
+    if name in _ELSEWHERE:
+        return f"{key}: unknown key, did you mean {_ELSEWHERE[name]}?"
+    return registry.unknown(key, Config.model_fields, "`nft config show` lists the known ones")
+
+
 def _problems(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            lines.append(registry.unknown(key, Config.model_fields, "`nft config show` lists the known ones"))
+            lines.append(_unknown(key))
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

@@ -21,6 +21,7 @@ from nft_kernels.backends import choose
 from nft_kernels.solvers import schedule
 
 from .config import Config, usable_device
+from .console import say
 from .distributed import several, shard
 from .graphs import Graphs
 from .models import MODELS, find
@@ -144,6 +145,7 @@ class Policy:
         self._spacing = config.timestep_spacing
         self._max_sequence_length = config.max_sequence_length
         self._conditions: dict[str, tuple[Tensor, ...]] = {}
+        self._warned = False
         self.use("default")
 
     def _add_adapters(self, config: Config) -> None:
@@ -247,10 +249,21 @@ class Policy:
             self._conditions.update(zip(part, zip(*conditions, strict=True), strict=True))
         if missing:
             self._put_aside()
+            self._warn_of_cut(missing)
         rows = [self._conditions[p] for p in prompts]
         while len(self._conditions) * sum(x.nbytes for x in rows[0]) > _KEPT_BYTES:
             self._conditions.pop(next(iter(self._conditions)))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+    def _warn_of_cut(self, prompts: list[str]) -> None:
+        """Name, once for all, a prompt that is longer than what is encoded of it."""
+        if not self._warned and (cut := self.model.too_long(prompts, self._max_sequence_length)):
+            self._warned = True
+            limit = f"max_sequence_length={self._max_sequence_length}"
+            say(
+                f"prompts: {cut[0]!r} has more than {limit} tokens, and counts no further; others may, too",
+                style="yellow",
+            )
 
     def _put_aside(self) -> None:
         """Have what is offloaded wait in host memory again."""

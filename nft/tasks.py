@@ -175,9 +175,6 @@ TASKS: dict[str, type[Task]] = {"shapes": Shapes}
 
 def _settings(config: Config) -> dict[str, Any]:
     """What ``Rewards`` is made with."""
-    if config.task == "geneval":
-        # Trains on the partial credit, and reports the strict score.
-        return {"rewards": {"geneval": RewardSpec("geneval")}, "train": "geneval"}
     return {
         "rewards": config.reward_specs(),
         "train": config.prompts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ class Tracker:
             )
 
     def start(self) -> None:
-        """Begin a run of the project ``nft``."""
+        """Begin a run of the project ``nft``, or for W&B that of ``WANDB_PROJECT``."""
         if self._config.tracker == "none":
             return
         kind = LOGGER_TYPE_TO_CLASS[self._config.tracker]
         place = {"logging_dir": self._folder} if kind.requires_logging_directory else {}
-        self._tracker = kind("nft", **place)
+        project = os.environ.get("WANDB_PROJECT") if self._config.tracker == "wandb" else None
+        self._tracker = kind(project or "nft", **place)
         self._tracker.start()
         # Trackers take flat values only.
         flat = {k: v for k, v in self._config.model_dump().items() if not isinstance(v, dict | list) and v is not None}

@@ -33,6 +33,8 @@ class Model(ABC):
     """Ends of the names of the layers that LoRA adapts."""
     fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
     """What ``fused_transformer`` puts in place of the transformer's forward."""
+    tokenizer: ClassVar[str] = "tokenizer"
+    """The pipeline's tokenizer of the encoder whose tokens ``max_sequence_length`` counts."""
     recordable: ClassVar[bool] = True
     """Whether ``cuda_graphs`` can record an evaluation, which may make no tensor of numbers that Python holds."""
 
@@ -87,6 +89,14 @@ class Model(ABC):
     @abstractmethod
     def encode(self, prompts: list[str], max_length: int) -> tuple[Tensor, ...]:
         """The transformer's conditions, each (B, ...), with shapes that do not depend on the prompts."""
+
+    def too_long(self, prompts: list[str], max_length: int) -> list[str]:
+        """Those that have more tokens than are encoded."""
+        tokenizer = getattr(self.pipeline, self.tokenizer, None)
+        if tokenizer is None or not prompts:
+            return []
+        counts = map(len, tokenizer(prompts).input_ids)
+        return [prompt for prompt, count in zip(prompts, counts, strict=True) if count > max_length]
 
     @abstractmethod
     def velocity(self, forward: Callable[..., Any], x_t: Tensor, t: Tensor, *conditions: Tensor) -> Tensor:

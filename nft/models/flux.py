@@ -17,6 +17,7 @@ class Flux(Model):
 
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
+    tokenizer = "tokenizer_2"
     guidance = 3.5
     """Scale of the distilled guidance, the pipeline's default."""
 

@@ -54,6 +54,9 @@ class Reward(Protocol):
     def __init__(self) -> None:
         """Without options."""
 
+    def check_server(self) -> None:
+        """Raise ``RewardError`` where a server that it asks for scores does not answer."""
+
     @staticmethod
     def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
         """Raise ``ValueError`` for a prompt that cannot be scored with this metadata, beyond what ``needs`` says."""

@@ -167,7 +167,12 @@ def examine(
     """
     kind = check(name, options, device=device, where=where)
     known_later = kind.uses_device or (name.startswith(REMOTE) and not ask)
-    return kind if known_later else load(name, options, where=where)
+    if known_later:
+        return kind
+    reward = load(name, options, where=where)
+    if ask:
+        reward.check_server()
+    return reward
 
 
 def load(name: str, options: Mapping[str, Any] = _NONE, *, device: str = "cpu", where: str = "") -> Reward:

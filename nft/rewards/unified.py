@@ -73,6 +73,18 @@ class UnifiedReward(Reward):
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"})
         self.pool = ThreadPoolExecutor(concurrency)
 
+    def check_server(self) -> None:
+        """Whether anything answers at the address."""
+        import httpx
+
+        try:
+            self.client.get(f"{self.url}/models", timeout=10)
+        except (httpx.NetworkError, httpx.TimeoutException, httpx.ProtocolError) as error:
+            raise RewardError(
+                f"unifiedreward: no server answers at {self.url} ({type(error).__name__}); start one, or give another "
+                "address as the option url"
+            ) from None
+
     def _ask(self, picture: Tensor, prompt: str) -> Any:
         buffer = io.BytesIO()
         Image.fromarray(picture.numpy()).resize((_SIDE, _SIDE)).save(buffer, format="PNG")

@@ -6,7 +6,7 @@ pytest.importorskip("pydantic")
 
 import yaml
 
-from nft.config import _BUNDLED, Config, ConfigError, load_config
+from nft.config import _BUNDLED, _ELSEWHERE, _NOT_HERE, Config, ConfigError, load_config
 from nft.objectives import unread
 
 BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
@@ -187,6 +187,9 @@ def test_positive_numbers(key, value):
         ("combine=gdpo", "combine: got gdpo with task=shapes"),
         ("lr=1e-4", "lr: unknown key, `nft config show` lists the known ones"),
         ("EPOCHS=3", "EPOCHS: unknown key, did you mean epochs?"),
+        ("lr=1e-4", "lr: unknown key, did you mean learning_rate?"),
+        ("num_image_per_prompt=8", "num_image_per_prompt: unknown key, did you mean group_size?"),
+        ("guidance_scale=4.5", "guidance_scale: unknown key; rollouts and training use no guidance"),
         ("fused_transformer=1", "fused_transformer: got 1, accepted are auto, true and false"),
         ("alarms.saturated=5.0", "alarms.saturated: got 5.0, accepted are shares, 0 to 1"),
         ("alarms.Velocity=3.0", "alarms.Velocity: unknown key, did you mean velocity?"),
@@ -427,3 +430,14 @@ def test_every_setting_is_explained(tmp_path):
         assert all(len(line) <= 120 for line in lines if line.startswith("#"))
         for names in ("One of copy, linear_0.5, delayed_0.999.", "One of default, reduce-overhead, max-autotune."):
             assert names in " ".join(text.replace("\n# ", " ").split())
+
+
+def test_names_of_other_trainers_lead_to_settings():
+    for name in _ELSEWHERE.values():
+        assert name.partition(".")[0] in Config.model_fields
+    assert not ({*_ELSEWHERE, *_NOT_HERE} & Config.model_fields.keys())
+
+
+def test_a_preset_can_watch_a_second_reward():
+    specs = load_config("sd35_geneval", ["rewards.pickscore=0.0"]).reward_specs()
+    assert {name: spec.weight for name, spec in specs.items()} == {"geneval": 1.0, "pickscore": 0.0}

@@ -151,6 +151,17 @@ def theirs(pipeline, latents, steps, output_type):
                     max_sequence_length=LENGTH, output_type=output_type).images  # fmt: skip
 
 
+def test_a_prompt_that_is_cut_is_named_once(pipeline, capsys):
+    policy = Policy(settings(pipeline))
+    policy.embed(PROMPTS)
+    assert "has more than" not in capsys.readouterr().out
+    assert policy.model.too_long([*PROMPTS, "a red circle " * 80], LENGTH) == ["a red circle " * 80]
+    policy.embed(["a red circle " * 80])
+    policy.embed(["a blue circle " * 80])
+    said = capsys.readouterr().out
+    assert said.count(f"has more than max_sequence_length={LENGTH} tokens") == 1 and "'a red circle a red" in said
+
+
 @pytest.mark.parametrize("spacing", ["even", "pipeline"])
 def test_a_euler_rollout_is_diffusers_own(pipeline, spacing):
     policy = Policy(settings(pipeline, f"timestep_spacing={spacing}"))

@@ -21,6 +21,7 @@ SMALL = ["prompts_per_epoch=2", "group_size=2", "rollout_steps=2", "timesteps_pe
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
     build_pipeline().save_pretrained(tmp_path / "pipeline")
     monkeypatch.setitem(TASKS, "shapes", Brightness)
     needs_folder, takes_pictures = name == "tensorboard", name != "trackio"
@@ -66,7 +67,10 @@ def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
         shapes = {picture.shape for picture in pictures}
         assert 1 < len(pictures) <= 24 and shapes == {(3, 64, 64) if name == "tensorboard" else (64, 64, 3)}
         assert all(picture.dtype == "uint8" for picture in pictures)
-    assert seen["start"] == ("nft", tmp_path / "run" if needs_folder else None) and seen["finished"] == 1
+    assert (
+        seen["start"] == ("mine" if name == "wandb" else "nft", tmp_path / "run" if needs_folder else None)
+        and seen["finished"] == 1
+    )
     assert seen["settings"]["learning_rate"] == 1e-3
     # Trackers take no lists or mappings.
     assert all(isinstance(value, bool | int | float | str) for value in seen["settings"].values())

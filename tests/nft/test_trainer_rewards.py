@@ -130,6 +130,9 @@ def test_a_server_that_is_not_there_is_named_before_the_pipeline_is_loaded(tmp_p
     with pytest.raises(RewardError, match=rf"reward server http://127.0.0.1:{free}: no answer in 0.1 s"):
         Trainer(load_config("shapes", ["task=rewards", "prompts=shapes", remote]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    judge = f"rewards={{unifiedreward: {{options: {{url: 'http://127.0.0.1:{free}/v1'}}}}}}"
+    with pytest.raises(RewardError, match=rf"no server answers at http://127.0.0.1:{free}/v1 \(ConnectError\)"):
+        Trainer(load_config("shapes", ["task=rewards", "prompts=shapes", judge]), tmp_path / "run")
     # One of a later stage may be started by then.
     stages = "stages=[{epochs: 1, task: shapes, prompts: null, rewards: {}}, {epochs: 1}]"
     with pytest.raises(TypeError, match="'NoneType' object is not callable"):
