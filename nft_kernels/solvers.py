@@ -67,10 +67,12 @@ class SolverTable:
         if self.history not in ("velocity", "x0", "noise"):
             raise ValueError(f"history: got {self.history!r} of {self.name}, accepted are velocity, x0, noise")
         for i, row in enumerate(self.rows):
-            fits = 0 <= row.t <= 1 and row.c >= 0 and 1 <= len(row.b) <= min(i + 1, _MOST_TERMS)
-            if not fits:
-                accepted = f"a time in [0, 1], a c of at least 0 and 1 to {min(i + 1, _MOST_TERMS)} b"
-                raise ValueError(f"rows: got {row} as row {i} of {self.name}, accepted are {accepted}")
+            fits = (
+                isinstance(row, Row) and 0 <= row.t <= 1 and row.c >= 0 and 1 <= len(row.b) <= min(i + 1, _MOST_TERMS)
+            )
+            if not fits or not all(map(math.isfinite, (row.a, *row.b, row.c))):
+                accepted = f"a time in [0, 1], a c of at least 0 and 1 to {min(i + 1, _MOST_TERMS)} b, all finite"
+                raise ValueError(f"rows: got {row} as row {i} of {self.name}, accepted is a Row of {accepted}")
 
     @property
     def times(self) -> Sigmas:

@@ -88,6 +88,7 @@ def add_noise(
         raise ValueError("seed, noise: got both or neither, accepted is exactly one of them")
     out_dtype = x0.dtype if out_dtype is None else out_dtype
     _validate.floating("out_dtype", out_dtype)
+    _validate.flag("keep_wide", keep_wide)
     seeds, sample = (None, None) if seed is None else _validate.seeds(seed, x0)
     if noise is not None:
         _validate.tensor_like("noise", noise, x0)

@@ -137,6 +137,7 @@ def test_compiles_and_passes_opcheck(backend):
         ({"seed": torch.zeros(3, dtype=torch.int64)}, ValueError, "seed: got torch.int64 of shape"),
         ({"noise": torch.zeros(2, 4)}, ValueError, "noise: got shape"),
         ({"seed": 1, "out_dtype": torch.int8}, TypeError, "out_dtype: got torch.int8"),
+        ({"seed": 1, "keep_wide": 1}, TypeError, "keep_wide: got 1, accepted are True and False"),
     ],
 )
 def test_bad_input_is_named(options, error, message):

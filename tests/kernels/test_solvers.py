@@ -435,6 +435,9 @@ MULTI = (table("dpm++2M", schedule(4)), 2, torch.zeros(2, 3), torch.zeros(2, 3))
         (lambda: table("ddim", (1.0, 0.5), eta=1e-40), ValueError, "options: got Row.* that float32 holds"),
         (lambda: table("unipc", (1.0, 0.0), order=True), ValueError, "order: got True, accepted are 1, 2, 3"),
         (lambda: table("deis", (1.0, 0.0), order=2.0), ValueError, "order: got 2.0, accepted are 1, 2, 3"),
+        (lambda: table(["euler"], (1.0, 0.0)), ValueError, r"name: got \['euler'\], accepted are euler"),
+        (lambda: table("euler", "10"), TypeError, "sigmas: got '10', accepted are strictly falling times"),
+        (lambda: dynamic_shift(10**7), ValueError, "tokens: got 10000000, accepted are numbers up to"),
         (lambda: table("mixed", (1.0, 0.0), window=(0, 2)), ValueError, "window: got"),
         (lambda: table("mixed", (1.0, 0.0), window={0: 1, 1: 1}), ValueError, "window: got {0: 1, 1: 1}, accepted"),
         (lambda: table("mixed", (1.0, 0.0), window=1), ValueError, "window: got 1, accepted are two integers"),
@@ -453,6 +456,7 @@ MULTI = (table("dpm++2M", schedule(4)), 2, torch.zeros(2, 3), torch.zeros(2, 3))
                 Row(1.0, 1.0, ()),
                 Row(1.0, 1.0, (1.0, 1.0)),
                 Row(1.0, 1.0, (1.0,), -1.0),
+                Row(1.0, 1.0, (float("nan"),)),
             )
         ),
         (lambda: schedule(0), ValueError, "steps: got 0"),
