@@ -185,7 +185,7 @@ def test_positive_numbers(key, value):
         ("prompts=mine.txt", "prompts: got mine.txt with task=shapes, which brings its own"),
         ("held_out_prompts=ocr", "held_out_prompts: got ocr with task=shapes"),
         ("combine=gdpo", "combine: got gdpo with task=shapes"),
-        ("lr=1e-4", "lr: unknown key, `nft config show` lists the known ones"),
+        ("zz=1e-4", "zz: unknown key, `nft config show` lists the known ones"),
         ("EPOCHS=3", "EPOCHS: unknown key, did you mean epochs?"),
         ("lr=1e-4", "lr: unknown key, did you mean learning_rate?"),
         ("num_image_per_prompt=8", "num_image_per_prompt: unknown key, did you mean group_size?"),

@@ -186,7 +186,9 @@ def test_sd35_run_has_the_papers_settings_and_needs_weights(tmp_path):
     assert (c.rollout_steps, c.timesteps_per_sample, c.learning_rate, c.dtype) == (10, 9, 3e-4, "bfloat16")
     with pytest.raises(FileNotFoundError, match="accept the model's licence and run `hf download`, or give a folder"):
         # The reward's weights, which would be missed first, are not those of this test.
-        Trainer(load_config("sd35_geneval", ["pipeline=/nowhere", "task=shapes"]), tmp_path)
+        Trainer(
+            load_config("sd35_geneval", ["pipeline=/nowhere", "task=shapes", "prompts=null", "rewards={}"]), tmp_path
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
