@@ -3,6 +3,7 @@ any file of a run is written, whole or not at all, and read, with a word about w
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -11,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from .data.text import parse_json
@@ -126,6 +127,23 @@ def check_vacant(output: Path, names: Iterable[str] | None = None) -> None:
         raise FileExistsError(f"output: {output} holds {taken[0]} already; give another folder")
 
 
+def lock(folder: Path) -> IO[str]:
+    """Keep other processes out of a folder until this is closed.
+
+    Raises:
+        FileExistsError: another process is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        # Of the process, not of the file: it may begin a run anew in the folder of one that it has ended.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FileExistsError(f"output: another process trains in {folder}; give another folder") from None
+    return file
+
+
 def beside(path: Path) -> Path:
     """A name for what is not finished, which no other process takes, in a folder that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,6 +225,8 @@ def manifest(folder: Path) -> dict[str, Any]:
         about = {"surroundings": {}, "held_out": {}, "pipeline": None, **about}
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")
+        if folder.name.startswith("epoch-") and about["epoch"] != _epoch(folder):
+            raise ValueError(f"it is of epoch {about['epoch']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"checkpoint: {folder} has no readable {MANIFEST}: {error!r}; {_remedy(folder)}"

@@ -36,10 +36,13 @@ def quieten_libraries() -> None:
     # For processes that this one starts: they import the libraries before they call anything.
     os.environ.update(TRANSFORMERS_VERBOSITY="error", DIFFUSERS_VERBOSITY="error")
     import diffusers
+    import huggingface_hub
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
     warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

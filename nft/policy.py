@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -97,6 +98,9 @@ class Policy:
                 choose("auto", torch.empty(0, device=self.device))
             except RuntimeError as error:
                 raise ValueError(str(error)) from None
+            if config.max_sequence_length > kind.longest:
+                came, name = config.max_sequence_length, kind.pipeline_class.__name__
+                raise ValueError(f"max_sequence_length: got {came}, accepted for a {name} are 1 to {kind.longest}")
             if config.resolution:
                 outline = kind.read_outline(source, self.dtype)
                 check_resolution(config.resolution, outline.unit, outline.largest)
@@ -306,6 +310,9 @@ class Policy:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.lora.save_pretrained(folder)
+        # PEFT has the layers in a set, whose order differs from process to process.
+        settings = json.loads((path := folder / "adapter_config.json").read_text())
+        path.write_text(json.dumps(settings | {"target_modules": sorted(settings["target_modules"])}, indent=2))
         state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER)
 

@@ -61,7 +61,8 @@ def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
     figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
         for name, lines in runs.items():
-            _curve(axis, lines, key, name, "o-" if key.startswith("eval") else "-")
+            # A dollar would begin mathematics, and an underscore hide the name.
+            _curve(axis, lines, key, f" {name}".replace("$", r"\$"), "o-" if key.startswith("eval") else "-")
         axis.set(xlabel="epoch", title=key)
     for axis in axes.flat[len(keys) :]:
         axis.axis("off")
@@ -108,7 +109,7 @@ def write_report(folder: Path) -> Path:
     # A run that was killed early has not been evaluated.
     scores = [line for line in lines if "eval_strict" in line] or [{}]
     rows = "".join(
-        f"<tr><td>{name.removeprefix('eval_')}</td><td>{scores[0][name]:.3f}</td><td>{scores[-1][name]:.3f}</td></tr>"
+        f"<tr><td>{html.escape(name.removeprefix('eval_'))}</td><td>{scores[0][name]:.3f}</td><td>{scores[-1][name]:.3f}</td></tr>"
         for name in scores[0]
         if name.startswith("eval_") and not name.endswith("_std") and name in scores[-1]
     )
@@ -156,7 +157,9 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         key for key in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(key)) for s in settings}) > 1
     ]
     differences = "".join(
-        f"<tr><td>{key}</td>" + "".join(f"<td>{html.escape(str(s.get(key)))}</td>" for s in settings) + "</tr>"
+        f"<tr><td>{html.escape(str(key))}</td>"
+        + "".join(f"<td>{html.escape(str(s.get(key)))}</td>" for s in settings)
+        + "</tr>"
         for key in keys
     )
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in runs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,12 @@ class Trainer:
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
         if not resume:
             checkpoint.check_vacant(folder, _WRITTEN - ({"config.yaml"} if _begun(folder / "config.yaml") else set()))
+        kept = folder / "checkpoints"
+        if resume and os.path.lexists(kept) and not (kept.is_dir() and os.access(kept, os.R_OK | os.X_OK)):
+            # As on a disk that is not mounted: to begin anew would forget what was logged.
+            raise FileNotFoundError(
+                f"resume: {kept} is no folder that can be read, accepted is that of the checkpoints"
+            )
         logged, finished = checkpoint.read_metrics(folder, required=False) if resume else [], 0
         if resume and (done := checkpoint.existing(folder / "checkpoints")):
             finished = checkpoint.verify(done[-1])["epoch"]
@@ -121,6 +128,7 @@ class Trainer:
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
+            self._lock = checkpoint.lock(folder)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
             if resume:
                 self._forget_later(logged)
@@ -139,7 +147,7 @@ class Trainer:
         if self.task is not None:
             self.task.close()
         try:
-            table(c.rollout_solver, self.grid.tolist(), **c.rollout_options)
+            table(c.rollout_solver, self.grid.tolist(), **solver_options(c, epoch))
             self.task = tasks.build(c, self.policy.device)
         except (ValueError, TypeError) as error:
             # In the middle of a run as at its start, and unlike others of these types, it is the user's.
@@ -190,7 +198,9 @@ class Trainer:
         the same everywhere, and the rollout's states for an objective that trains on them."""
         c, rng = self.stage, self._rng("rollout")
         groups = self.groups
-        chosen = [rng.choice(groups[i % len(groups)]) for i in range(c.prompts_per_epoch)]
+        # Where there are more groups than prompts, an epoch goes on with those that the last one did not reach.
+        first = self.epoch * c.prompts_per_epoch
+        chosen = [rng.choice(groups[(first + i) % len(groups)]) for i in range(c.prompts_per_epoch)]
         entries = [entry for entry in chosen for _ in range(c.explore or c.group_size)]
         seeds = [rng.getrandbits(62) for _ in entries]
         kept: list[Tensor] = []
@@ -399,7 +409,9 @@ class Trainer:
         if not updates:
             return {"nonfinite_updates": 0}
         finite = [update for update in updates if all(map(math.isfinite, update.values()))]
-        metrics = {name: sum(update[name] for update in finite) / max(len(finite), 1) for name in updates[0]}
+        if not finite:
+            return {"nonfinite_updates": len(updates)}
+        metrics = {name: sum(update[name] for update in finite) / len(finite) for name in updates[0]}
         metrics["old_deviation_relative"] = metrics["old_deviation"] / max(metrics["velocity_rms"], 1e-12)
         return {**metrics, "nonfinite_updates": len(updates) - len(finite)}
 
@@ -593,6 +605,8 @@ class Trainer:
             if held_out is not None:
                 on_epoch(held_out)
         self.tracker.finish()
+        if self.processes.main:
+            self._lock.close()
 
     @property
     def evaluation_due(self) -> bool:

@@ -35,6 +35,8 @@ class Model(ABC):
     """What ``fused_transformer`` puts in place of the transformer's forward."""
     tokenizer: ClassVar[str] = "tokenizer"
     """The pipeline's tokenizer of the encoder whose tokens ``max_sequence_length`` counts."""
+    longest: ClassVar[int] = 4096
+    """The largest ``max_sequence_length`` that the pipeline takes."""
     recordable: ClassVar[bool] = True
     """Whether ``cuda_graphs`` can record an evaluation, which may make no tensor of numbers that Python holds."""
 

@@ -17,6 +17,7 @@ class Flux(Model):
 
     pipeline_class = FluxPipeline
     transformer_class = FluxTransformer2DModel
+    longest = 512
     tokenizer = "tokenizer_2"
     guidance = 3.5
     """Scale of the distilled guidance, the pipeline's default."""

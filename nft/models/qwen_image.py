@@ -18,6 +18,7 @@ class QwenImage(Model):
 
     pipeline_class = QwenImagePipeline
     transformer_class = QwenImageTransformer2DModel
+    longest = 1024
     recordable = False  # diffusers makes a tensor of the text's length at every forward
 
     @staticmethod

@@ -19,6 +19,7 @@ class StableDiffusion3(Model):
 
     pipeline_class = StableDiffusion3Pipeline
     transformer_class = SD3Transformer2DModel
+    longest = 512
     tokenizer = "tokenizer_3"
     fast_path = staticmethod(accelerate)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import re
 import time
@@ -66,8 +67,17 @@ class UnifiedReward(Reward):
         """
         import httpx
 
-        if "{prompt}" not in question:
-            raise ValueError("question: got none with {prompt}, accepted is a text with it")
+        if not isinstance(question, str) or "{prompt}" not in question:
+            raise ValueError(f"question: got {question!r}, accepted is a text with {{prompt}}")
+        if not isinstance(url, str) or not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url):
+            raise ValueError(f"url: got {url!r}, accepted is http://host:port/v1")
+        if not isinstance(model, str) or not model:
+            raise ValueError(f"model: got {model!r}, accepted is the name that the server has for it")
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout: got {timeout!r}, accepted is a positive number of seconds")
+        for key, count, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
+            if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= 1000:
+                raise ValueError(f"{key}: got {count!r}, accepted are {least} to 1000")
         self.url, self.model, self.question, self.retries = url.rstrip("/"), model, question, retries
         key = os.environ.get("NFT_UNIFIED_REWARD_KEY", "none")
         self.client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"})

@@ -314,6 +314,12 @@ def test_compiles_whole_and_passes_opcheck(kernels):
     torch.library.opcheck(torch.ops.nft_kernels.nft_loss.default, args)
 
 
+def test_the_live_check_blames_no_kernel_for_what_has_diverged(kernels):
+    x, t, r = inputs((2, 4, 9))
+    found = compare_nft_loss(x[0] * 1e30, *x[1:4], t, r, backend=kernels)
+    assert all(comparison.passed for comparison in found)
+
+
 def test_the_live_check_notices_a_wrong_kernel(kernels, monkeypatch):
     x, t, r = inputs((2, 4, 9))
     compare_nft_loss(*x[:4], t, r, backend=kernels)

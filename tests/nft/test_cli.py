@@ -413,7 +413,7 @@ def test_a_run_that_ended_at_its_preflight_can_be_begun_again(pipeline, tmp_path
     with monkeypatch.context() as once:
         once.setattr("nft.trainer.preflight", broken)
         assert "preflight: broken" in train(pipeline, tmp_path).output
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
     assert train(pipeline, tmp_path, "epochs=1").exit_code == 0
 
 
@@ -484,6 +484,21 @@ def test_a_grid_of_many_pictures_is_spread_over_them(tmp_path, monkeypatch):
     pictures = torch.arange(96, dtype=torch.uint8)[:, None, None, None].expand(96, 4, 4, 3)
     save_grid(pictures, ["a"] * 96, tmp_path / "grid.png")
     assert shown == list(range(0, 96, 4))
+
+
+def test_reports_escape_what_prompts_files_and_folders_are_called(tmp_path):
+    run_folder = tmp_path / "a$x^{$b"
+    run_folder.mkdir()
+    (run_folder / "config.yaml").write_text("<b>seed</b>: 1\n")
+    (run_folder / "metrics.jsonl").write_text('{"epoch": 0, "step": 0, "eval_<script>": 0.5, "eval_strict": 0.5}\n')
+    shutil.copytree(run_folder, tmp_path / "_other")
+    (tmp_path / "_other" / "config.yaml").write_text("<b>seed</b>: 2\n")
+    assert run(app, ["report", str(run_folder)]).exit_code == 0
+    page = tmp_path / "both.html"
+    result = run(app, ["report", str(run_folder), str(tmp_path / "_other"), "--output", str(page)])
+    assert result.exit_code == 0, result.output
+    for text in ((run_folder / "report.html").read_text(), page.read_text()):
+        assert "<script>" not in text and "<b>" not in text
 
 
 def test_reports_have_a_curve_for_each_of_several_rewards(tmp_path, monkeypatch):

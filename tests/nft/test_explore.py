@@ -27,14 +27,14 @@ pytestmark = pytest.mark.forks
 SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
          "eval_prompts_per_group=1", "eval_steps=2", "lora_rank=4", "updates_per_epoch=3", "epochs=2",
          "preflight=false", "verify_kernels_steps=0"]  # fmt: skip
-FIRST = Shapes(torch.device("cpu")).train_prompts()[0][0]["tag"]
+DONE = {group[0]["tag"] for group in Shapes(torch.device("cpu")).train_prompts()[::2]}
 
 
 class FirstIsDone(Brightness):
-    """Pictures of an epoch's first prompt, which is of the first task group, all score 0.95 or a little more."""
+    """Pictures of an epoch's first prompt, as every other task group is such, all score 0.95 or a little more."""
 
     def score(self, pictures, entries):
-        done = torch.tensor([[entry["tag"] == FIRST] for entry in entries])
+        done = torch.tensor([[entry["tag"] in DONE] for entry in entries])
         scores = super().score(pictures, entries)
         return torch.where(done, 0.95 + scores / 50, scores / 2)
 

@@ -151,6 +151,11 @@ def theirs(pipeline, latents, steps, output_type):
                     max_sequence_length=LENGTH, output_type=output_type).images  # fmt: skip
 
 
+def test_more_tokens_than_a_pipeline_takes_are_refused(pipeline):
+    with pytest.raises(ValueError, match=r"max_sequence_length: got 2000, accepted for a \w+Pipeline are 1 to"):
+        Policy(settings(pipeline, "max_sequence_length=2000"))
+
+
 def test_a_prompt_that_is_cut_is_named_once(pipeline, capsys):
     policy = Policy(settings(pipeline))
     policy.embed(PROMPTS)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 import threading
 import types
@@ -781,6 +782,18 @@ def test_unifiedreward_takes_whole_numbers_from_1_to_5(chat, text, expected):
     scored = score(unified(chat), noise(1), ["p"], [{}])
     assert scored.score.tolist() == pytest.approx([expected or 0.0])
     assert scored.details["answered"].tolist() == [float(expected is not None)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"timeout": "x"}, {"timeout": -1}, {"retries": -1}, {"retries": "x"}, {"concurrency": 0}, {"question": 3},
+     {"question": "How good?"}, {"model": ""}, {"url": "nope"}],
+    ids=str,
+)  # fmt: skip
+def test_unifiedreward_names_options_that_it_cannot_use(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=rf"rewards.unifiedreward: {name}: got {re.escape(repr(value))}, accepted"):
+        registry.load("unifiedreward", options)
 
 
 def test_unifiedreward_tries_again_and_then_names_the_server(chat, monkeypatch):

@@ -1,7 +1,10 @@
 """The trainer on an untrained tiny pipeline: every step of the real code, a few pictures at a time."""
 
 import json
+import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,6 +94,58 @@ def test_a_pipeline_may_move_and_one_of_other_weights_is_refused(pipeline, tmp_p
         with pytest.raises(ValueError, match=r"pipeline: got .*moved, whose weights are others than those that .*run"):
             Trainer(settings(tmp_path / "moved", "epochs=2"), tmp_path / "run", resume=True)
         path.write_bytes(before)
+
+
+def test_every_task_group_has_as_many_prompts_over_the_epochs(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline, "prompts_per_epoch=4"), tmp_path)
+    tags = {entry["prompt"]: entry["tag"] for group in trainer.groups for entry in group}
+    drawn = []
+    for trainer.epoch in range(3):
+        drawn += [tags[prompt] for prompt in trainer.sample()["prompts"][:: trainer.stage.group_size]]
+    assert len(trainer.groups) == 6 and {drawn.count(tag) for tag in tags.values()} == {2}
+
+
+def test_updates_that_are_all_skipped_have_no_means(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline), tmp_path)
+    data = trainer.sample()
+    data["x0"] = data["x0"] * math.nan
+    trainer.alarms.thresholds["nonfinite_updates"] = 99
+    metrics = trainer.optimize(data)
+    assert metrics == {"nonfinite_updates": trainer.stage.updates_per_epoch}
+
+
+def test_checkpoints_that_cannot_be_seen_do_not_begin_a_run_anew(pipeline, tmp_path):
+    """As where their disk is not mounted."""
+    train_until(Trainer(settings(pipeline), tmp_path / "run"), 1)
+    kept, log = tmp_path / "run" / "checkpoints", (tmp_path / "run" / "metrics.jsonl").read_text()
+    kept.rename(tmp_path / "elsewhere")
+    for make in (lambda: kept.symlink_to("/mnt/nowhere"), kept.touch):
+        make()
+        with pytest.raises(FileNotFoundError, match=r"resume: .*checkpoints is no folder that can be read"):
+            Trainer(settings(pipeline), tmp_path / "run", resume=True)
+        kept.unlink()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == log
+    (tmp_path / "elsewhere").rename(kept)
+    assert Trainer(settings(pipeline), tmp_path / "run", resume=True).epoch == 1
+    # One under another's number is damaged.
+    (first,) = checkpoint.existing(kept)
+    shutil.copytree(first, kept / "epoch-000050")
+    with pytest.raises(checkpoint.CheckpointError, match="it is of epoch 1"):
+        Trainer(settings(pipeline), tmp_path / "run", resume=True)
+
+
+def test_a_folder_is_one_processs(pipeline, tmp_path):
+    trainer = Trainer(settings(pipeline, "epochs=1"), tmp_path)
+    code = f"from nft.checkpoint import lock; from pathlib import Path; lock(Path({str(tmp_path)!r}))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode == 1 and "another process trains in" in other.stderr
+    trainer.train()
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_window_of_one_step_is_a_valid_setting(pipeline, tmp_path):
+    one = ["rollout_solver=mixed", "window=1", "rollout_steps=1", "timesteps_per_sample=1"]
+    assert Trainer(settings(pipeline, *one), tmp_path).sample()["x0"].isfinite().all()
 
 
 def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_path):
