@@ -91,7 +91,8 @@ class Trainer:
                 f"resume: {kept} is no folder that can be read, accepted is that of the checkpoints"
             )
         logged, finished = checkpoint.read_metrics(folder, required=False) if resume else [], 0
-        if resume and (done := checkpoint.existing(folder / "checkpoints")):
+        done = checkpoint.existing(kept) if resume else []
+        if done:
             finished = checkpoint.verify(done[-1])["epoch"]
             if config.epochs < finished:
                 raise ValueError(f"epochs: got {config.epochs}, but {finished} are finished already")
@@ -120,16 +121,16 @@ class Trainer:
         self.changes: list[str] = []
         """What is not as it was when the checkpoint was written that this run goes on from: it rounds otherwise."""
         self.task: tasks.Task | None = None
-        if resume and (found := checkpoint.existing(folder / "checkpoints")):
-            self._load(found[-1])
-            if self.processes.main:
-                # A kill may have come before the links were set.
-                self._tidy()
+        if done:
+            self._load(done[-1])
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
             self._lock = checkpoint.lock(folder)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
+            if done:
+                # A kill may have come before the links were set.
+                self._tidy()
             if resume:
                 self._forget_later(logged)
             self.tracker.start()
