@@ -19,7 +19,7 @@ constexpr int64_t kFold = 512;
 // the errors are taken apart again.
 constexpr int64_t kFew = 8;
 
-enum Term { kPositiveAbs, kNegativeAbs, kPositiveSq, kNegativeSq, kKl, kDAbs, kSize, kPositive, kNegative, kTerms };
+enum Term { kPositiveAbs, kNegativeAbs, kPositiveSq, kNegativeSq, kDAbs, kKl, kSize, kPositive, kNegative, kTerms };
 
 template <typename T>
 struct Buffers {
@@ -77,10 +77,12 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
          m * (delta * delta), m * std::abs(d), std::abs(d)},
         m, m * (r * (positive * positive)), m * ((1 - r) * (negative * negative))};
   };
-  double sums[kTerms][kLanes] = {{0}};
+  // Of a short sample, setting up and adding up the others would be much of the time.
+  constexpr int kUsed = kElementwise ? kTerms : kRef ? kKl + 1 : kKl;
+  double sums[kUsed][kLanes] = {{0}};
   T d_max[kLanes] = {0};
   for (int64_t k = 0; k < count;) {
-    T lane[kTerms][kLanes] = {{0}};
+    T lane[kUsed][kLanes] = {{0}};
     auto add = [&](int l, const WeightedSums<T>& one, const WeightedSums<T>& two) {
       lane[kPositiveAbs][l] += one.all.positive_abs + two.all.positive_abs;
       lane[kNegativeAbs][l] += one.all.negative_abs + two.all.negative_abs;
@@ -111,7 +113,7 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
       for (int l = 0; k < count; ++k, l = (l + 1) % kLanes)
         add(l, terms(k, get(in.v_theta[k]), get(in.v_old[k]), get(in.x_t[k]), get(in.x0[k]),
                      kRef ? get(in.v_ref[k]) : T(0)), {});
-    for (int term = 0; term < kTerms; ++term)
+    for (int term = 0; term < kUsed; ++term)
       for (int l = 0; l < kLanes; ++l) sums[term][l] += static_cast<double>(lane[term][l]);
   }
   WeightedSums<double> result{};
@@ -119,11 +121,13 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
   result.all.negative_abs = total(sums[kNegativeAbs]);
   result.all.positive_sq = total(sums[kPositiveSq]);
   result.all.negative_sq = total(sums[kNegativeSq]);
-  result.all.kl = total(sums[kKl]);
   result.all.d_abs = total(sums[kDAbs]);
-  result.size = total(sums[kSize]);
-  result.positive = total(sums[kPositive]);
-  result.negative = total(sums[kNegative]);
+  if constexpr (kElementwise || kRef) result.all.kl = total(sums[kKl]);
+  if constexpr (kElementwise) {
+    result.size = total(sums[kSize]);
+    result.positive = total(sums[kPositive]);
+    result.negative = total(sums[kNegative]);
+  }
   for (T most : d_max) result.all.d_max = std::max(result.all.d_max, static_cast<double>(most));
   if (std::isnan(result.all.d_abs)) result.all.d_max = result.all.d_abs;
   return result;
@@ -283,7 +287,7 @@ struct Tokens {
     sample.outer *= share;
     const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
     for (int64_t k = 0; k < count; k += kLanes) {
-      T lane[kKl + 2][kLanes] = {{0}}, d_max[kLanes] = {0};
+      T lane[kKl + 1][kLanes] = {{0}}, d_max[kLanes] = {0};
       for (int64_t i = k; i < a.channels * width; i += width) {
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) {

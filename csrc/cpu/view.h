@@ -327,9 +327,11 @@ S* target(const View& view, int64_t b, int64_t start, T* buffer) {
 
 template <typename T>
 double total(const T* lanes) {
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += static_cast<double>(lanes[l]);
-  return sum;
+  // Four at a time: one after another would take longer than a short sample's elements.
+  double sums[4] = {0};
+  for (int l = 0; l < kLanes; l += 4)
+    for (int i = 0; i < 4; ++i) sums[i] += static_cast<double>(lanes[l + i]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
 }
 
 // Standard normals for elements [start, start + count) of one sample; start is a multiple of 4.

@@ -132,13 +132,15 @@ def offsets(name: str, x: Tensor, x0: Tensor) -> None:
         raise ValueError(f"{name}: got offsets {x.tolist()}, accepted are rising ones from 0 to {len(x0)}")
 
 
-def dimension(name: str, value: int | None, ndim: int = 0) -> None:
-    """``value`` must be a dimension other than the first, of so many if that is known."""
-    accepted = f"accepted is a dimension from 1{f' to {ndim - 1}' if ndim else ' on'}"
+def dimension(name: str, value: int | None, ndim: int = 0) -> int:
+    """``value``, counted from the front, must be a dimension other than the first, of so many if that is known."""
+    last = f" to {ndim - 1}" if ndim else " on"
+    accepted = f"accepted is a dimension from 1{last}, or below 0 counted from the end"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: got {type(value).__name__}, {accepted}")
-    if value < 1 or (ndim and value >= ndim):
+    if value == 0 or (ndim and not -ndim < value < ndim):
         raise ValueError(f"{name}: got {value}, {accepted}")
+    return value % ndim if ndim else value
 
 
 def flag(name: str, value: bool) -> None:

@@ -339,9 +339,9 @@ def nft_loss(
         segments: (S + 1,) int64 offsets into the first dimension of packed sequences of different lengths, from 0 to
             x0.shape[0]. Every segment then is a sample: B is S in all that is said of (B,) here.
         weight_per: ``sample`` takes the mean in w+- over a sample, ``token`` over the channels of each token.
-        channel_dim: the dimension of the channels, for ``weight_per="token"``. Unless it is their last one the tensors
-            are copied; ``native`` on the CPU copies them with a mask, segments, an r of elements,
-            ``detach_weight=False`` or more than 128 channels only.
+        channel_dim: the dimension of the channels, for ``weight_per="token"``; not the first one, and below 0 counted
+            from the end. Unless it is the last one the tensors are copied; ``native`` on the CPU copies them with a
+            mask, segments, an r of elements, ``detach_weight=False`` or more than 128 channels only.
         detach_weight: False lets the gradient flow through w+- too.
         kl_space: ``v`` takes the KL term's difference between velocities, ``x0`` between x0 predictions.
         sample_weight: (B,) weights of at least 0, by which ``mean`` averages and the others multiply.
@@ -418,9 +418,8 @@ def nft_loss(
     inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, segments, outer)
     chosen = choose(backend, x0)
     if weight_per == "token":
-        _validate.dimension("channel_dim", channel_dim, x0.ndim)
-        assert channel_dim is not None
-        loss, details = _per_token(inputs, options, chosen, reduction == "none", channel_dim)
+        channels = _validate.dimension("channel_dim", channel_dim, x0.ndim)
+        loss, details = _per_token(inputs, options, chosen, reduction == "none", channels)
     else:
         loss, details = _run(inputs, options, chosen, reduction == "none")
     return NFTLossOutput(loss, *details.unbind()[:8])

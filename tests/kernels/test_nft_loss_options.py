@@ -212,6 +212,16 @@ def test_packed_sequences(backend, options):
     compare(x, t, r, backend, torch.float32, segments=torch.tensor([0, 1, 8, 12, 19]), **options)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_channels_may_be_counted_from_the_end(backend, dim):
+    x, t, r = make((2, 8, 6))
+    args = [a.to(device=torch.get_default_device(), dtype=torch.float32) for a in (*x[:4], t, r)]
+    from_front, from_end = (
+        nft_loss(*args, weight_per="token", channel_dim=d, backend=backend, reduction="none") for d in (dim, dim - 3)
+    )
+    assert all(a.equal(b) for a, b in zip(from_front, from_end, strict=True))
+
+
 def test_packed_sequences_equal_separate_ones(backend):
     x, t, r = make((19, 8), samples=3)
     x, t, r = [a.float() for a in x], t.float(), r.float()
@@ -377,7 +387,8 @@ def test_backward_of_none_in_half_precision_scales_by_the_gradients_themselves()
         ({"reduction": "max"}, ValueError, "reduction: got 'max'"),
         ({"weight_per": "pixel"}, ValueError, "weight_per: got 'pixel'"),
         ({"weight_per": "token"}, TypeError, "channel_dim: got NoneType"),
-        ({"weight_per": "token", "channel_dim": 3}, ValueError, "channel_dim: got 3"),
+        ({"weight_per": "token", "channel_dim": 3}, ValueError, "channel_dim: got 3, accepted is a dimension from 1"),
+        ({"weight_per": "token", "channel_dim": -3}, ValueError, "channel_dim: got -3"),
         ({"channel_dim": 1}, ValueError, "channel_dim: got 1 with weight_per='sample'"),
         ({"weighting": "t", "detach_weight": False}, ValueError, "weighting: got 't' with weight_per"),
         ({"weighting": "none", "weight_per": "token", "channel_dim": 1}, ValueError, "weighting: got 'none'"),
