@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 
@@ -14,14 +15,14 @@ def load(module: str, said: str) -> ModuleType:
     """Import a module on the path or in the working folder; ``said`` is what messages begin with.
 
     Raises:
-        ValueError: there is none, or it fails.
+        ValueError: there is none, it fails, or the folder's is hidden by another of its name.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         # What it prints is no part of what a command prints.
         with redirect_stdout(sys.stderr):
-            return import_module(module)
+            found = import_module(module)
     # Its exit is not the command's.
     except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
@@ -29,6 +30,12 @@ def load(module: str, said: str) -> ModuleType:
                 f"{said}, but there is no module {error.name!r} on the path or in the working folder"
             ) from None
         raise ValueError(f"{said}, but {module} fails: {type(error).__name__}: {error}") from error
+    here, origin = Path.cwd().resolve(), getattr(found, "__file__", None) or "Python itself"
+    file = here / module.replace(".", "/")
+    if any(own.is_file() for own in (file.with_suffix(".py"), file / "__init__.py")):
+        if not Path(origin).resolve().is_relative_to(here):
+            raise ValueError(f"{said}, but {origin} comes before the working folder's module of that name; rename it")
+    return found
 
 
 def load_all(modules: Iterable[str]) -> None:

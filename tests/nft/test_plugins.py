@@ -163,3 +163,13 @@ def test_what_cannot_work_is_named_before_any_work(modules, code, settings, mess
         OBJECTIVES.pop("odd", None)
     assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
     assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("own", ["json.py", "json/__init__.py"])
+def test_a_module_that_another_one_hides_is_not_taken_for_it(tmp_path, monkeypatch, own):
+    (tmp_path / own).parent.mkdir(exist_ok=True)
+    (tmp_path / own).write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match=r"plugins: got 'json', but .*json.__init__\.py comes before the working"):
+        load_config("shapes", ["plugins=[json]"])
