@@ -36,6 +36,12 @@ def kernels(request):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def default_device(request):
     parameters = getattr(request.node, "callspec", None)
     names = parameters.params if parameters else {}

@@ -290,21 +290,20 @@ def test_a_damaged_file_of_a_comparison_is_named(tiny, tmp_path, monkeypatch):
 
 def test_a_run_ends_once_its_evaluation_has_reached_the_target(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
-    options = {"objectives": ["sft"], "seeds": 1, "overrides": tiny}
-    compare("shapes", tmp_path / "whole", epochs=3, **options)
-    scores = {
-        name: read_run(tmp_path / "whole" / "runs" / name / "seed-0", load_config("shapes", tiny))["score"]
-        for name in ("nft", "sft")
-    }
-    # Between the best of the two methods' later evaluations, so that one gets there and the other does not.
-    low, high = sorted(max(score[1:]) for score in scores.values())
-    target = (low + high) / 2
-    assert low < target < high and all(score[0] < target for score in scores.values())
-    compare("shapes", tmp_path / "short", epochs=3, target=target, stop_at_target=True, **options)
-    for name, score in scores.items():
-        expected = score[: np.flatnonzero(score >= target)[0] + 1] if max(score) >= target else score
-        again = read_run(tmp_path / "short" / "runs" / name / "seed-0", load_config("shapes", tiny))["score"]
-        assert again.tolist() == expected.tolist()
+    scores = {"nft": [0.1, 0.2, 0.7, 0.8], "sft": [0.1, 0.3, 0.2, 0.4]}
+    evaluate = Trainer.evaluate
+
+    def scripted(trainer, solver=None):
+        metrics, *rest = evaluate(trainer, solver)
+        return {**metrics, "eval_strict": scores[trainer.config.objective][trainer.epoch]}, *rest
+
+    monkeypatch.setattr(Trainer, "evaluate", scripted)
+    options = {"objectives": ["sft"], "seeds": 1, "epochs": 3, "overrides": tiny}
+    for stop, expected in ((False, scores), (True, {**scores, "nft": [0.1, 0.2, 0.7]})):
+        compare("shapes", tmp_path / str(stop), target=0.6, stop_at_target=stop, **options)
+        for name, score in expected.items():
+            run = tmp_path / str(stop) / "runs" / name / "seed-0"
+            assert read_run(run, load_config("shapes", tiny))["score"].tolist() == score
 
 
 def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_after_another_does(
