@@ -129,7 +129,7 @@ class NinjaBuild(build_ext):
                 library.parent
                 for root in (toolkit, Path("/usr/local/cuda"))
                 for pattern in ("lib64", "lib", "targets/*/lib", "**")
-                for library in root.glob(f"{pattern}/libcudart_static.a")
+                for library in sorted(root.glob(f"{pattern}/libcudart_static.a"))
             ]
             libraries = " ".join([*(f"-L{folder}" for folder in folders[:1]), "-lcudart_static -ldl -lrt -lpthread"])
         compile_to("bindings.o", "cxx", "bindings.cpp", has)

@@ -127,21 +127,37 @@ def check_vacant(output: Path, names: Iterable[str] | None = None) -> None:
         raise FileExistsError(f"output: {output} holds {taken[0]} already; give another folder")
 
 
-def lock(folder: Path) -> IO[str]:
-    """Keep other processes out of a folder until this is closed.
+# By process and folder, and only here: a process loses a lock as soon as it closes any file of that name.
+_LOCKS: dict[tuple[int, Path], IO[str]] = {}
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a folder until ``unlock``.
 
     Raises:
         FileExistsError: another process is in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    key = os.getpid(), folder.resolve()
+    path = key[1] / ".lock"
+    if key in _LOCKS:
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(_LOCKS[key].fileno())):
+            return
+        # The folder is another one, made anew.
+        unlock(folder)
+    file = path.open("w")
     try:
-        # Of the process, not of the file: it may begin a run anew in the folder of one that it has ended.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         raise FileExistsError(f"output: another process trains in {folder}; give another folder") from None
-    return file
+    _LOCKS[key] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let other processes into a folder that this one may have locked."""
+    if file := _LOCKS.pop((os.getpid(), folder.resolve()), None):
+        file.close()
 
 
 def beside(path: Path) -> Path:
@@ -158,7 +174,7 @@ def replace_text(path: Path, text: str) -> None:
     """
     fresh = beside(path)
     try:
-        fresh.write_text(text)
+        fresh.write_text(text, encoding="utf-8")
         _flush(fresh)
         fresh.replace(path)
     except OSError as error:

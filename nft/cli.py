@@ -387,7 +387,7 @@ def sample(
             check_float32("guidance", guidance)
         if seed + per_prompt > 2**63:
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
-        policy = load_policy(settings, checkpoint)
+        policy = load_policy(settings, checkpoint, reference=reference)
     except (ConfigError, OSError, ValueError) as error:
         raise fail(error) from None
     import torch

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class Run:
         # A process of its own has imported nothing, and takes the settings as they were checked.
         plugins.load_all(self.config.plugins)
         saved = self.folder / "config.yaml"
-        if saved.is_file() and saved.read_text() != self.config.dump():
+        if saved.is_file() and saved.read_text(encoding="utf-8") != self.config.dump():
             raise ValueError(f"output: {self.folder} holds a run with other settings; give another folder")
         if (self.folder / "result.json").is_file():
             return
@@ -205,12 +205,13 @@ class Run:
                 raise _Enough
 
         try:
-            if trainer.epoch and not trainer.evaluation_due:
-                on_epoch({})
-            trainer.train(on_epoch)
-        except _Enough:
-            trainer.tracker.finish()
-        result = {solver: trainer.evaluate(solver)[0] for solver in self.solvers}
+            with suppress(_Enough):
+                if trainer.epoch and not trainer.evaluation_due:
+                    on_epoch({})
+                trainer.train(on_epoch)
+            result = {solver: trainer.evaluate(solver)[0] for solver in self.solvers}
+        finally:
+            trainer.close()
         replace_text(self.folder / "result.json", json.dumps(result, indent=1))
 
 
@@ -228,7 +229,11 @@ def _base_scores(folder: Path, config: Config, solvers: Sequence[str]) -> dict[s
     path = folder / "result.json"
     if not path.is_file():
         trainer = Trainer(config, folder, resume=(folder / "config.yaml").is_file())
-        replace_text(path, json.dumps({solver: trainer.evaluate(solver)[0] for solver in solvers}, indent=1))
+        try:
+            scores = {solver: trainer.evaluate(solver)[0] for solver in solvers}
+        finally:
+            trainer.close()
+        replace_text(path, json.dumps(scores, indent=1))
     return _read_result(path)
 
 
@@ -241,18 +246,19 @@ def _start_worker(threads: int) -> None:
 
 def _run_all(runs: Sequence[Run], jobs: int, on_run: Callable[[int, int], None]) -> None:
     """The runs in their order, ``jobs`` of them at once, each with its share of the cores."""
+    on_run(0, len(runs))
     if jobs == 1:
-        for done, run in enumerate(runs):
-            on_run(done, len(runs))
+        for done, run in enumerate(runs, 1):
             run()
+            on_run(done, len(runs))
         return
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     # A forked process would wait for ever for the threads of this one.
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, initializer=_start_worker, initargs=(threads,)) as pool:
         waiting = [pool.submit(run) for run in runs]
         try:
-            for done, finished in enumerate(as_completed(waiting)):
+            for done, finished in enumerate(as_completed(waiting), 1):
                 on_run(done, len(runs))
                 finished.result()
         except BaseException:
@@ -362,7 +368,7 @@ def compare(
     check_folder(output)
     path = output / "settings.json"
     # Of one that was refused before its first run nothing is left to mix with.
-    if path.is_file() and path.read_text() != settings and any(output.rglob("metrics.jsonl")):
+    if path.is_file() and path.read_text(encoding="utf-8") != settings and any(output.rglob("metrics.jsonl")):
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
     configs = {(name, seed): config(name, f"seed={seed}") for seed in range(seeds) for name in names}
     replace_text(path, settings)

@@ -160,7 +160,7 @@ class Config(BaseModel):
     window_epochs: int = Field(1, gt=0)
     """For how many epochs the window stays where it is."""
     rollout_batch: int = Field(96, gt=0)
-    """Most pictures that a process samples at a time."""
+    """Most pictures that a process samples at a time; a CPU fills the last ones up to a multiple of 8."""
     compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
     cuda_graphs: bool = False
@@ -590,7 +590,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         ConfigError: a file that cannot be read, or no YAML mapping.
     """
     try:
-        values = parsed(path.read_text(), str(path))
+        values = parsed(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} cannot be read: {error}") from None
     if not isinstance(values, dict):

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 console, _errors = Console(emoji=False), Console(stderr=True, emoji=False)
 
 
-def say(text: str, to: Console = console, style: str | None = None) -> None:
+def say(text: str, style: str | None = None) -> None:
     """Print a line as it is, to be copied: paths may hold brackets, which the console would take for markup."""
-    to.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(error: Exception | str) -> typer.Exit:
@@ -25,10 +25,10 @@ def fail(error: Exception | str) -> typer.Exit:
     return typer.Exit(2)
 
 
-def bars(to: Console = console) -> Progress:
+def bars() -> Progress:
     """Progress of something that takes long."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=to)
+    return Progress(*columns, console=console)
 
 
 def quieten_libraries() -> None:

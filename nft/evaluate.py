@@ -203,7 +203,7 @@ class Evaluation:
         if per_prompt < 1:
             raise ValueError(f"per_prompt: got {per_prompt}, accepted are positive numbers")
         self.suite, self.folder, self.per_prompt = SUITES[suite], folder, per_prompt
-        unknown = set(files or {}) - set(self.suite.prompts)
+        unknown = sorted(set(files or {}) - set(self.suite.prompts))
         if unknown:
             raise ValueError(f"prompts: got {', '.join(unknown)}, accepted are {', '.join(self.suite.prompts)}")
         self.entries: dict[str, list[Entry]] = {}

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .console import bars, fail, quieten_libraries, say
+from .console import bars, console, fail, quieten_libraries, say
 
 if TYPE_CHECKING:
     from .config import Config
@@ -63,7 +62,7 @@ def _cell(result: dict[str, Any]) -> str:
     return f"{result['mean']:.3f}{interval}"
 
 
-def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]], options: Any, compared: bool) -> None:
+def _print(evaluation: Any, results: dict[str, dict[str, Any]], options: Any, compared: bool) -> None:
     listing = Table("", *results)
     listing.add_row("this checkpoint", *(escape(_cell(result)) for result in results.values()))
     if compared:
@@ -83,7 +82,7 @@ def _print(console: Console, evaluation: Any, results: dict[str, dict[str, Any]]
             console.print("UniRwd: asked in our own words; give --set unifiedreward.question=TEXT for others")
     for title, result in results.items():
         if "left_out" in result:
-            say(f"{title} left out: {result['left_out']}", console)
+            say(f"{title} left out: {result['left_out']}")
 
 
 def evaluate(
@@ -104,7 +103,6 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Option("--override", help="key=value of the configuration")] = None,
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
-    console = Console()
     from .config import check_float32, usable_device
     from .distributed import Processes
     from .evaluate import SUITES, Evaluation, read_settings
@@ -136,7 +134,7 @@ def evaluate(
         quieten_libraries()
         evaluation.check(options, other)
         if evaluation.missing():
-            _draw(console, evaluation, run, checkpoint, processes, guidance)
+            _draw(evaluation, run, checkpoint, processes, guidance)
         if not processes.main:
             return
         with console.status("") as status:
@@ -144,8 +142,8 @@ def evaluate(
         results = evaluation.results(other)
     except (OSError, ValueError) as error:
         raise fail(error) from None
-    _print(console, evaluation, results, options, other is not None)
-    say(f"pictures, scores and results: {folder}", console)
+    _print(evaluation, results, options, other is not None)
+    say(f"pictures, scores and results: {folder}")
 
 
 def _subject(pipeline: str, checkpoint: Path | None) -> str:
@@ -158,15 +156,13 @@ def _subject(pipeline: str, checkpoint: Path | None) -> str:
     return f"{pipeline} with {checkpoint}, sha256 {checksum(find_weights(checkpoint))}"
 
 
-def _draw(
-    console: Console, evaluation: Any, run: Any, checkpoint: Path | None, processes: Any, guidance: float | None
-) -> None:
+def _draw(evaluation: Any, run: Any, checkpoint: Path | None, processes: Any, guidance: float | None) -> None:
     from .full import load_policy
     from .rollout import rollout
 
     policy, suite = load_policy(run, checkpoint), evaluation.suite
     grid = policy.times(suite.steps)
-    with bars(console) as progress, policy.merged("default"):
+    with bars() as progress, policy.merged("default"):
         bar = progress.add_task("drawing", total=None)
         evaluation.draw(
             lambda texts, seeds: policy.decode(

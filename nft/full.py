@@ -23,9 +23,19 @@ class FullPolicy(Policy):
     """A policy without adapters. ``use`` exchanges the weights themselves; sharded ones stay where they are, and their
     contents are exchanged.
 
-    Small updates would vanish in half precision, so all three copies are float32, and ``dtype=bfloat16`` computes
+    Small updates would vanish in half precision, so all copies are float32, and ``dtype=bfloat16`` computes
     under autocast.
     """
+
+    def __init__(self, config: Config, kept: tuple[str | None, ...] = ("old", None)):
+        """As of every policy.
+
+        Args:
+            kept: of the old policy and the reference model (None), those that will be used beside the trained one; each
+                is a copy of all weights.
+        """
+        self._kept = kept
+        super().__init__(config)
 
     def _add_adapters(self, config: Config) -> None:
         self.transformer.float().requires_grad_(True)
@@ -35,9 +45,9 @@ class FullPolicy(Policy):
             shard(self.transformer, self.device, ())
         self.trained = list(self.transformer.parameters())
         self._weights: dict[str | None, list[Tensor]] = {"default": [p.data for p in self.trained]}
-        for name in ("old", None):
+        for name in self._kept:
             self._weights[name] = [p.data.clone() for p in self.trained]
-        self._old = self._weights["old"]
+        self._old = self._weights.get("old", [])
         self._used: str | None = "default"
 
     def use(self, adapter: str | None) -> None:
@@ -108,9 +118,10 @@ class FullPolicy(Policy):
                 weight.copy_(sharded_like(file.get_tensor(name), weight))
 
 
-def load_policy(config: Config, checkpoint: Path | None) -> Policy:
+def load_policy(config: Config, checkpoint: Path | None, *, reference: bool = False) -> Policy:
     """The policy of a configuration whose weights ``default`` are those of a run, a checkpoint, or a folder of a LoRA
-    or of whole weights; without one it is the base.
+    or of whole weights; without one it is the base. It is there to draw with, beside the base only if that is to be the
+    ``reference``.
 
     Raises:
         OSError, ValueError: as the constructor, ``find_weights`` and ``load_adapter``.
@@ -121,7 +132,8 @@ def load_policy(config: Config, checkpoint: Path | None) -> Policy:
     if weights.name == WEIGHTS:
         # Without what the settings refuse together with it.
         speed = {"fused_transformer": False, "cuda_graphs": False, "float8_rollout": False}
-        policy: Policy = FullPolicy(config.model_copy(update={"adapter": "full", **speed}))
+        full = config.model_copy(update={"adapter": "full", **speed})
+        policy: Policy = FullPolicy(full, kept=(None,) if reference else ())
     else:
         lora = lora_settings(weights)
         policy = Policy(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))

@@ -133,7 +133,8 @@ class Policy:
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self._add_adapters(config)
-        self.update_old(0.0)
+        if self._old:
+            self.update_old(0.0)
         self._adapted = [layer for layer in self.transformer.modules() if isinstance(layer, LoraLayer)]
         self._merged: list[Tensor] = []
         self._fast_path = kind.fast_path(self.transformer) if kind.fast_path and config.fused else None

@@ -126,7 +126,7 @@ def write_report(folder: Path) -> Path:
 <h2>Curves</h2>{_curves({"": lines})}
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}
 <h2>Configuration</h2><pre>{config}</pre>"""
-    (folder / "report.html").write_text(_page("DiffusionNFT run", body))
+    (folder / "report.html").write_text(_page("DiffusionNFT run", body), encoding="utf-8")
     return folder / "report.html"
 
 
@@ -174,5 +174,5 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
 <h2>Settings that differ</h2><table><tr><th></th>{heads}</tr>{differences}</table>
 <h2>Pictures at the end</h2>{pictures}"""
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_page("DiffusionNFT runs", body))
+    output.write_text(_page("DiffusionNFT runs", body), encoding="utf-8")
     return output

@@ -56,7 +56,7 @@ def _mean(scores: Tensor) -> float:
 def _begun(path: Path) -> bool:
     """Whether a file holds the settings of a run that ended before it logged anything, and not a user's own."""
     try:
-        return path.read_text() == load_config(str(path)).dump()
+        return path.read_text(encoding="utf-8") == load_config(str(path)).dump()
     except (OSError, ValueError):
         return False
 
@@ -126,7 +126,7 @@ class Trainer:
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
-            self._lock = checkpoint.lock(folder)
+            checkpoint.lock(folder)
             checkpoint.replace_text(folder / "config.yaml", config.dump())
             if done:
                 # A kill may have come before the links were set.
@@ -327,9 +327,10 @@ class Trainer:
                 v_ref = policy.velocity(x_t, t, *conditions)
         policy.use("default")
         v_theta = policy.velocity(x_t, t, *conditions)
-        verify = self.step < self.stage.verify_kernels_steps
         batch = Batch(v_theta, v_old, v_ref, x_t, x0, t, r, step)
-        return self.objective.loss(batch, self.stage, verify), v_theta.detach()
+        if self.objective.verify and self.step < self.stage.verify_kernels_steps:
+            self.objective.verify(batch, self.stage)
+        return self.objective.loss(batch, self.stage), v_theta.detach()
 
     def _differentiate(self, *batch: Any, share: float) -> Tensor:
         """Add ``share`` of a micro-batch's gradients to the parameters', and return its means of ``_MEASURED``. It
@@ -572,8 +573,8 @@ class Trainer:
         on_epoch: Callable[[dict[str, Any]], None] = lambda metrics: None,
         on_eval: Callable[[int, Tensor, list[str]], None] = lambda epoch, pictures, prompts: None,
     ) -> None:
-        """Run to the last epoch. On an interrupt the finished epochs are kept: the checkpoint is of the last one, or of
-        the last that ``save_every`` has one for.
+        """Run to the last epoch, and let other processes into the folder. On an interrupt the finished epochs are kept:
+        the checkpoint is of the last one, or of the last that ``save_every`` has one for.
 
         Args:
             on_epoch: told every epoch's and every evaluation's metrics, after they are logged and what is due is saved.
@@ -585,6 +586,16 @@ class Trainer:
                 fails.
             CheckpointError: a checkpoint that cannot be written.
         """
+        try:
+            self._train(on_epoch, on_eval)
+        finally:
+            self.tracker.finish()
+            if self.processes.main:
+                checkpoint.unlock(self.folder)
+
+    def _train(
+        self, on_epoch: Callable[[dict[str, Any]], None], on_eval: Callable[[int, Tensor, list[str]], None]
+    ) -> None:
         if self.epoch == 0 and self.config.preflight:
             preflight(self)
         if self.evaluation_due:
@@ -605,9 +616,12 @@ class Trainer:
             on_epoch(metrics)
             if held_out is not None:
                 on_epoch(held_out)
-        self.tracker.finish()
+
+    def close(self) -> None:
+        """Stop the processes of the task's rewards, after which nothing is scored any more."""
+        self.task.close()
         if self.processes.main:
-            self._lock.close()
+            checkpoint.unlock(self.folder)
 
     @property
     def evaluation_due(self) -> bool:

@@ -3,9 +3,9 @@
 from . import solvers
 from .loss import NFTLoss, nft_loss_from_rewards
 from .ops.add_noise import add_noise
+from .ops.advantages import group_advantages, optimality_probability
 from .ops.nft_loss import NFTLossOutput, nft_loss
 from .ops.solver_step import SolverStep, solver_step
-from .reference.advantages import group_advantages, optimality_probability
 
 __all__ = [
     "NFTLoss",

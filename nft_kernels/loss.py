@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .backends import BACKENDS
 from .ops import _validate
+from .ops.advantages import group_advantages, optimality_probability
 from .ops.nft_loss import NFTLossOutput, check_settings, nft_loss
-from .reference.advantages import group_advantages, optimality_probability
 
 
 class NFTLoss(torch.nn.Module):

@@ -19,7 +19,7 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
     return advantages.clamp(-config.adv_clip_max, config.adv_clip_max) / config.adv_clip_max
 
 
-def loss(batch: Batch, config: Config, verify: bool) -> Measured:
+def loss(batch: Batch, config: Config) -> Measured:
     """Clipped ratio e^(L_old - L_theta) with L = s mean (v_theta - v)^2, and kl_weight mean (v_theta - v_ref)^2.
 
     ``weighting`` is s, 1 for ``none``, or for ``adaptive`` the old policy's own 1 / L, so that no time outweighs

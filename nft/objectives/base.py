@@ -49,17 +49,19 @@ class Loss(Protocol):
 
 
 class Objective(NamedTuple):
-    """``weights`` turns the advantages (B,) of a whole epoch into one weight per picture; ``loss`` takes a batch of
-    them, the settings, and whether to compare its kernels with the float64 reference."""
+    """``weights`` turns the advantages (B,) of a whole epoch into one weight per picture, and ``loss`` takes a batch of
+    them and the settings."""
 
     weights: Callable[[Tensor, Config], Tensor]
-    loss: Callable[[Batch, Config, bool], Loss]
+    loss: Callable[[Batch, Config], Loss]
     needs_old: bool
     """Whether the loss needs the old policy's velocity."""
     reads: tuple[str, ...] = ()
     """The settings that it reads and other objectives may not."""
     trajectory: bool = False
     """Whether it trains on the rollout's stochastic steps, and not on noise that is added to clean latents."""
+    verify: Callable[[Batch, Config], object] | None = None
+    """Compares its kernels with the float64 reference, and raises ``nft_kernels.check.KernelMismatchError``."""
 
 
 OBJECTIVES: dict[str, Objective] = {}
@@ -96,7 +98,7 @@ def velocities(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return v_theta, old, ref
 
 
-def flow_matching(batch: Batch, config: Config, verify: bool) -> Measured:
+def flow_matching(batch: Batch, config: Config) -> Measured:
     """mean_i w_i mean_elements (v_theta - v)^2 + kl_weight mean_i mean_elements (v_theta - v_ref)^2.
 
     The target v = eps - x0 is (x_t - x0) / t, so the noise need not be kept.

@@ -20,7 +20,7 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
     return advantages.clamp(-config.adv_clip_max, config.adv_clip_max)
 
 
-def loss(batch: Batch, config: Config, verify: bool) -> Measured:
+def loss(batch: Batch, config: Config) -> Measured:
     """Clipped ratio of the densities of x' under N(a x + b v, c^2), and kl_weight KL to the reference's step.
 
     The log-density is the mean over elements, as in Flow-GRPO, and so is the KL, b^2 (v_theta - v_ref)^2 / (2 c^2).

@@ -21,8 +21,8 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
 
 
 def arguments(batch: Batch, config: Config) -> tuple[list[Tensor], dict[str, Any]]:
-    """What ``nft_loss`` takes before r, and its options. Where the old policy is the trained one, its velocity is
-    v_theta itself."""
+    """What ``nft_loss`` takes, and its options. Where the old policy is the trained one, its velocity is v_theta
+    itself."""
     v_old = batch.v_theta.detach() if batch.v_old is None else batch.v_old
     options = {
         "v_ref": batch.v_ref,
@@ -31,16 +31,20 @@ def arguments(batch: Batch, config: Config) -> tuple[list[Tensor], dict[str, Any
         "kl_weight": config.kl_weight,
         "weighting": config.weighting,
     }
-    return [batch.v_theta, v_old, batch.x_t, batch.x0, batch.t], options
+    return [batch.v_theta, v_old, batch.x_t, batch.x0, batch.t, batch.weights], options
 
 
-def loss(batch: Batch, config: Config, verify: bool) -> Loss:
+def loss(batch: Batch, config: Config) -> Loss:
     """``nft_kernels.nft_loss``."""
     tensors, options = arguments(batch, config)
-    if verify:
-        compare_nft_loss(*tensors, batch.weights, **options)
-    return nft_loss(*tensors, batch.weights, **options)
+    return nft_loss(*tensors, **options)
+
+
+def verify(batch: Batch, config: Config) -> None:
+    """The same by kernels and by the reference."""
+    tensors, options = arguments(batch, config)
+    compare_nft_loss(*tensors, **options)
 
 
 READS = ("beta", "adv_clip_max", "weighting", "advantage_mode")
-OBJECTIVES["nft"] = Objective(weights, loss, needs_old=True, reads=READS)
+OBJECTIVES["nft"] = Objective(weights, loss, needs_old=True, reads=READS, verify=verify)

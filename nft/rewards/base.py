@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class RewardError(RuntimeError):
     """A reward that failed or cannot be reached; the message names it."""
 
 
-class Reward(Protocol):
+class Reward(ABC):
     """Scores pictures. Subclass it and write ``__call__``; the attributes say what the reward is and needs."""
 
     range: tuple[float, float] = (-math.inf, math.inf)
@@ -51,9 +52,6 @@ class Reward(Protocol):
     batch: int = 16
     """Pictures per call."""
 
-    def __init__(self) -> None:
-        """Without options."""
-
     def check_server(self) -> None:
         """Raise ``RewardError`` where a server that it asks for scores does not answer."""
 
@@ -61,9 +59,9 @@ class Reward(Protocol):
     def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
         """Raise ``ValueError`` for a prompt that cannot be scored with this metadata, beyond what ``needs`` says."""
 
+    @abstractmethod
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored | Tensor:
         """Scores (B,) of uint8 pictures (B, H, W, 3), alone or with details; higher is better."""
-        ...
 
 
 def name_of(reward: Reward | type[Reward]) -> str:
@@ -151,14 +149,19 @@ def score(
 
     Raises:
         TypeError, ValueError: a batch that does not fit (see ``validate``).
-        RewardError: scores that are no tensor, of a wrong shape, not finite, or outside of the reward's range, or
-            details that differ from call to call.
+        RewardError: a reward that fails, scores that are no tensor, of a wrong shape, not finite, or outside of the
+            reward's range, or details that differ from call to call.
     """
     validate(reward, pictures, prompts, metadata)
     parts: list[Scored] = []
     for start in range(0, len(pictures), reward.batch):
         part = slice(start, start + reward.batch)
-        result = reward(pictures[part], prompts[part], metadata[part])
+        try:
+            result = reward(pictures[part], prompts[part], metadata[part])
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(f"{name_of(reward)}: {type(error).__name__}: {error}") from error
         scored = result if isinstance(result, Scored) else Scored(result, {})
         if "score" in scored.details:
             raise RewardError(f"{name_of(reward)}: a detail is called score, accepted is another name")

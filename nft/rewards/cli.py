@@ -46,7 +46,8 @@ def rewards() -> None:
         except Exception as error:
             row = (name, "", "", "", f"broken: {error}", "")
         listing.add_row(*map(escape, row))
-    Console().print(listing)
+    # Of its own, which is as wide as the terminal is now.
+    Console(emoji=False).print(listing)
 
 
 def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:

@@ -188,9 +188,8 @@ class Scorer:
 
     def _load(self, name: str, spec: RewardSpec, device: str) -> None:
         try:
-            remote = spec.reward.startswith(registry.REMOTE)
-            kind = None if remote else registry.find(spec.reward)
-            here = remote or kind is None or kind.threaded
+            kind = None if spec.reward.startswith(registry.REMOTE) else registry.find(spec.reward)
+            here = kind is None or kind.threaded or kind.uses_device
             worker = self._workers[name] = _Here(spec, device) if here else _Processes(spec)
             # What a server's reward needs is known by its instance only.
             self.judges[name] = worker.reward if isinstance(worker, _Here) else kind

@@ -56,8 +56,7 @@ def find(name: str) -> type[Reward]:
     if not hasattr(found, attribute):
         raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}")
     kind = getattr(found, attribute)
-    # A protocol with attributes does not take part in issubclass.
-    if not (isinstance(kind, type) and Reward in kind.__mro__):
+    if not (isinstance(kind, type) and issubclass(kind, Reward)):
         raise ValueError(f"reward: got {name!r}, accepted is a subclass of nft.rewards.base.Reward")
     return kind
 

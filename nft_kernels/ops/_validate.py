@@ -13,6 +13,8 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _FEW = 256
+# Here, as the compiler of torch 2.6 cannot look into sys.float_info.
+_LARGEST = sys.float_info.max
 # Classes, and not those of ``numbers``, which the compiler does not know a variable by.
 WHOLE = (int, np.integer)
 _NUMBERS = (*WHOLE, float, np.floating)
@@ -30,7 +32,7 @@ def _same_device(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
         raise ValueError(f"{name}: got device {x.device}, accepted is the device of {like}, {x0.device}")
 
 
-def _tensor(name: str, x: object, accepted: str = "a tensor") -> None:
+def tensor(name: str, x: object, accepted: str = "a tensor") -> None:
     """``x`` must be a tensor with memory of its own: kernels take its address."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is {accepted}")
@@ -48,7 +50,7 @@ def _tensor(name: str, x: object, accepted: str = "a tensor") -> None:
 def shaped(name: str, x: Tensor | None, shape: Sequence[int], described: str, x0: Tensor, like: str) -> None:
     """``x`` must be a floating tensor of ``shape``, which is ``described``, on the device of x0, the argument called
     ``like``."""
-    _tensor(name, x)
+    tensor(name, x)
     assert x is not None
     floating(name, x.dtype)
     if x.shape != shape:
@@ -63,7 +65,7 @@ def tensor_like(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
 
 def latents(name: str, x0: Tensor) -> None:
     """``x0`` must be (B, ...) with at least one element."""
-    _tensor(name, x0)
+    tensor(name, x0)
     floating(name, x0.dtype)
     if x0.ndim == 0 or x0.numel() == 0:
         raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is (B, ...) with at least one element")
@@ -91,7 +93,7 @@ def per_sample(
     """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]; ``above`` and
     ``below`` leave out the bound itself."""
     # The compiler would take a size in a text for a constant.
-    _tensor(name, x, "a tensor of shape (B,)")
+    tensor(name, x, "a tensor of shape (B,)")
     floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
@@ -101,7 +103,7 @@ def per_sample(
 
 def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> None:
     """``x`` must be floating or boolean, broadcast to x0's shape, and, on the CPU, lie within [low, high]."""
-    _tensor(name, x, "a tensor that broadcasts to x0's shape")
+    tensor(name, x, "a tensor that broadcasts to x0's shape")
     if x.dtype not in (torch.bool, *DTYPES):
         raise TypeError(f"{name}: got {x.dtype}, accepted are torch.bool, {', '.join(map(str, DTYPES))}")
     shape = (1,) * (x0.ndim - x.ndim) + tuple(x.shape)
@@ -120,7 +122,7 @@ def choice(name: str, value: str, accepted: Sequence[str]) -> None:
 
 def offsets(name: str, x: Tensor, x0: Tensor) -> None:
     """``x`` must be (S + 1,) int64 and, on the CPU, rise from 0 to the length of x0."""
-    _tensor(name, x, "an int64 tensor of offsets")
+    tensor(name, x, "an int64 tensor of offsets")
     if x.dtype != torch.int64:
         raise TypeError(f"{name}: got {x.dtype}, accepted is an int64 tensor of offsets")
     if x.ndim != 1 or len(x) < 2:
@@ -156,14 +158,14 @@ def number(name: str, value: float, *, positive: bool) -> None:
     if isinstance(value, np.generic):
         value = value.item()
     # As comparisons, which the compiler can make of a number that it takes for a variable.
-    if not 0 <= value <= sys.float_info.max or (positive and value == 0):
+    if not 0 <= value <= _LARGEST or (positive and value == 0):
         raise ValueError(f"{name}: got {value}, accepted is a finite number {'above' if positive else 'of at least'} 0")
 
 
 def seeds(seed: int | Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Philox key and sample word of every sample: an int seeds the whole batch, a tensor every sample on its own."""
     if isinstance(seed, Tensor):
-        _tensor("seed", seed)
+        tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.shape != x0.shape[:1] or seed.device != x0.device:
             raise ValueError(
                 f"seed: got {seed.dtype} of shape {tuple(seed.shape)} on {seed.device}, "

@@ -1,11 +1,14 @@
 """Checkpoints survive a kill at any moment, a full disk and a flipped bit, and load into diffusers."""
 
+import gc
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -479,3 +482,26 @@ def test_a_folder_that_has_lost_its_log_is_no_place_for_another_run(finished, pi
     with pytest.raises(FileExistsError, match="holds a run already"):
         Trainer(settings(pipeline), tmp_path / "run")
     assert Trainer(settings(pipeline), tmp_path / "run", resume=True).epoch == 1
+
+
+def test_a_locked_folder_is_closed_to_other_processes_until_it_is_unlocked(tmp_path):
+    code = "import sys; from pathlib import Path; from nft.checkpoint import lock; lock(Path(sys.argv[1]))"
+
+    def other():
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
+
+    # Of the process, which may begin a run anew, and lose what held the first one.
+    for _ in range(2):
+        checkpoint.lock(tmp_path / "run")
+        gc.collect()
+    assert "another process trains in" in other().stderr
+    checkpoint.unlock(tmp_path / "run")
+    assert other().returncode == 0
+
+
+def test_a_folder_that_was_deleted_is_locked_anew(tmp_path):
+    for _ in range(2):
+        checkpoint.lock(tmp_path / "run")
+        assert (tmp_path / "run" / ".lock").is_file()
+        shutil.rmtree(tmp_path / "run")
+    checkpoint.unlock(tmp_path / "run")

@@ -314,7 +314,7 @@ def test_tuning_keeps_the_rate_that_scores_best_and_runs_at_once_do_what_one_aft
     options = {"objectives": ["sft"], "seeds": 1, "epochs": 1, "tune": True, "overrides": tiny}
     seen = []
     compare("shapes", tmp_path / "two", jobs=2, on_run=lambda *progress: seen.append(progress), **options)
-    assert seen == [(i, 4) for i in range(4)] + [(0, 2), (1, 2)]
+    assert seen == [(i, 4) for i in range(5)] + [(i, 2) for i in range(3)]
     assert "2 runs of the same length" in (tmp_path / "two" / "compare.md").read_text()
     best = {"nft": 3e-3, "sft": 1e-3}
     monkeypatch.setattr("nft.compare.tuning_score", lambda run: -abs(float(run.name) - best[run.parent.name]))

@@ -384,11 +384,13 @@ def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monk
     assert results["UniRwd"]["mean"] == pytest.approx(5 * 10 / 255)
     assert "no file" in results["Aesthetic"]["left_out"]
     console = Console(width=240, record=True, file=io.StringIO())
-    _print(console, evaluation, results, {}, False)
+    for module in ("nft.console", "nft.evaluate_cli"):
+        monkeypatch.setattr(f"{module}.console", console)
+    _print(evaluation, results, {}, False)
     text = console.export_text()
     assert "geneval, ocr: prompts of our own and not those of the published rows; give --prompts SET=FILE" in text
     assert "UniRwd: asked in our own words" in text
-    _print(console, evaluation, results, {"unifiedreward": {"question": "{prompt}?"}}, False)
+    _print(evaluation, results, {"unifiedreward": {"question": "{prompt}?"}}, False)
     assert "UniRwd: asked" not in console.export_text()
     assert all(column.title in text for column in SUITES["paper"].columns)
     assert "2509.16117" in text and "Aesthetic left out" in text

@@ -10,7 +10,7 @@ from distributed_worker import Brightness
 
 from nft.config import load_config
 from nft.export import export_lora, export_pipeline
-from nft.full import FullPolicy
+from nft.full import FullPolicy, load_policy
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
@@ -56,6 +56,19 @@ def test_the_three_policies_are_one_at_first_and_then_follow_their_rules(pipelin
     with pytest.raises(KeyboardInterrupt), policy.merged("old"):
         raise KeyboardInterrupt
     assert all(p.data_ptr() == w.data_ptr() for p, w in zip(policy.trained, policy._weights["default"], strict=True))
+
+
+def test_what_only_draws_holds_no_more_copies_than_it_draws_with(pipeline, tmp_path):
+    whole = FullPolicy(settings(pipeline))
+    with torch.no_grad():
+        for parameter in whole.trained:
+            parameter.add_(0.01)
+    expected = {name: velocity(whole, name) for name in ("default", None)}
+    whole.save_adapter("default", tmp_path)
+    for reference, names in ((False, ["default"]), (True, ["default", None])):
+        policy = load_policy(settings(pipeline), tmp_path, reference=reference)
+        assert list(policy._weights) == names
+        assert all(torch.equal(velocity(policy, name), expected[name]) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_flow_matching_is_the_weighted_error_of_the_velocity(objective, kl_weigh
     x_t = (1 - t.view(-1, 1, 1, 1)) * x0 + t.view(-1, 1, 1, 1) * eps
     v_theta.requires_grad_()
     batch = Batch(v_theta, None, v_ref if kl_weight else None, x_t, x0, t, weights)
-    out = OBJECTIVES[objective].loss(batch, config(objective, kl_weight=kl_weight), False)
+    out = OBJECTIVES[objective].loss(batch, config(objective, kl_weight=kl_weight))
     out.loss.backward()
     expected = sum(
         w * ((v - (e - x)) ** 2).mean() + kl_weight * ((v - r) ** 2).mean()
@@ -84,14 +84,14 @@ def test_grpo_by_hand(weight, loss, gradient):
     a, b, c, t, w = (torch.tensor([value], dtype=torch.float64) for value in (0.5, -0.2, 0.1, 0.5, weight))
     options = config("grpo", clip_range=0.2, kl_weight=0.25)
     batch = Batch(v_theta, v_old, v_ref, x, x, t, w, Step(after, a, b, c))
-    out = OBJECTIVES["grpo"].loss(batch, options, False)
+    out = OBJECTIVES["grpo"].loss(batch, options)
     # The KL of two normals of equal deviation: means 0.4 and 0.5 differ by one c.
     assert out.kl.item() == pytest.approx(0.5) and out.old_deviation.item() == pytest.approx(0.5)
     assert out.loss.item() == pytest.approx(loss + 0.25 * 0.5)
     # At mean 0.38 the log-ratio is (0.1^2 - 0.02^2) / 0.02 = 0.48; its derivative by v_theta 0.02 / 0.1^2 b = -0.4.
     (moved,) = scalars(0.6)
     moved.requires_grad_()
-    OBJECTIVES["grpo"].loss(batch._replace(v_theta=moved, v_ref=None), options, False).loss.backward()
+    OBJECTIVES["grpo"].loss(batch._replace(v_theta=moved, v_ref=None), options).loss.backward()
     assert moved.grad.item() == pytest.approx(gradient)
 
 
@@ -113,7 +113,7 @@ def test_an_objective_declares_what_it_reads(name):
     options, (v_theta, v_old, v_ref, x, x0) = Seen(), randoms()
     weights, t = torch.tensor([1.0, -1.0, 0.5, 0.0], dtype=torch.float64), torch.full((4,), 0.5, dtype=torch.float64)
     r = OBJECTIVES[name].weights(weights, options)
-    OBJECTIVES[name].loss(Batch(v_theta, v_old, v_ref, x, x0, t, r, Step(x0, t, t, t)), options, False)
+    OBJECTIVES[name].loss(Batch(v_theta, v_old, v_ref, x, x0, t, r, Step(x0, t, t, t)), options)
     assert options.keys - {"kl_weight"} == {*OBJECTIVES[name].reads}
 
 
@@ -132,7 +132,7 @@ def test_grpo_is_the_clipped_ratio_of_normal_densities(clip_range):
     after = torch.stack([a[i] * x[i] + b[i] * v_old[i] + c[i] * z[i] for i in range(4)])
     options = config("grpo", clip_range=clip_range, kl_weight=0.3)
     batch = Batch(v_theta, v_old, v_ref, x, x, t, w, Step(after, a, b, c))
-    out = OBJECTIVES["grpo"].loss(batch, options, False)
+    out = OBJECTIVES["grpo"].loss(batch, options)
     expected, clips = 0.0, 0
     for i in range(4):
         rho = (normal(v_theta, i).log_prob(after[i]).mean() - normal(v_old, i).log_prob(after[i]).mean()).exp()
@@ -157,7 +157,7 @@ def test_gradients_are_those_of_finite_differences(objective):
     options = config(objective, kl_weight=0.3, **wide)
 
     def loss(v_theta):
-        return OBJECTIVES[objective].loss(Batch(v_theta, v_old, v_ref, x, x0, t, w, step), options, False).loss
+        return OBJECTIVES[objective].loss(Batch(v_theta, v_old, v_ref, x, x0, t, w, step), options).loss
 
     assert torch.autograd.gradcheck(loss, (v_old + 0.1 * move).requires_grad_())
 
@@ -174,10 +174,10 @@ def test_awm_by_hand():
     t, w = (torch.tensor([value], dtype=torch.float64) for value in (0.5, -2.0))
     for weighting, scale in (("none", 1), ("t", 0.5), ("t2", 0.25), ("1/t", 2), ("(1-t)/t2", 2), ("adaptive", 1 / 4)):
         options = config("awm", weighting=weighting, clip_range=100.0, kl_weight=0.5)
-        out = OBJECTIVES["awm"].loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, w), options, False)
+        out = OBJECTIVES["awm"].loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, w), options)
         assert out.loss.item() == pytest.approx(2 * math.exp(3 * scale) + 0.5 * 4)
     assert OBJECTIVES["awm"].loss(
-        Batch(v_theta, v_old, None, x_t, x0, t, -w), config("awm", weighting="none", clip_range=0.2), False
+        Batch(v_theta, v_old, None, x_t, x0, t, -w), config("awm", weighting="none", clip_range=0.2)
     ).loss.item() == pytest.approx(-2 * 1.2)
 
 
@@ -188,7 +188,7 @@ def test_awm_on_policy_is_flow_matching_weighed_by_the_advantage():
     for objective, unweighted in (("awm", {"weighting": "none"}), ("rwr", {})):
         leaf = v.clone().requires_grad_()
         options = config(objective, kl_weight=0.1, **unweighted)
-        OBJECTIVES[objective].loss(Batch(leaf, None, v_ref, x_t, x0, t, w), options, False).loss.backward()
+        OBJECTIVES[objective].loss(Batch(leaf, None, v_ref, x_t, x0, t, w), options).loss.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
 
@@ -198,7 +198,7 @@ def test_positive_is_the_loss_without_its_negative_branch(beta):
     v_theta, v_old, v_ref, x0, x_t = randoms(3)
     t, r = torch.linspace(0.2, 0.9, 4, dtype=torch.float64), torch.tensor([0.0, 0.3, 0.8, 1.0], dtype=torch.float64)
     options = config("positive", beta=beta, kl_weight=0.1)
-    out = OBJECTIVES["positive"].loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, r), options, False)
+    out = OBJECTIVES["positive"].loss(Batch(v_theta, v_old, v_ref, x_t, x0, t, r), options)
     expected = 0.0
     for i in range(4):
         error = x_t[i] - t[i] * ((1 - beta) * v_old[i] + beta * v_theta[i]) - x0[i]

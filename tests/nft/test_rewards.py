@@ -86,7 +86,7 @@ def test_bad_batches_and_scores_are_named(change, error, message):
 
 
 class Placed(Brightness):
-    uses_device = threaded = True
+    uses_device = True
 
     def __init__(self, device):
         super().__init__()
@@ -123,7 +123,7 @@ def test_pictures_are_kept_no_longer_than_they_have_no_score(monkeypatch):
     with Scorer({"r": RewardSpec("seen")}) as scorer:
         for count in (2, 1):
             scorer.submit(noise(count), [{"prompt": "p", "scale": 1}] * count)
-        with pytest.raises(RewardError, match="reward r: later"):
+        with pytest.raises(RewardError, match="reward r: Seen: RuntimeError: later"):
             scorer.gather()
         first, *failed = taken
         assert first() is None and all(pictures() is not None for pictures in failed)
@@ -154,6 +154,8 @@ from nft.rewards.base import Reward
 class Bad(Reward):
     def __init__(self):
         raise RuntimeError("no good")
+
+    def __call__(self, pictures, prompts, metadata): ...
 """
 
 
@@ -284,13 +286,32 @@ def test_a_device_that_cannot_be_used_is_named(name, device, message):
     ],
 )
 def test_a_constructor_that_fails_is_named(raised, error, message, tmp_path, monkeypatch):
-    code = "from nft.rewards.base import Reward\nclass Own(Reward):\n    def __init__(self, **more):\n        raise "
+    code = (
+        "from nft.rewards.base import Reward\nclass Own(Reward):\n    def __call__(self, *batch): ...\n"
+        "    def __init__(self, **more):\n        raise "
+    )
     (tmp_path / "own_broken.py").write_text(code + raised)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "own_broken", raising=False)
     with pytest.raises(error, match=message):
         registry.load("own_broken:Own", {"any": 1})
     monkeypatch.delitem(sys.modules, "own_broken", raising=False)
+
+
+def test_a_reward_that_cannot_be_called_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "own_empty.py").write_text("from nft.rewards.base import Reward\nclass Own(Reward): pass\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    with pytest.raises(ValueError, match=r"rewards\.own_empty:Own: .*__call__"):
+        registry.load("own_empty:Own")
+
+
+def test_a_reward_that_fails_is_named_with_its_error():
+    class Failing(Reward):
+        def __call__(self, pictures, prompts, metadata):
+            return metadata[0]["no such key"]
+
+    with pytest.raises(RewardError, match="Failing: KeyError: 'no such key'"):
+        score(Failing(), noise(), PROMPTS, [{}] * 3)
 
 
 def test_scores_that_are_no_tensor_are_named():

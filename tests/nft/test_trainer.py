@@ -454,17 +454,19 @@ def test_metrics_are_means_of_the_updates_that_were_finite(pipeline, tmp_path, m
     assert [metrics[name] for name in names] == [2.5] * 3 and metrics["nonfinite_updates"] == 1
 
 
-def test_the_first_steps_are_compared_with_the_reference_and_no_others(pipeline, tmp_path, monkeypatch):
-    trainer = Trainer(settings(pipeline, "updates_per_epoch=3", "verify_kernels_steps=2", "dtype=bfloat16"), tmp_path)
-    compared, seen = [], []
-    monkeypatch.setattr("nft.objectives.nft.compare_nft_loss", lambda *_, **__: compared.append(trainer.step))
+@pytest.mark.parametrize("objective", ["nft", "positive"])
+def test_the_first_steps_are_compared_with_the_reference_and_no_others(pipeline, tmp_path, monkeypatch, objective):
+    options = ["updates_per_epoch=3", "verify_kernels_steps=2", "dtype=bfloat16", f"objective={objective}"]
+    trainer = Trainer(settings(pipeline, *options), tmp_path)
+    compared, seen, module = [], [], f"nft.objectives.{objective}"
+    monkeypatch.setattr(f"{module}.compare_nft_loss", lambda *_, **__: compared.append(trainer.step))
     real = nft.objectives.nft.nft_loss
 
     def looked_at(v_theta, v_old, x_t, *others, **options):
         seen.append((v_theta.dtype, x_t.dtype))
         return real(v_theta, v_old, x_t, *others, **options)
 
-    monkeypatch.setattr("nft.objectives.nft.nft_loss", looked_at)
+    monkeypatch.setattr(f"{module}.nft_loss", looked_at)
     trainer.optimize(trainer.sample())
     assert set(compared) == {0, 1} and trainer.step == 3
     # The loss has x_t as it was before the model rounded it.

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
+from . import _validate
+
+STDS = ("global", "group")
 MODES = ("continuous", "positive_only", "negative_only", "one_only", "binary")
-
-
-def _kind(x: object) -> str:
-    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-
-
-def _floating(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name}: got {_kind(x)}, accepted are floating-point tensors")
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global") -> Tensor:
@@ -32,17 +24,18 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
 
     Raises:
         ValueError: wrong shapes, non-finite rewards, or an unknown ``std``.
-        TypeError: rewards that are not floating point or group ids that are not integers.
+        TypeError: rewards that are no floating-point tensor or group ids that are no integer one.
     """
-    _floating("rewards", rewards)
-    if not isinstance(group_ids, Tensor) or group_ids.is_floating_point() or group_ids.dtype == torch.bool:
-        raise TypeError(f"group_ids: got {_kind(group_ids)}, accepted are integer tensors")
+    _validate.tensor("rewards", rewards)
+    _validate.floating("rewards", rewards.dtype)
+    _validate.tensor("group_ids", group_ids)
+    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
+        raise TypeError(f"group_ids: got {group_ids.dtype}, accepted are integer tensors")
     if rewards.ndim != 1 or not len(rewards):
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, accepted is (B,) with B > 0")
     if group_ids.shape != rewards.shape:
         raise ValueError(f"group_ids: got shape {tuple(group_ids.shape)}, accepted is {tuple(rewards.shape)}")
-    if std not in ("global", "group"):
-        raise ValueError(f"std: got {std!r}, accepted are 'global' and 'group'")
+    _validate.choice("std", std, STDS)
     return _op(rewards, group_ids, std) if torch.compiler.is_compiling() else _advantages(rewards, group_ids, std)
 
 
@@ -80,15 +73,15 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
 
     Raises:
         ValueError: NaN advantages (not within torch.compile), M that is not positive and finite, or an unknown mode.
-        TypeError: A that is not floating point.
+        TypeError: A that is no floating-point tensor, or M that is no number.
     """
-    _floating("A", A)
-    # Twice its largest value is a float32, too.
-    number = isinstance(adv_clip_max, Real) and not isinstance(adv_clip_max, bool)
-    if not (number and 0 < adv_clip_max <= 1e38):
-        raise ValueError(f"adv_clip_max: got {adv_clip_max!r}, accepted are positive finite numbers up to 1e38")
-    if mode not in MODES:
-        raise ValueError(f"mode: got {mode!r}, accepted are {', '.join(MODES)}")
+    _validate.tensor("A", A)
+    _validate.floating("A", A.dtype)
+    _validate.number("adv_clip_max", adv_clip_max, positive=True)
+    if adv_clip_max > 1e38:
+        # Twice its largest value is a float32, too.
+        raise ValueError(f"adv_clip_max: got {adv_clip_max!r}, accepted are positive numbers up to 1e38")
+    _validate.choice("mode", mode, MODES)
     if not torch.compiler.is_compiling() and A.isnan().any():
         raise ValueError("A: got NaN, accepted are numbers")
     used = {
