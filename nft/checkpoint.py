@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -101,7 +101,7 @@ def check_folder(output: Path) -> None:
 
     Raises:
         FileExistsError: it is a file, or lies in one, or in a checkpoint, which is deleted as a whole.
-        PermissionError: it cannot be written to, or made.
+        OSError: it cannot be written to, or made, or its name is too long.
     """
     there = next(folder for folder in (output, *output.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
@@ -111,7 +111,10 @@ def check_folder(output: Path) -> None:
         raise PermissionError(f"output: {output} cannot be written to; give another folder")
     # Others have a file of the manifest's name, too.
     around = (folder for folder in (output, *output.absolute().parents) if (folder / "state.pt").is_file())
-    kept = next((folder for folder in around if (folder / MANIFEST).is_file()), None)
+    try:
+        kept = next((folder for folder in around if (folder / MANIFEST).is_file()), None)
+    except OSError as error:
+        raise OSError(f"output: {output} cannot be made: {error.strerror}") from None
     if kept is not None:
         raise FileExistsError(f"output: {output} lies in the checkpoint {kept}; give another folder")
 
@@ -281,8 +284,13 @@ def _epoch(path: Path) -> int:
 
 
 def best(parent: Path) -> Path | None:
-    """The checkpoint with the highest held-out score of the newest one's stage, the earlier one of equals."""
-    found = [(manifest(path), path) for path in existing(parent)]
+    """The checkpoint with the highest held-out score of the newest one's stage, the earlier one of equals; of those
+    that can be read."""
+    found = []
+    for path in existing(parent):
+        # A damaged one is named where it is needed, as the newest is before this.
+        with suppress(CheckpointError):
+            found.append((manifest(path), path))
     scored = [
         (about["score"], -about["epoch"], path)
         for about, path in found

@@ -53,6 +53,9 @@ class _Commands(TyperGroup):
         except (MemoryError, RuntimeError) as error:
             # By name, as most commands do without torch, which has no class for a CPU's.
             kind, text = type(error).__name__, str(error)
+            if kind.startswith("Dist") or "gloo" in text:
+                problem = text.partition("\n")[0]
+                raise fail(f"{problem}: another process may have ended; what it printed says why") from None
             if kind not in ("MemoryError", "OutOfMemoryError") and "DefaultCPUAllocator" not in text:
                 raise
             what = text.partition(". ")[0] or "out of memory"
@@ -150,6 +153,8 @@ def train(
         except (AlarmError, CheckpointError, ConfigError, KernelMismatchError, RewardError, OSError) as error:
             progress.stop()
             raise fail(error) from None
+        finally:
+            trainer.close()
     if main:
         try:
             page = write_report(folder)

@@ -52,11 +52,22 @@ _ELSEWHERE = {
     "decay_type": "old_policy", "ema_decay": "old_policy", "eval_freq": "eval_every", "save_freq": "save_every",
     "use_lora": "adapter", "noise_level": "rollout_options.eta", "sde_window_size": "window",
     "num_checkpoint_limit": "keep_checkpoints", "max_train_steps": "epochs", "solver": "rollout_solver",
+    "sampler": "rollout_solver", "eta": "rollout_options.eta", "steps": "rollout_steps", "compile": "compile_rollout",
+    "grad_clip": "max_grad_norm", "clip": "max_grad_norm", "precision": "dtype", "bf16": "dtype", "fp16": "dtype",
+    "eval_interval": "eval_every", "save_interval": "save_every", "kl": "kl_weight", "wd": "weight_decay",
+    "random_seed": "seed", "num_images": "group_size", "images_per_prompt": "group_size",
 }  # fmt: skip
 # And of what is none.
 _NOT_HERE = {
     "guidance_scale": "rollouts and training use no guidance",
     "cfg": "rollouts and training use no guidance",
+    "cfg_scale": "rollouts and training use no guidance",
+    "guidance": "rollouts and training use no guidance",
+    "gradient_accumulation_steps": "updates_per_epoch and micro_batch say all",
+    "grad_accum": "updates_per_epoch and micro_batch say all",
+    "resume": "it is `nft train --output FOLDER --resume`",
+    "output": "it is `nft train --output FOLDER`",
+    "gpus": "it is `torchrun --nproc-per-node N -m nft.cli train`",
     "resume_from": "it is `nft train --output FOLDER --resume`",
     "run_name": "it is `nft train --output FOLDER`",
     "lora_path": "`nft export LORA FOLDER --merge --pipeline NAME`, then pipeline=FOLDER, begins with a LoRA",

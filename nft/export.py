@@ -75,7 +75,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         source, weights: as for ``export_lora``.
         output: folder to write to, new or empty.
         pipeline: name or folder of the pipeline that was trained; ``shapes`` is the bundled one.
-        half: write bfloat16, in which the run has drawn, and not what the weights are added up in.
+        half: write bfloat16, in which the run has drawn, and not float32, in which the weights are added up.
 
     Raises:
         FileExistsError: an output that is a file, lies in a checkpoint or holds anything.
@@ -100,7 +100,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
             whole.load_lora_weights(lora)
         whole.fuse_lora(components=["transformer"])
         whole.unload_lora_weights()
-    if half:
-        whole.to(torch.bfloat16)
+    # As one: encoders are often stored in half precision, and as many dtypes could not be drawn with.
+    whole.to(torch.bfloat16 if half else torch.float32)
     with _writing(output):
         whole.save_pretrained(output)

@@ -127,12 +127,12 @@ class Trainer:
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
             checkpoint.lock(folder)
-            checkpoint.replace_text(folder / "config.yaml", config.dump())
             if done:
                 # A kill may have come before the links were set.
                 self._tidy()
             if resume:
                 self._forget_later(logged)
+            checkpoint.replace_text(folder / "config.yaml", config.dump())
             self.tracker.start()
 
     def _enter_stage(self, epoch: int) -> None:

@@ -144,6 +144,8 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
             near = get_close_matches(option.lower(), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"accepted are {', '.join(known) or 'none'}"
             raise TypeError(f"{option}: unknown option of {name}, {hint}")
+    # Coefficients are float64, and numpy's short floats would make them short.
+    options = {key: value.item() if isinstance(value, np.generic) else value for key, value in options.items()}
     try:
         solver = SOLVERS[name](times, **options)
     except (TypeError, ValueError):
@@ -175,6 +177,7 @@ def shifted(t: float, shift: float) -> float:
         ValueError: a shift that is not positive.
     """
     _positive("shift", shift)
+    t, shift = float(t), float(shift)
     # 1 exactly: beside it a solver has no limit.
     return shift * t / (1 + (shift - 1) * t) if t < 1 else t
 
@@ -196,7 +199,7 @@ def schedule(steps: int, *, shift: float = 1.0, last: float | None = None) -> Si
     _positive("shift", shift)
     if last is not None and not (isinstance(last, Real) and 0 < last < 1):
         raise ValueError(f"last: got {last!r}, accepted is a number between 0 and 1")
-    grid = np.linspace(1, 0, steps + 1) if last is None else np.append(np.linspace(1, last, steps), 0.0)
+    grid = np.linspace(1, 0, steps + 1) if last is None else np.append(np.linspace(1, float(last), steps), 0.0)
     return tuple(shifted(t, shift) for t in grid.tolist())
 
 

@@ -119,6 +119,9 @@ def check_needs(reward: Reward | type[Reward], prompts: list[str], metadata: Met
             reward.check_prompt(prompt, entry)
         except ValueError as error:
             raise ValueError(f"metadata: entry {i}, {prompt!r}: {error}") from None
+        except Exception as error:
+            said = f"{name_of(reward)}.check_prompt: {type(error).__name__}: {error}"
+            raise RewardError(f"metadata: entry {i}, {prompt!r}: {said}") from error
 
 
 def check_entries(reward: Reward | type[Reward], entries: Metadata, where: str) -> None:
@@ -160,7 +163,8 @@ def score(
             result = reward(pictures[part], prompts[part], metadata[part])
         except RewardError:
             raise
-        except Exception as error:
+        # Its exit is not the command's.
+        except (Exception, SystemExit) as error:
             raise RewardError(f"{name_of(reward)}: {type(error).__name__}: {error}") from error
         scored = result if isinstance(result, Scored) else Scored(result, {})
         if "score" in scored.details:

@@ -93,6 +93,7 @@ class _Processes:
     def __init__(self, spec: RewardSpec):
         self.spec, self.options = spec, json.dumps(spec.options)
         self.lock = threading.Lock()
+        self.closed = False
         self.pool = self._start()
         try:
             for future in [self.pool.submit(_prepare, spec.reward, self.options) for _ in range(spec.workers)]:
@@ -115,15 +116,23 @@ class _Processes:
                 found = future.result()
             except BrokenProcessPool:
                 with self.lock:
+                    if self.closed:
+                        break
                     if self.pool is pool:
                         self.pool = self._start()
                 continue
             details = {name: torch.from_numpy(values) for name, values in found["details"].items()}
             return Scored(torch.from_numpy(found["score"]), details)
-        raise RewardError(f"reward {self.spec.reward}: its process died in {_TRIES} tries")
+        why = "it was stopped" if self.closed else f"its process died in {_TRIES} tries"
+        raise RewardError(f"reward {self.spec.reward}: {why}")
 
     def close(self) -> None:
-        self.pool.shutdown(cancel_futures=True)
+        with self.lock:
+            self.closed, pool = True, self.pool
+        # One that hangs would be waited for, here and at the end of Python.
+        for process in [*(pool._processes or {}).values()]:
+            process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 class _Here:
@@ -264,7 +273,7 @@ class Scorer:
             if self._errors:
                 name, error = next(iter(self._errors.items()))
                 done = sum(name in b.scores for b in self._batches)
-                kept = f"{done} of {len(self._batches)} batches are scored and all pictures kept; gather again to go on"
+                kept = f"{done} of {len(self._batches)} batches are scored"
                 raise RewardError(f"reward {name}: {error} ({kept})") from error
             found = {name: join(name, [batch.scores[name] for batch in self._batches]) for name in self._workers}
             self._batches = []
@@ -277,11 +286,13 @@ class Scorer:
             self._batches, self._errors = [], {}
 
     def close(self) -> None:
-        """Stop all workers."""
+        """Stop all workers, at once where they have processes of their own."""
         for threads in self._threads.values():
-            threads.shutdown(cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers.values():
             worker.close()
+        for threads in self._threads.values():
+            threads.shutdown()
 
     def __enter__(self) -> Scorer:
         return self

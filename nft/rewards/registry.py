@@ -195,5 +195,6 @@ def load(name: str, options: Mapping[str, Any] = _NONE, *, device: str = "cpu", 
         raise
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
-    except Exception as error:
+    # Its exit is not the command's.
+    except (Exception, SystemExit) as error:
         raise RewardError(f"{where}: {type(error).__name__}: {error}") from error

@@ -32,7 +32,7 @@ from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
 from ._linear import linear
-from ._modules import untouched
+from ._modules import transformed, untouched
 
 # What may stand where the transformer has a linear layer.
 _LINEAR: tuple[type, ...] = (nn.Linear,)
@@ -84,12 +84,13 @@ class FastPath:
         for weight, held in self._float8.values() if float8 else ():
             for here, new in zip(held, quantize_rows(weight, backend=self.backend), strict=True):
                 here.copy_(new)
+        before = self._in_rollout, self._quantized
         self._in_rollout, self._quantized = True, self._float8 if float8 else None
         try:
             yield
         finally:
-            self._in_rollout, self._quantized = False, None
-            if not self.keep_float8:
+            self._in_rollout, self._quantized = before
+            if self._quantized is None and not self.keep_float8:
                 self._float8.clear()
 
     def begin(self, x: Tensor) -> None:
@@ -129,12 +130,19 @@ class FastPath:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention (B, S, H d) for (B, S, H, d), chosen once for every kind of tensors."""
-        key = tuple(q.shape), q.dtype, q.device
+        compiling, own = torch.compiler.is_compiling(), self.attention in ("auto", "native")
+        if own and transformed() and not compiling:
+            # The one that all of torch's transforms know.
+            return attention_kernels.attend("math", q, k, v).flatten(2)
+        # Compiled, it is for any batch and length.
+        key = (*((2, 1024) if compiling else q.shape[:2]), *q.shape[2:]), q.dtype, q.device
         if key not in self.attention_used:
             self.attention_used[key] = attention_kernels.select(self.attention, *key)
             self._torchs_own[key] = attention_kernels.select("native", *key)
         chosen = self.attention_used[key]
-        return attention_kernels.attend(chosen, q, k, v, force=chosen != self._torchs_own[key]).flatten(2)
+        # torch's own choice may change with its switches, which an explicit one must not.
+        force = not own or chosen != self._torchs_own[key]
+        return attention_kernels.attend(chosen, q, k, v, force=force).flatten(2)
 
 
 def _one_after_another(parameters: Sequence[Tensor]) -> bool:
@@ -303,9 +311,9 @@ def _worth_adding(layers: Sequence[_Layer], x: Tensor) -> bool:
 def _project(layers: Sequence[Any], x: Tensor, product: Any) -> Sequence[Tensor]:
     """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
 
-    Layers of another kind are called one by one, and so are all under torch.compile, which must not move weights.
+    Layers of another kind are called one by one, and so are all while weights must not be moved.
     """
-    known = [] if torch.compiler.is_compiling() else [_known(layer) for layer in layers]
+    known = [] if transformed() else [_known(layer) for layer in layers]
     found = [layer for layer in known if layer is not None]
     kinds = {(layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in found}
     if len(found) < len(layers) or len(kinds) > 1:
@@ -358,6 +366,13 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
         weights = attn.norm_q.weight, attn.norm_k.weight
         more = (*joined[:2], attn.norm_added_q.weight, attn.norm_added_k.weight) if joined else ()
         values = {"v": v, "context_v": joined[2]} if joined else {}
+        for weight in (*weights, *more[2:]):
+            # Kernels read as many values as a head has.
+            if weight.shape != q.shape[-1:] or weight.device != q.device:
+                raise RuntimeError(
+                    f"transformer: got a norm's weight of shape {tuple(weight.shape)} on {weight.device}, accepted are "
+                    f"{q.shape[-1]} values on {q.device}, as they were when it was accelerated"
+                )
         q, k, *joint = qk_norm(q, k, *weights, *more, **values, eps=attn.norm_q.eps, backend=path._chosen)
         v = joint[0] if joint else v
     elif joined:
@@ -531,10 +546,12 @@ def restore(transformer: SD3Transformer2DModel) -> None:
     """Undo ``accelerate``: diffusers' forward again, and weights that were moved together in memory of their own.
 
     Raises:
-        ValueError: a transformer that is not accelerated.
+        ValueError: a transformer that is not accelerated, or whose forward something else has replaced since.
     """
     if "_fast_path" not in vars(transformer):
         raise ValueError("transformer: got one that is not accelerated")
+    if getattr(vars(transformer).get("forward"), "__func__", None) is not _forward:
+        raise ValueError("transformer: its forward was replaced since, as by hooks; remove them first")
     del transformer.forward, transformer._fast_path
     for p in transformer.parameters():
         if p.untyped_storage().nbytes() != p.numel() * p.element_size():

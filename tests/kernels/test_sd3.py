@@ -68,11 +68,11 @@ def add_adapters(model, **options):
     return model
 
 
-def inputs(dtype=torch.float32, device="cpu"):
+def inputs(dtype=torch.float32, device="cpu", batch=2, words=5):
     generator = torch.Generator().manual_seed(1)
-    shapes = (2, 4, 8, 6), (2, 5, 12), (2, 10)
+    shapes = (batch, 4, 8, 6), (batch, words, 12), (batch, 10)
     x, embeds, pooled = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    return x, embeds, pooled, torch.tensor([150.3, 900.0], device=device)
+    return x, embeds, pooled, torch.linspace(150.3, 900.0, batch, device=device)
 
 
 def evaluate(model, dtype=torch.float32):
@@ -278,7 +278,18 @@ def test_joined_parameters_keep_working_after_inference_mode_and_a_change_of_dty
 
 @pytest.mark.parametrize(
     "kind",
-    ["trained base", "trained biases", "dora", "dropout", "hook", "replaced forward", "layerwise casting", "some"],
+    [
+        "trained base",
+        "trained biases",
+        "dora",
+        "dropout",
+        "hook",
+        "backward hook",
+        "backward pre-hook",
+        "replaced forward",
+        "layerwise casting",
+        "some",
+    ],
 )
 def test_other_layers_are_called_as_they_are(model, kind):
     if kind == "trained base":
@@ -295,6 +306,10 @@ def test_other_layers_are_called_as_they_are(model, kind):
         model.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "add_v_proj"]))
     elif kind == "hook":
         model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "backward hook":
+        model.transformer_blocks[0].attn.to_k.register_full_backward_hook(lambda module, new, old: (2 * new[0],))
+    elif kind == "backward pre-hook":
+        model.transformer_blocks[0].attn.to_k.register_full_backward_pre_hook(lambda module, old: (2 * old[0],))
     elif kind == "replaced forward":
         # As accelerate's and diffusers' hooks do.
         for layer in (model.transformer_blocks[0].norm1.linear, model.transformer_blocks[1].ff.net[0].proj):
@@ -367,10 +382,8 @@ def test_a_tangent_is_right_or_refused_but_never_lost(model):
 
     got = tangent(model)
     path.attention, path.attention_used = "auto", {}
-    if AUTO == "short":
-        model(*inputs())  # which chooses it
-        with pytest.raises(RuntimeError, match="forward-mode derivatives see into plain PyTorch only"):
-            tangent(model)
+    model(*inputs())  # which chooses one that may know no tangents
+    assert_same(tangent(model), got)
     restore(model)
     with sdpa_kernel(SDPBackend.MATH):
         assert_same(got, tangent(model))
@@ -382,7 +395,42 @@ def test_compiles_without_a_break():
     path = accelerate(model)
     torch._dynamo.reset()
     assert_same(evaluate(torch.compile(model, backend="aot_eager", fullgraph=True)), wanted)
-    assert set(path.attention_used.values()) == {AUTO}
+    # As for longer sequences: it is compiled for any.
+    assert set(path.attention_used.values()) == {
+        attention.select("auto", (2, 1024, 3, 8), torch.float32, torch.device("cpu"))
+    }
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_code_takes_any_batch_and_prompt(dynamic):
+    model = add_adapters(build("sd35", layers=1))
+    batches = [inputs(batch=batch, words=words) for batch, words in ((2, 5), (3, 5), (5, 7))]
+    wanted = [model(*batch).sample for batch in batches]
+    accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for batch, expected in zip(batches, wanted, strict=True):
+        assert_same(compiled(*batch).sample, expected)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_derivatives_of_functions_leave_the_weights_alone(adapted):
+    """Within ``torch.func`` tensors are wrappers, which must not become the model's parameters."""
+    model = build("sd35", layers=1)
+    model = add_adapters(model) if adapted else model
+    x, *others = inputs()
+
+    def loss(x):
+        return model(x, *others, return_dict=False)[0].square().sum()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.func.grad(loss)(x)
+    accelerate(model)
+    # As the first forward, and once an attention is chosen.
+    assert_same(torch.func.grad(loss)(x), expected)
+    before = loss(x)
+    assert_same(torch.func.grad(loss)(x), expected)
+    assert torch.equal(loss(x), before)
 
 
 @pytest.mark.parametrize(
@@ -406,11 +454,13 @@ def test_the_chosen_attention_is_what_runs(model, choice, ran):
 
 def test_a_choice_overrides_the_switches_around_it():
     model = build("sd35")
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        accelerate(model, attention="flash")
-        with Products() as seen:
+    accelerate(model, attention="flash")
+    for _ in range(2):
+        # Before it is chosen, and once it is.
+        with sdpa_kernel(SDPBackend.MATH), Products() as seen:
             run(model)
-    assert seen.count("_scaled_dot_product_flash_attention_for_cpu") == 4
+        assert seen.count("_scaled_dot_product_flash_attention_for_cpu") == 4
+        run(model)
 
 
 @pytest.mark.parametrize(
@@ -661,3 +711,36 @@ def test_a_rollout_calls_a_feed_forward_layer_that_has_hooks(model, monkeypatch)
     path = accelerate(model)
     with torch.no_grad(), path.rollout():
         assert_same([run(model)], [wanted], 1e-3)
+
+
+def test_a_norms_weight_that_is_not_what_it_was_is_refused():
+    model = build("sd35")
+    accelerate(model)
+    run(model)
+    norm = model.transformer_blocks[0].attn.norm_added_q
+    for weight in (norm.weight[:2], norm.weight.to("meta")):
+        norm.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+        with pytest.raises(RuntimeError, match=rf"a norm's weight of shape \({len(weight)},\) on {weight.device}"):
+            run(model)
+
+
+def test_a_forward_that_something_else_replaced_is_not_taken_back():
+    model = build("sd35")
+    accelerate(model)
+    ours = model.forward
+    model.forward = lambda *args, **options: ours(*args, **options)
+    with pytest.raises(ValueError, match="its forward was replaced since"):
+        restore(model)
+    model.forward = ours
+    restore(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_rollout_within_another_does_not_end_it():
+    model = build("sd35")
+    path = accelerate(model)
+    with torch.no_grad(), path.rollout():
+        with path.rollout():
+            pass
+        assert path._in_rollout
+    assert not path._in_rollout

@@ -502,3 +502,11 @@ def test_mixed_steps_are_those_of_its_parts(sde):
         options = {} if eta is None else {"eta": eta}
         noisy, mixed = table(sde, times, **options).rows, table("mixed", times, window=(1, 3), sde=sde, **options).rows
         assert mixed == (ode[0], *noisy[1:3], *ode[3:])
+
+
+@pytest.mark.parametrize("short", [np.float16, np.float32])
+def test_coefficients_are_float64_whatever_the_options_are(short):
+    eta, shift = short(0.3), short(1.7)
+    assert table("ddim", schedule(5), eta=eta) == table("ddim", schedule(5), eta=float(eta))
+    assert schedule(5, shift=shift) == schedule(5, shift=float(shift))
+    assert {type(x) for row in table("ddim", schedule(5), eta=eta).rows for x in (row.a, *row.b, row.c)} == {float}

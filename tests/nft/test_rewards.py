@@ -6,6 +6,7 @@ import math
 import re
 import sys
 import threading
+import time
 import types
 import weakref
 from datetime import date
@@ -311,6 +312,40 @@ def test_a_reward_that_fails_is_named_with_its_error():
             return metadata[0]["no such key"]
 
     with pytest.raises(RewardError, match="Failing: KeyError: 'no such key'"):
+        score(Failing(), noise(), PROMPTS, [{}] * 3)
+
+
+def test_a_reward_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    code = "import time\nfrom nft.rewards.base import Reward\nclass Own(Reward):\n    def __call__(self, *batch):\n"
+    (tmp_path / "own_slow.py").write_text(code + "        time.sleep(600)\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    scorer = Scorer({"r": RewardSpec("own_slow:Own")})
+    scorer.submit(noise(), [{"prompt": "p"}] * 3)
+    begin = time.monotonic()
+    scorer.close()
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("where", ["def __init__(self)", "def __call__(self, *batch)"])
+def test_a_reward_that_exits_does_not_end_the_command(where, tmp_path, monkeypatch):
+    code = "import sys\nfrom nft.rewards.base import Reward\nclass Own(Reward):\n    def __call__(self, *batch): ...\n"
+    (tmp_path / "own_exit.py").write_text(f"{code}    {where}: sys.exit(0)\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "own_exit", raising=False)
+    with pytest.raises(RewardError, match=r"Own: SystemExit: 0"):
+        score(registry.load("own_exit:Own"), noise(), PROMPTS, [{}] * 3)
+
+
+def test_a_check_of_prompts_that_fails_is_named():
+    class Failing(Reward):
+        def __call__(self, pictures, prompts, metadata): ...
+
+        @staticmethod
+        def check_prompt(prompt, entry):
+            raise KeyError("word")
+
+    with pytest.raises(RewardError, match=r"entry 0, .*Failing\.check_prompt: KeyError: 'word'"):
         score(Failing(), noise(), PROMPTS, [{}] * 3)
 
 
