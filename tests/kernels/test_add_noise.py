@@ -58,6 +58,14 @@ def test_lazy_negations_are_carried_out(backend):
     assert torch.equal(add_noise(x0, t, noise=noise, backend=backend), wanted)
 
 
+def test_seeds_may_lie_apart_in_memory(backend):
+    apart, x0 = torch.tensor([3, 4, -(2**62), 5, 2**40 + 1, 6])[::2], torch.zeros(3, 7)
+    noise = add_noise(x0, torch.ones(3), seed=apart, backend=backend)
+    for seed, drawn in zip((3, -(2**62), 2**40 + 1), noise, strict=True):
+        alone = add_noise(x0[:1], torch.ones(1), seed=torch.tensor([seed]), backend=backend)
+        assert torch.equal(drawn, alone[0])
+
+
 def test_seeded_noise_is_standard_normal_and_uncorrelated(backend):
     n = 20_000 if backend == "triton" else 200_000  # the interpreter is slow
     eps = add_noise(torch.zeros(4, n), torch.ones(4), seed=11, backend=backend).double()

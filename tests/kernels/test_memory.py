@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from nft_kernels import add_noise
 from nft_kernels.backends import _memory, native
@@ -76,6 +77,14 @@ def test_other_tensors_are_torchs_own(x: Tensor) -> None:
         expected.dtype,
         expected.device,
     )
+    assert not kept()
+
+
+def test_a_tensor_without_values_is_lent_no_memory() -> None:
+    """torch.compile traces with such, which say that they are on the CPU."""
+    with FakeTensorMode():
+        assert isinstance(empty_like(torch.empty(LARGE)), FakeTensor)
+        assert isinstance(_memory.new_empty(torch.empty(LARGE), (LARGE, 2)), FakeTensor)
     assert not kept()
 
 

@@ -112,8 +112,9 @@ def test_rows_far_from_zero(dtype):
         return MODULES["layer_norm_modulate"].layer_norm_modulate(*tensors, backend=backend)[1].double()
 
     exact = run("reference", *(y.double() for y in (x, scale, shift)))
-    got, plain = ((run(backend, x, scale, shift) - exact).abs().max() for backend in ("native", "reference"))
-    assert got <= max(2 * plain, 4 * max(torch.finfo(dtype).eps, 1e-12) * exact.abs().max())
+    got = (run("native", x, scale, shift) - exact).abs().max()
+    # The plain formula, which would allow for more, loses a hundred times as much in float32.
+    assert got <= 4 * max(torch.finfo(dtype).eps, 1e-12) * exact.abs().max()
 
 
 def test_rows_of_one_large_value():

@@ -388,6 +388,28 @@ def test_guidance_of_one_is_no_guidance(backend):
     assert strong.history[0] is strong.x0
 
 
+@pytest.mark.parametrize("name", ["heun", "dpm++2M", "deis"])
+def test_the_history_is_of_guided_velocities(name, backend):
+    """Whatever it holds: of velocities, too, it must not be what the model gave before guidance."""
+    solver, x = table(name, schedule(4)), POINTS[None]
+    base, scale = 0.3 * POINTS.sin()[None], 4.0
+    expected = solve(solver, x, lambda x, t: base + scale * (velocity(x, t) - base), backend=backend)
+    guided = solve(solver, x, v_uncond=base, guidance=scale, backend=backend)
+    torch.testing.assert_close(guided, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("terms", range(1, 9))
+def test_a_row_uses_all_its_terms(terms, backend):
+    """More than any solver of ours has: a table of one's own may have eight."""
+    weights = tuple(0.1 * (j + 2) for j in range(terms))
+    plain = tuple(Row(1 - i / 10, 1.0, (1.0,)) for i in range(terms - 1))
+    solver = SolverTable("long", 1, "velocity", (*plain, Row(0.05, 0.7, weights)))
+    x, *h = torch.randn(terms + 1, 2, 1100, dtype=torch.float64)
+    out = solver_step(solver, terms - 1, x, h[0], h[1:], backend=backend)
+    expected = 0.7 * x + sum(weight * each for weight, each in zip(weights, h, strict=True))
+    torch.testing.assert_close(out.x, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_history_is_as_short_as_the_rows_to_come_allow():
     x = torch.zeros(1, 2)
     for name, most in (("euler", 0), ("heun", 1), ("dpm++2M", 1), ("dpm++3M", 2), ("unipc", 2)):

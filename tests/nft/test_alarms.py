@@ -89,6 +89,16 @@ def test_a_reward_that_is_not_finite_counts_as_its_groups_mean(make):
     assert r.isfinite().all() and torch.equal(r[:3], torch.full((3,), 0.5)) and not torch.equal(r[3:], r[:3])
 
 
+def test_a_group_without_a_score_teaches_nothing(make):
+    def broken(scores):
+        scores[:3, 0] = math.nan
+        return scores
+
+    data = make("preflight=false", task=scored(broken)).sample()
+    assert data["measured"]["nonfinite_rewards"] == 3
+    assert data["r"][:3].tolist() == [0.5] * 3 and data["r"][3:].unique().numel() == 3
+
+
 def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(make, monkeypatch):
     trainer = make("preflight=false")
     before = [parameter.detach().clone() for parameter in trainer.policy.trained]
@@ -104,6 +114,21 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(make, m
     trainer.alarms.update(True)
     monkeypatch.setattr(trainer.policy, "velocity", velocity)
     assert trainer.optimize(data)["nonfinite_updates"] == 0 and trainer.step == 2
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_an_update_is_skipped_whatever_of_it_is_not_finite(make, place):
+    """A loss may overflow where its gradient, divided by the error's size, does not."""
+    trainer = make("preflight=false")
+    before = [parameter.detach().clone() for parameter in trainer.policy.trained]
+    for broken in (True, False):
+        for parameter in trainer.policy.trained:
+            parameter.grad = torch.ones_like(parameter)
+        sums = torch.ones(4)
+        sums[place] = math.inf if broken else 1.0
+        trainer._update(sums, 1)
+        assert trainer.step == (not broken)
+        assert all(map(torch.equal, before, trainer.policy.trained)) == broken
 
 
 def raised(*evaluations, threshold=0.5, deviation=0.4, names=("strict",)):
@@ -249,6 +274,20 @@ def test_preflight_leaves_no_trace(make):
     assert all(map(torch.equal, before, (*trainer.policy.trained, *trainer.policy._old)))
     assert all(parameter.grad is None for parameter in trainer.policy.trained)
     assert torch.equal(rng, torch.get_rng_state()) and trainer.step == trainer.epoch == 0
+
+
+def test_preflight_takes_a_single_picture_of_one_colour(make, monkeypatch):
+    """As of a prompt for a white wall."""
+    trainer = make()
+    decode = trainer.policy.decode
+
+    def first_white(x0):
+        pictures = decode(x0)
+        pictures[0] = 255
+        return pictures
+
+    monkeypatch.setattr(trainer.policy, "decode", first_white)
+    preflight(trainer)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

@@ -204,6 +204,9 @@ def test_an_epoch_is_what_the_formulas_say(pipeline, tmp_path, monkeypatch, firs
     names = ("loss", "kl", "old_deviation", "velocity_rms", "grad_norm")
     for name, values in zip(names, zip(*measured, strict=True), strict=True):
         assert metrics[name] == pytest.approx(sum(values) / UPDATES, rel=1e-3), name
+    # Of which an alarm tells: a velocity's own size is another for every model.
+    relative = metrics["old_deviation"] / metrics["velocity_rms"]
+    assert metrics["old_deviation_relative"] == pytest.approx(relative, rel=1e-6) and metrics["velocity_rms"] != 1
     for got, exact in zip(trainer.ema.shadow_params, average, strict=True):
         close(got, exact)
     eta = 0.001 * (EPOCH + 1)
@@ -233,6 +236,18 @@ def test_an_evaluation_draws_with_the_averaged_weights(pipeline, tmp_path, monke
         trainer.policy.trained, copies(make(pipeline, tmp_path / "other").policy.trained), strict=True
     ):
         assert torch.equal(got.double(), exact)
+
+
+def test_every_evaluation_draws_from_the_same_noise(pipeline, tmp_path, first_noise):
+    """Else scores would differ for more than the weights' sake."""
+    trainer = make(pipeline, tmp_path)
+    found = []
+    for trainer.epoch in (0, 1, EPOCH):
+        first_noise.clear()
+        trainer.evaluate()
+        found.append(torch.cat(first_noise)[: len(trainer.task.held_out_prompts(1))])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.pdist(found[0].flatten(1)).min() > 1
 
 
 def test_what_is_drawn_depends_on_seed_and_epoch(pipeline, tmp_path, first_noise):

@@ -194,6 +194,19 @@ def test_two_processes_draw_and_score_as_one(base, pipeline, tmp_path):
     assert not [path for path in (tmp_path / "two").rglob("*") if path.suffix == ".tmp"]
 
 
+def test_a_picture_that_was_cut_off_is_drawn_again(tmp_path, monkeypatch):
+    evaluation = Evaluation("shapes", tmp_path, subject="s", limit=1)
+
+    def killed(picture, file, **_):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.draw(lambda prompts, seeds: torch.zeros(len(prompts), 8, 8, 3, dtype=torch.uint8), 4)
+    assert len(evaluation.missing()) == 6
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_picture_is_drawn_by_one_process(count, tmp_path):
     """Seven pictures in batches of two; each process takes part in as many rounds as the others."""

@@ -73,6 +73,15 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
     torch.testing.assert_close(velocities(merged.transformer), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_library_exports_what_is_evaluated_unless_told_otherwise(trainer, tmp_path):
+    files = {}
+    for name, options in (("plain", {}), ("ema", {"weights": "ema"}), ("default", {"weights": "default"})):
+        export_lora(trainer.folder, tmp_path / name, **options)
+        files[name] = load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(weight, files["ema"][key]) for key, weight in files["plain"].items())
+    assert not all(torch.equal(weight, files["default"][key]) for key, weight in files["plain"].items())
+
+
 def test_a_merged_pipeline_is_as_wide_as_the_runs_weights(trainer, tmp_path):
     shutil.copytree(trainer.folder, tmp_path / "run", symlinks=True)
     settings = tmp_path / "run" / "config.yaml"

@@ -66,6 +66,8 @@ def test_flow_matching_is_the_weighted_error_of_the_velocity(objective, kl_weigh
     gradient = 2 / 16 / 3 * (weights.view(-1, 1, 1, 1) * error + kl_weight * (v_theta.detach() - v_ref))
     torch.testing.assert_close(v_theta.grad, gradient, rtol=1e-4, atol=1e-6)
     assert out.kl.any() == bool(kl_weight)
+    # No old policy is evaluated.
+    assert out.old_deviation.tolist() == [0, 0, 0]
 
 
 def scalars(*values):
@@ -181,6 +183,17 @@ def test_awm_by_hand():
     ).loss.item() == pytest.approx(-2 * 1.2)
 
 
+def test_awm_divides_by_no_error_of_zero():
+    """Of a policy that is exact the ratio is 1 and there is nothing to learn, for a gradient that is finite."""
+    _, v_old, v_ref, x0, x_t = scalars(4.0, 4.0, 4.0, 1.0, 3.0)
+    t, w = (torch.tensor([value], dtype=torch.float64) for value in (0.5, 2.0))
+    leaf = v_old.clone().requires_grad_()
+    options = config("awm", weighting="adaptive")
+    out = OBJECTIVES["awm"].loss(Batch(leaf, v_old, v_ref, x_t, x0, t, w), options, False)
+    out.loss.backward()
+    assert out.loss.item() == -2.0 and leaf.grad.item() == 0.0
+
+
 def test_awm_on_policy_is_flow_matching_weighed_by_the_advantage():
     v, _, v_ref, x0, x_t = randoms(2)
     t, w = torch.linspace(0.2, 0.9, 4, dtype=torch.float64), torch.tensor([1.0, -0.5, 0.2, -1.0], dtype=torch.float64)
@@ -262,6 +275,9 @@ def test_windows_move_with_the_epoch():
     windows = [solver_options(fast, epoch)["window"] for epoch in range(60)]
     assert set(windows) == {(0, 3), (1, 4), (2, 5)}
     assert windows == [solver_options(fast, epoch)["window"] for epoch in range(60)]
+    # Of runs of other seeds they lie elsewhere.
+    other = load_config("shapes_flow_grpo_fast", ["seed=1"])
+    assert windows != [solver_options(other, epoch)["window"] for epoch in range(60)]
     assert solver_options(load_config("shapes_flow_grpo"), 3) == {"eta": 0.7}
 
 

@@ -132,6 +132,37 @@ def test_pictures_are_kept_no_longer_than_they_have_no_score(monkeypatch):
         assert len(scorer.gather()["r"].score) == 3
 
 
+def test_pictures_are_scored_as_they_were_handed_over(monkeypatch):
+    """The caller may draw its next ones into the same memory."""
+    overwritten = threading.Event()
+
+    class Late(Brightness):
+        threaded = True
+
+        def __call__(self, pictures, prompts, metadata):
+            assert overwritten.wait(60)
+            return super().__call__(pictures, prompts, metadata)
+
+    monkeypatch.setattr(registry, "find", lambda name: Late)
+    pictures = torch.full((2, 8, 8, 3), 51, dtype=torch.uint8)
+    with Scorer({"r": RewardSpec("late")}) as scorer:
+        scorer.submit(pictures, [{"prompt": "p", "scale": 1}] * 2)
+        pictures.fill_(255)
+        overwritten.set()
+        assert scorer.gather()["r"].score.tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_a_detail_that_is_not_finite_is_named_unless_it_may_be_so():
+    class Detailed(Reward):
+        def __call__(self, pictures, prompts, metadata):
+            return Scored(torch.zeros(len(pictures)), {"size": torch.full((len(pictures),), math.inf)})
+
+    batch = noise(), ["p"] * 3, [{}] * 3
+    with pytest.raises(RewardError, match="Detailed: size holds NaN or infinity"):
+        score(Detailed(), *batch)
+    assert score(Detailed(), *batch, all_finite=False).details["size"].tolist() == [math.inf] * 3
+
+
 OWN = '''
 import torch
 from nft.rewards.base import Reward

@@ -1,5 +1,7 @@
 """Combinations of rewards against NumPy in float64, written out per group."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,12 @@ def test_bad_input_is_named_by_every_method(rewards, method, change, message):
     arguments = {"rewards": tensors, "weights": WEIGHTS, "group_ids": torch.tensor(IDS), "method": method} | change
     with pytest.raises((ValueError, TypeError), match=message):
         combine(**arguments)
+
+
+@pytest.mark.parametrize("method", ["sum", "normalized_sum", "gdpo", "per_reward"])
+def test_a_watched_reward_may_hold_anything(method):
+    groups, counted = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0.1, 0.5, 0.3, 0.9, 0.2, 0.4])
+    watched = torch.tensor([math.nan, math.inf, 1.0, -math.inf, 2.0, 3.0])
+    alone = combine({"a": counted}, {"a": 2.0}, groups, method=method)
+    both = combine({"a": counted, "b": watched}, {"a": 2.0, "b": 0.0}, groups, method=method)
+    assert torch.equal(both.r, alone.r) and torch.equal(both.advantages, alone.advantages)

@@ -1,8 +1,10 @@
 """Prompt sets, GenEval's own file, and the task that scores with any rewards."""
 
 import json
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from nft.rewards.detector import GenEvalReward
 from nft.rewards.geneval import Verdict
 from nft.rewards.pool import RewardSpec
 from nft.tasks import Rewards, Shapes, build, check
+from nft.worlds.shapes.render import render
 
 CAT = {"class": "cat", "count": 1}
 ENTRY = {
@@ -256,3 +259,14 @@ def test_half_a_character_is_no_prompt(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "a " + chr(0xD800)}) + "\n")
     with pytest.raises(ValueError, match=r"line 1: got prompt 'a .ud800', accepted is a text"):
         prompts.read(tmp_path / "mine.jsonl")
+
+
+def test_too_many_objects_are_worth_no_less_than_none():
+    """1 - |1 - 3| / 1 is below 0, which would outweigh what a picture of the group can gain."""
+    shape = {"class": "circle", "count": 1}
+    entry = {"tag": "single_object", "include": [shape], "prompt": "a circle"}
+    three = {"tag": "counting", "include": [shape | {"count": 3}], "prompt": "three circles"}
+    pictures = torch.from_numpy(np.stack([render(asked, random.Random(0)) for asked in (three, entry)]))
+    task = Shapes(torch.device("cpu"))
+    assert task.score(pictures, [entry] * 2).tolist() == [[0, 0], [1, 1]]
+    assert task.score(pictures[:1], [three]).tolist() == [[1, 1]]

@@ -115,3 +115,15 @@ def test_position_rule(x, strict, partial):
     include = [{"class": "a", "count": 1}, {"class": "b", "count": 1, "position": ["right of", 0]}]
     verdict = judge([obj("a"), obj("b", at=(x, 0))], {"include": include})
     assert verdict.strict == strict and verdict.partial == pytest.approx(partial)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_small_groups_repeat_their_prompts(held_out):
+    """The score is a mean over groups, and every group's has to be over as many pictures."""
+    per_group = 150
+    entries = sample(held_out=held_out, per_group=per_group)
+    assert [entry["tag"] for entry in entries] == [tag for tag in split(held_out) for _ in range(per_group)]
+    for tag, known in split(held_out).items():
+        drawn = [entry["prompt"] for entry in entries if entry["tag"] == tag]
+        counts = [drawn.count(entry["prompt"]) for entry in known]
+        assert max(counts) - min(counts) <= 1

@@ -21,6 +21,7 @@ from nft.config import ConfigError, load_config
 from nft.policy import Policy, old_policy_decay, times
 from nft.report import write_report
 from nft.rollout import rollout
+from nft.surroundings import changes, fingerprint, surroundings
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 
@@ -62,6 +63,22 @@ def test_interrupted_and_resumed_run_equals_an_unbroken_one(pipeline, tmp_path):
     assert write_report(tmp_path / "whole").read_text().count("data:image/png") == 2
 
 
+def test_the_preflight_is_before_the_first_epoch_only(pipeline, tmp_path, monkeypatch):
+    """On resume it would draw and score once more, for a run that has shown that it can."""
+    looked = []
+    monkeypatch.setattr("nft.trainer.preflight", lambda trainer: looked.append(trainer.epoch))
+    config = settings(pipeline, "epochs=2", "eval_every=5")
+    train_until(Trainer(config, tmp_path), 1)
+    assert looked == [0]
+    Trainer(config, tmp_path, resume=True).train()
+    assert looked == [0]
+
+
+def test_other_numbers_of_processes_are_other_surroundings():
+    one, three = (surroundings(torch.device("cpu"), count) for count in (1, 3))
+    assert changes(one, three) == ["processes 3 (was 1)"] and changes(one, one) == []
+
+
 def test_a_run_that_is_resumed_elsewhere_says_what_differs(pipeline, tmp_path, monkeypatch):
     train_until(Trainer(settings(pipeline, "epochs=2"), tmp_path / "run"), 1)
     here = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
@@ -80,6 +97,34 @@ def test_a_run_that_is_resumed_elsewhere_says_what_differs(pipeline, tmp_path, m
     assert Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True).changes == []
 
 
+@pytest.mark.parametrize("change", ["lora_rank=8", "lora_alpha=8"])
+def test_an_adapter_of_another_size_or_scale_is_no_resumed_one(pipeline, tmp_path, change):
+    Trainer(settings(pipeline, "epochs=1", "eval_every=1", "preflight=false"), tmp_path / "run").train()
+    key, _, value = change.partition("=")
+    with pytest.raises(ValueError, match=f"{key}: got {value}, but .*run was trained with .*cannot be changed"):
+        Trainer(settings(pipeline, "epochs=2", change), tmp_path / "run", resume=True)
+
+
+class Chance(Brightness):
+    """A reward that draws from torch's own stream, as one with dropout does."""
+
+    def score(self, pictures, entries):
+        return super().score(pictures, entries) + torch.rand(len(pictures), 1)
+
+
+def test_a_resumed_run_goes_on_in_torchs_own_stream(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "shapes", Chance)
+    config = settings(pipeline, "epochs=2", "eval_every=5", "preflight=false", "verify_kernels_steps=0")
+    whole = Trainer(config, tmp_path / "whole")
+    whole.train()
+    first = Trainer(config, tmp_path / "parts")
+    train_until(first, 1)
+    torch.manual_seed(99)
+    second = Trainer(config, tmp_path / "parts", resume=True)
+    second.train()
+    assert all(map(torch.equal, whole.policy.trained, second.policy.trained))
+
+
 def test_a_pipeline_may_move_and_one_of_other_weights_is_refused(pipeline, tmp_path):
     train_until(Trainer(settings(pipeline, "epochs=2"), tmp_path / "run"), 1)
     shutil.copytree(pipeline, tmp_path / "moved")
@@ -94,6 +139,18 @@ def test_a_pipeline_may_move_and_one_of_other_weights_is_refused(pipeline, tmp_p
         with pytest.raises(ValueError, match=r"pipeline: got .*moved, whose weights are others than those that .*run"):
             Trainer(settings(tmp_path / "moved", "epochs=2"), tmp_path / "run", resume=True)
         path.write_bytes(before)
+
+
+def test_a_fingerprint_is_of_all_that_is_saved():
+    """A network's tables of positions and averages are no parameters, but its pictures depend on them."""
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    before = fingerprint([module])
+    for values in (module[0].weight.data.view(-1), module[1].running_mean):
+        for i in range(len(values)):
+            values[i] += 0.5
+            assert fingerprint([module]) != before
+            values[i] -= 0.5
+    assert fingerprint([module]) == before
 
 
 def test_every_task_group_has_as_many_prompts_over_the_epochs(pipeline, tmp_path):
@@ -327,6 +384,28 @@ def test_old_policy_is_not_evaluated_while_it_equals_the_trained_one(pipeline, t
     assert steps_with_old == {1, 3}
 
 
+def test_embeddings_are_kept_for_the_prompts_that_came_last(policy, monkeypatch):
+    encode, encoded = policy.model.encode, []
+
+    def recorded(texts, *rest):
+        # Blocks are filled up with their last one.
+        encoded.append(list(dict.fromkeys(texts)))
+        return encode(texts, *rest)
+
+    monkeypatch.setattr(policy.model, "encode", recorded)
+    policy._conditions.clear()
+    first = policy.embed(["a", "b", "a"])
+    assert encoded == [["a", "b"]] and torch.equal(first[0][0], first[0][2])
+    assert all(map(torch.equal, policy.embed(["a", "b", "a"]), first)) and len(encoded) == 1
+    # Room for two.
+    monkeypatch.setattr("nft.policy._KEPT_BYTES", 2 * sum(x[0].nbytes for x in first))
+    policy.embed(["c"])
+    policy.embed(["b", "c"])
+    assert encoded[1:] == [["c"]]
+    policy.embed(["a"])
+    assert encoded[2:] == [["a"]]
+
+
 def test_eight_projections_are_adapted(policy):
     names = {n.split(".attn.")[1].split(".lora")[0] for n, _ in policy.transformer.named_parameters() if "lora" in n}
     assert names == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
@@ -486,3 +565,6 @@ def test_a_stage_brings_its_optimizer_settings_and_forgets_the_scores_before(pip
     trainer.train()
     assert found == [1]
     assert [(group["lr"], group["weight_decay"]) for group in trainer.optimizer.param_groups] == [(0.02, 0.5)]
+    # By which the best of a stage is told from another's.
+    kept = checkpoint.existing(tmp_path / "checkpoints")
+    assert [checkpoint.manifest(folder)["stage"] for folder in kept] == [0, 1]

@@ -58,6 +58,28 @@ def test_rewards_of_all_batches_are_combined_within_their_groups(run):
         assert data["measured"][f"reward_{name}"] == pytest.approx(rewards[..., k].mean().item())
 
 
+def test_r_of_each_reward_is_made_by_the_settings_and_averaged(run):
+    one = run("combine=per_reward", "adv_clip_max=0.2", "advantage_mode=positive_only", "advantage_std=group")
+    data = one.sample()
+    rewards = data["scores"][:, :2].double().view(2, 3, 2)
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-4)
+    each = advantages.clamp(0, 0.2) / 0.4 + 0.5
+    expected = ((each * torch.tensor([1.0, 0.5])).sum(2) / 1.5).flatten()
+    assert (advantages > 0.2).any() and ((advantages > 0) & (advantages < 0.2)).any() and (advantages < 0).any()
+    torch.testing.assert_close(data["r"].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_candidates_are_kept_by_all_rewards_and_their_weights(run, monkeypatch):
+    """1.0 and 0.5 of these scores make 0, 6, 2 and 1, and 9, 7.5, 2 and 3."""
+    one = run("group_size=2", "explore=4")
+    first, second = [0.0, 1.0, 2.0, 3.0, 3.0, 2.5, 2.0, 1.0], [0.0, 10.0, 0.0, -4.0, 12.0, 10.0, 0.0, 4.0]
+    scores = torch.stack([torch.tensor(column) for column in (first, second, first)], 1)
+    monkeypatch.setattr(one, "_draw", lambda *_, **__: (None, None, scores))
+    index, measured = one._explore([{}] * 8, [0] * 8)
+    assert index == [0, 1, 4, 6]
+    assert measured["explore_reward"] == pytest.approx((0 + 6 + 2 + 1 + 9 + 7.5 + 2 + 3) / 8)
+
+
 FLAKY = """import torch
 from nft.rewards.base import Reward
 
