@@ -631,7 +631,9 @@ class Trainer:
 
     def _evaluate(self, on_eval: Callable[[int, Tensor, list[str]], None]) -> dict[str, Any]:
         """Evaluate, compare with the last time, log, and tell the checkpoint, after which it is not done again."""
-        scores, pictures, prompts = self.evaluate()
+        # A resumed run, whose checkpoint is older, does not evaluate again, and goes on with the same random numbers.
+        with torch.random.fork_rng(devices=[]):
+            scores, pictures, prompts = self.evaluate()
         on_eval(self.epoch, pictures, prompts)
         self.tracker.pictures(pictures, self.epoch)
         self.score = scores["eval_strict"]

@@ -112,9 +112,10 @@ class Chance(Brightness):
         return super().score(pictures, entries) + torch.rand(len(pictures), 1)
 
 
-def test_a_resumed_run_goes_on_in_torchs_own_stream(pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_resumed_run_goes_on_in_torchs_own_stream(pipeline, tmp_path, monkeypatch, every):
     monkeypatch.setitem(TASKS, "shapes", Chance)
-    config = settings(pipeline, "epochs=2", "eval_every=5", "preflight=false", "verify_kernels_steps=0")
+    config = settings(pipeline, "epochs=2", f"eval_every={every}", "preflight=false", "verify_kernels_steps=0")
     whole = Trainer(config, tmp_path / "whole")
     whole.train()
     first = Trainer(config, tmp_path / "parts")
