@@ -87,7 +87,7 @@ class ConfigError(ValueError, TypeError):
 
 
 class Config(BaseModel):
-    """All settings of a run. Defaults are those of the shapes world."""
+    """All settings of a run. The defaults fit the shapes world, whose configuration changes a few of them."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, frozen=True, use_attribute_docstrings=True

@@ -33,7 +33,7 @@ def solver_options(config: Config, epoch: int) -> dict[str, Any]:
 
 
 def noisy(solver: SolverTable) -> slice:
-    """The rows that draw noise, which are consecutive in every solver."""
+    """The rows that draw noise, which are consecutive in every solver that a rollout takes."""
     found = solver.noisy
     return slice(found[0], found[-1] + 1) if found else slice(0, 0)
 

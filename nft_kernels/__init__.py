@@ -1,4 +1,4 @@
-"""Fused kernels for DiffusionNFT (Zheng et al., arXiv 2509.16117). This is the whole public surface."""
+"""Fused kernels for DiffusionNFT (Zheng et al., arXiv 2509.16117). Public are these and ``nft_kernels.models``."""
 
 from . import solvers
 from .loss import NFTLoss, nft_loss_from_rewards

@@ -229,6 +229,27 @@ def test_a_damaged_checkpoint_is_not_resumed(pipeline, tmp_path):
         Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
 
 
+def test_an_older_damaged_checkpoint_is_in_nobodys_way(pipeline, tmp_path):
+    train_until(Trainer(settings(pipeline, "epochs=3"), tmp_path / "run"), 2)
+    first, newest = checkpoint.existing(tmp_path / "run" / "checkpoints")
+    (first / "manifest.json").write_text("")
+    resumed = Trainer(settings(pipeline, "epochs=3"), tmp_path / "run", resume=True)
+    assert resumed.epoch == 2 and (tmp_path / "run" / "best").resolve() == newest
+    resumed.train()
+
+
+def test_a_refused_resume_changes_nothing(pipeline, tmp_path):
+    train_until(Trainer(settings(pipeline, "epochs=3"), tmp_path / "run"), 2)
+    # Nothing can be put in the place of such a file, as on a full disk.
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "metrics.jsonl").mkdir()
+    (tmp_path / "run" / "metrics.jsonl" / "held").touch()
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        Trainer(settings(pipeline, "epochs=9"), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     parent = tmp_path / "checkpoints"
     for epoch, (score, stage) in enumerate([(0.9, 0), (None, 1), (0.2, 1), (0.6, 1), (0.6, 1), (0.1, 1), (0.3, 1)], 1):

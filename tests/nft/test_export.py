@@ -92,6 +92,10 @@ def test_a_merged_pipeline_is_as_wide_as_the_runs_weights(trainer, tmp_path):
         for part in ("transformer", "vae", "text_encoder"):
             weights = load_file(next((output / part).glob("*.safetensors")))
             assert {weight.dtype for weight in weights.values() if weight.is_floating_point()} == {dtype}
+        drawn = StableDiffusion3Pipeline.from_pretrained(output, dtype=dtype)
+        drawn.set_progress_bar_config(disable=True)
+        options = {"guidance_scale": 1.0, "num_inference_steps": 1, "height": 32, "width": 32, "max_sequence_length": 8}
+        assert drawn("a red circle", **options, output_type="latent").images.dtype == dtype
 
 
 def test_loras_of_other_trainers_are_those_of_ours(trainer, tmp_path):
