@@ -97,7 +97,8 @@ def test_a_merged_pipeline_is_as_wide_as_the_runs_weights(trainer, tmp_path):
 def test_a_merged_pipeline_draws_though_its_parts_came_in_two_dtypes(trainer, pipeline, tmp_path):
     """As the bundled one's, and Stable Diffusion 3.5's, whose encoders are stored in float16."""
     whole = StableDiffusion3Pipeline.from_pretrained(pipeline)
-    whole.text_encoder.half()
+    for encoder in (whole.text_encoder, whole.text_encoder_2, whole.text_encoder_3):
+        encoder.half()
     whole.save_pretrained(tmp_path / "mixed")
     export_pipeline(trainer.folder, tmp_path / "out", str(tmp_path / "mixed"))
     drawn = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out")
