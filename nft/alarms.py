@@ -161,11 +161,9 @@ class Alarms:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state()``; those of older versions compared otherwise, and begin anew."""
-        self._skipped = state["skipped"]
-        if "best" in state:
-            self._best, self._rewards = dict(state["best"]), list(state["rewards"])
-            self._highest = state.get("highest")
+        """Go on from ``state()``."""
+        self._skipped, self._highest = state["skipped"], state["highest"]
+        self._best, self._rewards = dict(state["best"]), list(state["rewards"])
 
 
 def distribution(r: Tensor, rewards: Tensor, x0: Tensor) -> dict[str, Any]:

@@ -238,9 +238,9 @@ def manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         about = dict(parse_json((folder / MANIFEST).read_text()))
-        # Those of older versions have no checksum, and none of these.
-        if about.pop("seal", None) not in (None, _seal(about)):
+        if about.pop("seal") != _seal(about):
             raise ValueError("it has another checksum than when it was written")
+        # What is not known at first, or by who writes it.
         about = {"surroundings": {}, "held_out": {}, "pipeline": None, **about}
         if not all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
             raise ValueError(f"accepted are {', '.join(_ABOUT)}")

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import nn
 
 from .checkpoint import check_folder, check_vacant, reading
-from .policy import SHAPES_PIPELINE
+from .policy import pipeline_source
 from .weights import LORA, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
@@ -84,10 +84,9 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     """
     check_folder(output)
     check_vacant(output)
-    name = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
     path = find_weights(source, weights)
     try:
-        whole = DiffusionPipeline.from_pretrained(name)
+        whole = DiffusionPipeline.from_pretrained(pipeline_source(pipeline))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}") from error
     if path.name == WEIGHTS:

@@ -35,7 +35,7 @@ from .models.base import Model, check_resolution
 from .models.flux import Flux
 from .models.sd3 import StableDiffusion3
 from .objectives import OBJECTIVES
-from .policy import SHAPES_PIPELINE, old_policy_decay
+from .policy import old_policy_decay, pipeline_source
 from .rollout import noisy, solver_options
 
 # Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's settings, and
@@ -105,7 +105,7 @@ def _folder(source: str) -> Path | None:
 
 def _outline(config: Config) -> tuple[Model, int | None]:
     """The model without its weights, and the bytes of the pipeline's other weights, if they are on disk."""
-    source = str(SHAPES_PIPELINE) if config.pipeline == "shapes" else config.pipeline
+    source = pipeline_source(config.pipeline)
     dtype = getattr(torch, config.dtype)
     pipeline = {"default_sample_size": 128, "tokenizer_max_length": 77}
     if source in _KNOWN and not Path(source).is_dir():

@@ -35,6 +35,11 @@ _KEPT_BYTES = 2**30
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
 
+def pipeline_source(name: str) -> str:
+    """Where the setting ``pipeline`` is loaded from: a hub name, a folder, or for ``shapes`` the bundled one's."""
+    return str(SHAPES_PIPELINE) if name == "shapes" else name
+
+
 def times(steps: int, shift: float, terminal: float | None = None, last: float | None = None) -> Tensor:
     """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given, spaced as ``schedule``
     has them. Those above 0 are stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal``
@@ -84,7 +89,7 @@ class Policy:
                 that the transformer does not take.
         """
         pipeline = config.pipeline
-        source = str(SHAPES_PIPELINE) if pipeline == "shapes" else pipeline
+        source = pipeline_source(pipeline)
         self.dtype = getattr(torch, config.dtype)
         try:
             # The index alone tells a wrong name; the rest is checked before gigabytes are read.

@@ -21,7 +21,7 @@ def surroundings(device: torch.device, processes: int) -> dict[str, str]:
         where = {"device": torch.cuda.get_device_name(device)}
     else:
         where = {"device": f"cpu, {torch.backends.cpu.get_cpu_capability()}", "threads": str(torch.get_num_threads())}
-    compiled = "not compiled" if native.why_not([torch.empty(0, device=device)]) else "compiled"
+    compiled = "not compiled" if native.why_not(torch.empty(0, device=device)) else "compiled"
     kernels = f"{os.environ.get('NFT_KERNELS_BACKEND') or 'auto'}, {compiled}"
     packages = (nft_kernels, torch, diffusers, peft)
     versions = {package.__name__: package.__version__ for package in packages}

@@ -109,10 +109,9 @@ class Rewards(Task):
         device: torch.device,
         rewards: Mapping[str, RewardSpec],
         *,
-        train: str = "geneval",
+        train: str,
         held_out: str | None = None,
         method: str = "sum",
-        max_pending: int = 8,
     ):
         """Read the prompts and load the rewards.
 
@@ -122,7 +121,6 @@ class Rewards(Task):
             train: prompts to train on: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a .txt or .jsonl file.
             held_out: prompts to report on, of the same kinds; by default the set's own, and needed beside a file.
             method: how several rewards become one, see ``nft.rewards.combine.combine``.
-            max_pending: batches whose scoring is under way before ``submit`` waits.
 
         Raises:
             OSError, ValueError, RewardError: prompts or a reward that cannot be had, or prompts without what a reward
@@ -133,7 +131,7 @@ class Rewards(Task):
         self._train, kept_away = _prompts(train, held_out)
         self.weights = {name: spec.weight for name, spec in rewards.items()}
         self.method = method
-        self.scorer = Scorer(rewards, device=str(device), max_pending=max_pending)
+        self.scorer = Scorer(rewards, device=str(device))
         try:
             for judge in self.scorer.judges.values():
                 _check_needs(judge, self._train, kept_away)

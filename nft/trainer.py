@@ -479,7 +479,7 @@ class Trainer:
         """
         if self.processes.main:
             stage = self.config.stage_index(self.epoch - 1)
-            about = {"format": 1, "epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
+            about = {"epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
             about["pipeline"] = self.policy.fingerprint
             checkpoint.write(self._checkpoint, self._fill, {**about, "surroundings": self._surroundings})
             self._tidy()
@@ -526,7 +526,7 @@ class Trainer:
     def _load(self, folder: Path) -> None:
         about = checkpoint.verify(folder)
         # A name on the hub may have other weights by now, and a folder that was moved has the same.
-        if about["pipeline"] not in (None, self.policy.fingerprint):
+        if about["pipeline"] != self.policy.fingerprint:
             raise ValueError(
                 f"pipeline: got {self.config.pipeline}, whose weights are others than those that {self.folder} was "
                 "trained with, accepted is a pipeline with the same"

@@ -173,7 +173,7 @@ def _inputs(case: Case, device: torch.device, count: int) -> list[Tensor]:
 
 def _fused(device: torch.device, wanted: Sequence[str]) -> list[str]:
     empty = torch.empty(0, device=device)
-    names = [n for n in ("native", "triton") if n in wanted and backends.load(n).why_not([empty]) is None]
+    names = [n for n in ("native", "triton") if n in wanted and backends.load(n).why_not(empty) is None]
     # On the CPU Triton only interprets.
     return [n for n in names if n != "triton" or device.type == "cuda"]
 

@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     candidates = [("reference", "cpu"), ("native", "cpu"), *(("native", d) for d in gpu), ("triton", *(gpu or ["cpu"]))]
     places, reasons = [], {}
     for backend, device in candidates:
-        reason = None if backend == "reference" else load(backend).why_not([torch.empty(0, device=device)])
+        reason = None if backend == "reference" else load(backend).why_not(torch.empty(0, device=device))
         if reason is None:
             places.append((backend, device))
         else:

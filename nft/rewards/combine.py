@@ -44,20 +44,16 @@ def _validate(rewards: Rewards, weights: Weights, group_ids: Tensor, std: str) -
         raise ValueError(f"std: got {std!r}, accepted are 'global' and 'group'")
 
 
-def _weighted(terms: Rewards, weights: Weights) -> Tensor:
-    return sum((weights[name] * term for name, term in terms.items()), torch.zeros(()))
-
-
 def weighted_sum(rewards: Rewards, weights: Weights) -> Tensor:
     """sum_k w_k R_k, (B,)."""
-    return _weighted(rewards, weights)
+    return sum((weights[name] * values for name, values in rewards.items()), torch.zeros(()))
 
 
 def normalized_sum(rewards: Rewards, weights: Weights) -> Tensor:
     """sum_k w_k (R_k - mean) / (std + 1e-4) over all pictures, with the biased deviation: a reward's weight no longer
     depends on its unit."""
     everything = torch.zeros(len(next(iter(rewards.values()))), dtype=torch.long)
-    return _weighted({name: group_advantages(values, everything) for name, values in rewards.items()}, weights)
+    return weighted_sum({name: group_advantages(values, everything) for name, values in rewards.items()}, weights)
 
 
 def combine(
@@ -117,7 +113,7 @@ def _gdpo(
     rewards: Rewards, weights: Weights, group_ids: Tensor, std: str, clip: float, mode: str
 ) -> tuple[Tensor, Tensor]:
     each = {name: group_advantages(values, group_ids, std="group") for name, values in rewards.items()}
-    advantages = _weighted(each, weights)
+    advantages = weighted_sum(each, weights)
     return advantages, optimality_probability(advantages, adv_clip_max=clip, mode=mode)
 
 
@@ -127,7 +123,7 @@ def _per_reward(
     each = {name: group_advantages(values, group_ids, std=std) for name, values in rewards.items()}
     r = {name: optimality_probability(values, adv_clip_max=clip, mode=mode) for name, values in each.items()}
     total = sum(weights.values())
-    return _weighted(each, weights) / total, _weighted(r, weights) / total
+    return weighted_sum(each, weights) / total, weighted_sum(r, weights) / total
 
 
 METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -27,23 +27,23 @@ def load(backend: str) -> ModuleType:
     return triton
 
 
-def why_not(backend: str, tensors: Sequence[Tensor]) -> str | None:
+def why_not(backend: str, x: Tensor) -> str | None:
     if torch._C._are_functorch_transforms_active():
         return "transforms of torch.func see into plain PyTorch only"
     # Without autograd, as under no_grad, a tangent would be lost and nothing said.
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives see into plain PyTorch only"
-    if tensors[0].ndim > MAX_DIMS:
+    if x.ndim > MAX_DIMS:
         return f"kernels take at most {MAX_DIMS} dimensions"
-    return load(backend).why_not(tensors)
+    return load(backend).why_not(x)
 
 
-def choose(backend: str, *tensors: Tensor, lacking: Callable[[str], str | None] = lambda backend: None) -> str:
-    """Resolve ``backend`` for these tensors; NFT_KERNELS_BACKEND overrides ``auto``.
+def choose(backend: str, x: Tensor, *, lacking: Callable[[str], str | None] = lambda backend: None) -> str:
+    """Resolve ``backend`` for an op on x; NFT_KERNELS_BACKEND overrides ``auto``.
 
     Args:
         backend: one of ``BACKENDS``.
-        tensors: what a kernel is for.
+        x: a tensor of the op, all of which are on one device.
         lacking: why a backend has no kernel for an op, or None where it has.
 
     Raises:
@@ -58,13 +58,13 @@ def choose(backend: str, *tensors: Tensor, lacking: Callable[[str], str | None] 
     if backend == "reference":
         return backend
     if backend != "auto":
-        reason = lacking(backend) or why_not(backend, tensors)
+        reason = lacking(backend) or why_not(backend, x)
         if reason is not None:
             raise RuntimeError(f"{origin}: {backend!r} cannot run: {reason}")
         return backend
     # On the CPU Triton only interprets, which is for tests.
-    candidates = ("native",) if tensors[0].is_cpu else ("native", "triton")
+    candidates = ("native",) if x.is_cpu else ("native", "triton")
     for candidate in candidates:
-        if (lacking(candidate) or why_not(candidate, tensors)) is None:
+        if (lacking(candidate) or why_not(candidate, x)) is None:
             return candidate
     return "reference"

@@ -50,14 +50,14 @@ def _cuda_why_not(index: int) -> str | None:
 _cuda_why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def why_not(tensors: Sequence[Tensor]) -> str | None:
-    """Why this backend cannot take the tensors, or None when it can."""
+def why_not(x: Tensor) -> str | None:
+    """Why this backend cannot take x, or None when it can."""
     if _C is None:
         return f"the compiled module is not installed ({IMPORT_ERROR})"
-    if tensors[0].is_cpu:
+    if x.is_cpu:
         return None
-    device = tensors[0].device
-    return _cuda_why_not(device.index) if device.type == "cuda" else f"it has no kernels for {device.type} tensors"
+    kind = x.device.type
+    return _cuda_why_not(x.device.index) if kind == "cuda" else f"it has no kernels for {kind} tensors"
 
 
 def _where(device: torch.device, workspace: Tensor | None = None) -> Any:

@@ -21,7 +21,7 @@ def why_not(q: Tensor) -> str | None:
         return f"it has a kernel for tensors on the CPU, not on {q.device}"
     if q.dtype != torch.float32:
         return f"it takes float32, not {q.dtype}"
-    return backends.why_not("native", [q])
+    return backends.why_not("native", q)
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def device(backend):
 
 def available(request):
     if request.param != "reference":
-        reason = backends.load(request.param).why_not([torch.empty(0, device=device(request.param))])
+        reason = backends.load(request.param).why_not(torch.empty(0, device=device(request.param)))
         if reason:
             pytest.skip(reason)
     return request.param

@@ -24,7 +24,7 @@ def kernel():
 
 
 def available(name):
-    if name == "native" and (reason := native.why_not([torch.empty(0)])):
+    if name == "native" and (reason := native.why_not(torch.empty(0))):
         pytest.skip(reason)
     return name
 

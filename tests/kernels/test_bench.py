@@ -10,7 +10,7 @@ from nft_kernels import bench
 from nft_kernels.backends import native
 
 # The compiled module may have been left out.
-NATIVE = [] if native.why_not([torch.empty(0)]) else ["native"]
+NATIVE = [] if native.why_not(torch.empty(0)) else ["native"]
 
 
 def run(tmp_path, *arguments):

@@ -24,7 +24,7 @@ from nft_kernels.reference import add_noise as noise_reference
 from nft_kernels.solvers import schedule, table
 
 DEVICE = "cuda"
-REASON = native.why_not([torch.empty(0, device=DEVICE)]) if torch.cuda.is_available() else "no GPU"
+REASON = native.why_not(torch.empty(0, device=DEVICE)) if torch.cuda.is_available() else "no GPU"
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -47,7 +47,7 @@ def test_offsets_reach_beyond_32_bits(kernels, sizes, strides, start):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it can")
 def test_a_gpu_on_which_triton_cannot_launch_says_so(kernels):
-    assert load("triton").why_not([SimpleNamespace(device=torch.device("cuda"))]).startswith("triton cannot launch: ")
+    assert load("triton").why_not(SimpleNamespace(device=torch.device("cuda"))).startswith("triton cannot launch: ")
 
 
 def arguments(shape, dtype=torch.float32):

@@ -165,14 +165,6 @@ def test_a_score_that_is_not_finite_is_no_best():
     assert raised(([0.1], math.nan), ([0.2], 0.9), ([0.9], 0.1))[-1] == ["strict"]
 
 
-def test_a_state_of_an_older_version_is_begun_anew():
-    watch = Alarms({})
-    watch.load({"skipped": 2, "last": (0.5, 0.4), "rewards": [0.5, 0.6]})
-    assert watch.state() == {"skipped": 2, "best": {}, "rewards": [], "highest": None}
-    watch.load({"skipped": 2, "best": {"strict": (0.5, 0.4)}, "rewards": [(0.5, 0.1)]})
-    assert watch.state() == {"skipped": 2, "best": {"strict": (0.5, 0.4)}, "rewards": [(0.5, 0.1)], "highest": None}
-
-
 def falls(epochs, threshold=0.5, restart_at=None):
     """At which of several evaluations the alarm is raised; before each go these epochs' means and deviations."""
     watch, found = Alarms({"reward_falling": threshold}), []

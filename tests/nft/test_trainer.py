@@ -90,11 +90,6 @@ def test_a_run_that_is_resumed_elsewhere_says_what_differs(pipeline, tmp_path, m
     there = Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True)
     assert f"threads 77 (was {threads})" in there.changes and f"peft 0.0.1 (was {version})" in there.changes
     assert any(change.startswith("kernels reference, ") for change in there.changes)
-    folder = checkpoint.existing(tmp_path / "run" / "checkpoints")[-1]
-    about = checkpoint.manifest(folder)
-    del about["surroundings"]
-    (folder / "manifest.json").write_text(json.dumps(about))  # as an older version wrote it
-    assert Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True).changes == []
 
 
 @pytest.mark.parametrize("change", ["lora_rank=8", "lora_alpha=8"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -55,11 +54,11 @@ def _no_driver() -> str | None:
 _no_driver._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def why_not(tensors: Sequence[Tensor]) -> str | None:
-    """Why this backend cannot take the tensors, or None when it can."""
+def why_not(x: Tensor) -> str | None:
+    """Why this backend cannot take x, or None when it can."""
     if _PROBLEM is not None:
         return _PROBLEM
-    device = tensors[0].device.type
+    device = x.device.type
     if device == "cpu" and not INTERPRETED:
         return "CPU tensors need TRITON_INTERPRET=1, set before the backend is first used"
     if device == "cuda":
