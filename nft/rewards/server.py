@@ -89,9 +89,9 @@ class Batcher:
         try:
             scored = await asyncio.to_thread(score, self.reward, *_together(jobs), all_finite=False)
         # Its exit is not the server's.
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             if len(jobs) == 1:
-                jobs[0].answer.set_exception(error if isinstance(error, Exception) else RewardError(repr(error)))
+                jobs[0].answer.set_exception(error)
                 return
             # One sender's bad batch is not the others' fault.
             for job in jobs:
@@ -203,7 +203,9 @@ def build_app(
         except HTTPException:
             raise
         except Exception as error:
-            raise HTTPException(500, f"{name}: {type(error).__name__}: {error}") from error
+            # A reward's own error names it.
+            own = isinstance(error, RewardError)
+            raise HTTPException(500, str(error) if own else f"{name}: {type(error).__name__}: {error}") from error
         finally:
             inside -= 1
 

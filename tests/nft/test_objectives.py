@@ -189,7 +189,7 @@ def test_awm_divides_by_no_error_of_zero():
     t, w = (torch.tensor([value], dtype=torch.float64) for value in (0.5, 2.0))
     leaf = v_old.clone().requires_grad_()
     options = config("awm", weighting="adaptive")
-    out = OBJECTIVES["awm"].loss(Batch(leaf, v_old, v_ref, x_t, x0, t, w), options, False)
+    out = OBJECTIVES["awm"].loss(Batch(leaf, v_old, v_ref, x_t, x0, t, w), options)
     out.loss.backward()
     assert out.loss.item() == -2.0 and leaf.grad.item() == 0.0
 

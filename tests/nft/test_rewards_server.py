@@ -389,7 +389,7 @@ def test_a_reward_that_exits_does_not_end_the_server():
     with TestClient(build_app({"Leaving": Leaving()}, TOKEN)) as client:
         for _ in range(2):
             answer = client.post("/score/Leaving", content=batch([1]), headers={"Authorization": f"Bearer {TOKEN}"})
-            assert answer.status_code == 500 and "SystemExit('enough')" in answer.text
+            assert answer.status_code == 500 and "Leaving: SystemExit: enough" in answer.text
 
 
 def test_a_token_is_stripped_and_must_fit_a_header(server, monkeypatch):
