@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 
 import torch
@@ -71,8 +72,11 @@ class Processes:
         """Join the others.
 
         Raises:
-            ValueError: one GPU named for several processes.
+            ValueError: one GPU named for several processes, or variables that no launcher sets so.
         """
+        for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+            if (value := os.environ.get(key, "0")) and not value.isdecimal():
+                raise ValueError(f"{key}: got {value!r}, accepted is a whole number, as torchrun sets it")
         self.state = PartialState(cpu=device == "cpu")
         self.count, self.rank, self.main = (
             self.state.num_processes,

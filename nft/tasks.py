@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -89,6 +90,8 @@ class Shapes(Task):
 def _prompts(train: str, held_out: str | None) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
     """Training prompts by task group, and those that are held out."""
     if held_out is None and train not in prompts.SETS:
+        # First, as it may be no file but a set's misspelt name.
+        prompts.read(Path(train))
         raise ValueError(f"held_out_prompts: got none, accepted beside {train!r} is a prompt set or a file")
     kept_away = prompts.held_out(held_out or train)
     return prompts.train(train, kept_away), kept_away

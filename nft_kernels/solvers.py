@@ -151,7 +151,8 @@ def table(name: str, sigmas: Sequence[float], /, **options: Any) -> SolverTable:
     except (TypeError, ValueError):
         raise
     except Exception as error:
-        raise ValueError(f"{name}: fails with {options}: {type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"sigmas, options: got {list(times)}, {options}, for which {name} fails: {problem}") from error
     if not isinstance(solver, SolverTable):
         raise ValueError(f"{name}: got {type(solver).__name__}, accepted is a SolverTable")
     if not solver.rows and len(times) > 1:

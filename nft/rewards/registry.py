@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from pydantic import BaseModel, PositiveInt, ValidationError
 
 from .. import plugins
 from .base import Reward, RewardError, install_hint, missing_packages
@@ -34,6 +35,14 @@ BUNDLED = {
 }
 
 
+class _Attributes(BaseModel, strict=True):
+    """What a class of rewards says of itself, and a user's may say wrongly."""
+
+    batch: PositiveInt
+    range: tuple[float, float]
+    needs: tuple[str, ...]
+
+
 def known() -> dict[str, str]:
     """Every reward's name and ``module:attribute``; plug-ins use the entry-point group ``nft.rewards``."""
     return BUNDLED | {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
@@ -43,7 +52,8 @@ def find(name: str) -> type[Reward]:
     """The class of a reward by name or ``module:attribute``, the module on the path or in the working folder.
 
     Raises:
-        ValueError: no such name, module or attribute, a module that fails, or something that is no reward.
+        ValueError: no such name, module or attribute, a module that fails, or something that is no reward or says of
+            itself what none can be.
     """
     target = known().get(name, name)
     module, _, attribute = target.partition(":")
@@ -58,6 +68,12 @@ def find(name: str) -> type[Reward]:
     kind = getattr(found, attribute)
     if not (isinstance(kind, type) and issubclass(kind, Reward)):
         raise ValueError(f"reward: got {name!r}, accepted is a subclass of nft.rewards.base.Reward")
+    try:
+        _Attributes(batch=kind.batch, range=kind.range, needs=kind.needs)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = problem["loc"][0]
+        raise ValueError(f"reward: got {name!r} with {key} = {getattr(kind, str(key))!r}, {problem['msg']}") from None
     return kind
 
 

@@ -153,3 +153,10 @@ def test_one_gpu_for_several_processes_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="device: got 'cuda:1' for 2 processes, accepted are cuda and cpu"):
         Processes("cuda:1")
     assert Processes("cuda").count == 2
+
+
+@pytest.mark.parametrize("key", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_launchers_variable_that_is_no_number_is_named(key, monkeypatch):
+    monkeypatch.setenv(key, "x")
+    with pytest.raises(ValueError, match=f"{key}: got 'x', accepted is a whole number"):
+        Processes("cpu")

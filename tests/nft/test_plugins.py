@@ -127,7 +127,7 @@ def test_names_that_nothing_registers_are_named_with_those_that_are_known():
             ["rollout_solver=odd"],
             "odd: got NoneType, accepted is a SolverTable",
         ),
-        ("SOLVERS['odd'] = lambda sigmas: {}['a']", ["rollout_solver=odd"], "odd: fails with {}: KeyError: 'a'"),
+        ("SOLVERS['odd'] = lambda sigmas: {}['a']", ["rollout_solver=odd"], "for which odd fails: KeyError: 'a'"),
         (
             "SOLVERS['odd'] = lambda sigmas: SolverTable('odd', 1, 'velocity', ())",
             ["rollout_solver=odd"],

@@ -223,6 +223,18 @@ def test_own_reward_by_entry_point(own_module, monkeypatch):
         ("Own = torch", "'broken_reward:Own', but broken_reward fails: NameError: name 'torch' is not defined"),
         ("import torch; torch.nothing", "broken_reward fails: AttributeError: .*torch.*nothing"),
         ("import no_such_package", "broken_reward fails: ModuleNotFoundError: .*no_such_package"),
+        (
+            "from nft.rewards.base import Reward\nclass Own(Reward):\n    batch = 0",
+            "'broken_reward:Own' with batch = 0, Input should be greater than 0",
+        ),
+        (
+            "from nft.rewards.base import Reward\nclass Own(Reward):\n    range = 'ab'",
+            "'broken_reward:Own' with range = 'ab', Input should be a valid tuple",
+        ),
+        (
+            "from nft.rewards.base import Reward\nclass Own(Reward):\n    needs = 'word'",
+            "'broken_reward:Own' with needs = 'word', Input should be a valid tuple",
+        ),
         ("class Own: pass", "'broken_reward:Own', accepted is a subclass of nft.rewards.base.Reward"),
         ("Own = 3", "'broken_reward:Own', accepted is a subclass of nft.rewards.base.Reward"),
     ],

@@ -170,6 +170,8 @@ def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
     ]
     with pytest.raises(ValueError, match="no prompt that is not held out"):
         prompts.train(a, prompts.held_out(b))
+    with pytest.raises(ValueError, match="prompts: got 'ocrr', accepted are shapes, geneval, ocr"):
+        Rewards(torch.device("cpu"), {"jpeg": RewardSpec("jpeg")}, train="ocrr")
     with pytest.raises(ValueError, match="held_out_prompts: got none"):
         Rewards(torch.device("cpu"), {"jpeg": RewardSpec("jpeg")}, train=a)
 
