@@ -585,7 +585,11 @@ class Trainer:
             ConfigError, OSError, RewardError: prompts or rewards of a later stage that cannot be had, or a reward that
                 fails.
             CheckpointError: a checkpoint that cannot be written.
+            FileExistsError: another process has the folder since.
         """
+        if self.processes.main:
+            # Once more where an interrupt has ended it.
+            checkpoint.lock(self.folder)
         try:
             self._train(on_epoch, on_eval)
         finally:

@@ -88,7 +88,6 @@ class Batcher:
     async def _answer(self, jobs: list[_Job]) -> None:
         try:
             scored = await asyncio.to_thread(score, self.reward, *_together(jobs), all_finite=False)
-        # Its exit is not the server's.
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].answer.set_exception(error)
