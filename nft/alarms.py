@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .distributed import whole
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 class AlarmError(RuntimeError):
@@ -183,7 +186,7 @@ def distribution(r: Tensor, rewards: Tensor, x0: Tensor) -> dict[str, Any]:
     }
 
 
-def preflight(trainer: Any) -> None:
+def preflight(trainer: Trainer) -> None:
     """Sample, decode and score one prompt's pictures and take a step on them, then put the weights back.
 
     A run of hours must not end at its first reward, decoding or backward, nor spend its hours on nothing.

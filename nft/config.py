@@ -265,6 +265,11 @@ class Config(BaseModel):
         return self.prompts_per_epoch * self.group_size
 
     @property
+    def pairs(self) -> int:
+        """Pairs of a picture and a time in an epoch, over all processes."""
+        return self.pictures * self.timesteps_per_sample
+
+    @property
     def candidates(self) -> int:
         """Pictures of an epoch that are drawn cheaply to choose among, over all processes."""
         return self.prompts_per_epoch * (self.explore or 0)
@@ -352,13 +357,25 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        if self.stages:
-            return self  # _curriculum checks what each stage makes of it
-        pairs = self.pictures * self.timesteps_per_sample
+        # _curriculum checks what each stage makes of it.
+        if not self.stages:
+            self._fit_defaults()
+            self._check_partners()
+            self._check_limits()
+            self._check_task()
+            self._check_speed()
+            self._check_solvers()
+        return self
+
+    def _fit_defaults(self) -> None:
+        """To an epoch that is smaller than theirs."""
         if "micro_batch" not in self.model_fields_set:
-            self.__dict__["micro_batch"] = min(self.micro_batch, pairs)
+            self.__dict__["micro_batch"] = min(self.micro_batch, self.pairs)
         if "updates_per_epoch" not in self.model_fields_set:
             self.__dict__["updates_per_epoch"] = min(self.updates_per_epoch, self.pictures)
+
+    def _check_partners(self) -> None:
+        """What does nothing as the other settings are."""
         if self.window and (self.rollout_solver != "mixed" or "window" in self.rollout_options):
             raise ValueError(
                 f"window: got {self.window} with {self.rollout_solver} and options {self.rollout_options}, accepted is "
@@ -374,15 +391,19 @@ class Config(BaseModel):
             came, default = getattr(self, key), Config.model_fields[key].default
             if came != default:
                 raise ValueError(f"{key}: got {came} with objective={self.objective}, accepted is {default} then")
+
+    def _check_limits(self) -> None:
         for key, largest, what in (
             ("explore_steps", self.rollout_steps, "rollout_steps"),
             ("window", self.rollout_steps, "rollout_steps"),
             ("timesteps_per_sample", self.rollout_steps, "rollout_steps"),
             ("updates_per_epoch", self.pictures, "the pictures of an epoch, prompts_per_epoch * group_size"),
-            ("micro_batch", pairs, "the pairs of an epoch, prompts_per_epoch * group_size * timesteps_per_sample"),
+            ("micro_batch", self.pairs, "the pairs of an epoch, prompts_per_epoch * group_size * timesteps_per_sample"),
         ):
             if (getattr(self, key) or 0) > largest:
                 raise ValueError(f"{key}: got {getattr(self, key)}, accepted are 1 to {largest}, {what}")
+
+    def _check_task(self) -> None:
         if (self.task == "rewards") != bool(self.rewards):
             raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
         for key, plain in (("prompts", None), ("held_out_prompts", None), ("combine", "sum")):
@@ -390,6 +411,11 @@ class Config(BaseModel):
                 raise ValueError(f"{key}: got {getattr(self, key)} with task={self.task}, which brings its own")
         if self.task == "rewards" and self.prompts is None:
             raise ValueError("prompts: got none, the task rewards needs a bundled set of prompts or a file")
+        if self.combine == "per_reward" and self.objective != "nft":
+            raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
+
+    def _check_speed(self) -> None:
+        """What makes a run faster, and with what it goes."""
         for key in ("float8_rollout", "explore_float8"):
             if getattr(self, key) and (self.fused_transformer is not True or self.compile_rollout):
                 raise ValueError(f"{key}: got true, it needs fused_transformer=true and no compile_rollout")
@@ -409,44 +435,48 @@ class Config(BaseModel):
         for key in ("fused_transformer", "compile_rollout"):
             if self.shard and (came := getattr(self, key)) not in (None, False, "auto"):
                 raise ValueError(f"shard: got true with {key}={came}, it needs the transformer as it is")
-        if self.combine == "per_reward" and self.objective != "nft":
-            raise ValueError(f"combine: got per_reward with objective={self.objective}, it makes the r of nft only")
+
+    def _check_solvers(self) -> None:
+        """Whether the solvers take their steps and options, and draw the noise that the objective trains on."""
         # Where a window can lie: its first and its last place, as only the ends of a rollout may draw less noise.
         last = self.rollout_steps - (self.window or 0)
         if self.window_order == "random":
             last = max(self.rollout_steps // 2 - (self.window or 0), 0)
         places = [{"window": (start, start + self.window)} for start in {0, last}] if self.window else [{}]
         own = [{**self.rollout_options, **place} for place in places]
-        for key, solver, steps, options in (
-            *(("rollout_solver", self.rollout_solver, self.rollout_steps, options) for options in own),
-            ("rollout_solver", self.rollout_solver, self.explore_steps or self.rollout_steps, own[0]),
-            ("eval_solver", self.eval_solver, self.eval_steps, {}),
-        ):
-            try:
-                drawn = table(solver, schedule(steps), **options).noisy
-            except (ValueError, TypeError) as error:
-                raise ValueError(
-                    f"{key}: got {solver} with options {options}, which it does not take: {error}"
-                ) from None
-            noisy = len(drawn)
-            trajectory = key == "rollout_solver" and OBJECTIVES[self.objective].trajectory
-            if trajectory and drawn and drawn[-1] - drawn[0] >= noisy:
-                raise ValueError(
-                    f"{key}: got {solver}, which draws noise in the rows {drawn}, but {self.objective} trains on rows "
-                    "one after another"
-                )
-            if key == "rollout_solver" and noisy and (self.explore_steps or steps) != steps:
-                # Other steps draw other noise: an exact picture would have little to do with its candidate.
-                raise ValueError(
-                    f"explore_steps: got {self.explore_steps}, but {solver} draws noise in its steps; accepted is "
-                    f"{steps}, rollout_steps, or a solver that draws none"
-                )
-            if trajectory and self.timesteps_per_sample > noisy:
-                raise ValueError(
-                    f"timesteps_per_sample: got {self.timesteps_per_sample}, but {self.objective} trains on the steps "
-                    f"that draw noise, and {solver} has {noisy} of them"
-                )
-        return self
+        for options in own:
+            self._check_trained_rows(self._noisy_rows("rollout_solver", self.rollout_steps, options))
+        explored = self._noisy_rows("rollout_solver", self.explore_steps or self.rollout_steps, own[0])
+        if explored and (self.explore_steps or self.rollout_steps) != self.rollout_steps:
+            # Other steps draw other noise: an exact picture would have little to do with its candidate.
+            raise ValueError(
+                f"explore_steps: got {self.explore_steps}, but {self.rollout_solver} draws noise in its steps; "
+                f"accepted is {self.rollout_steps}, rollout_steps, or a solver that draws none"
+            )
+        self._noisy_rows("eval_solver", self.eval_steps, {})
+
+    def _noisy_rows(self, key: str, steps: int, options: dict[str, Any]) -> list[int]:
+        """The rows that draw noise of the solver that ``key`` names."""
+        solver = getattr(self, key)
+        try:
+            return table(solver, schedule(steps), **options).noisy
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key}: got {solver} with options {options}, which it does not take: {error}") from None
+
+    def _check_trained_rows(self, drawn: list[int]) -> None:
+        """Whether an objective that trains on the rollout's rows with noise has enough of them, one after another."""
+        if not OBJECTIVES[self.objective].trajectory:
+            return
+        if drawn and drawn[-1] - drawn[0] >= len(drawn):
+            raise ValueError(
+                f"rollout_solver: got {self.rollout_solver}, which draws noise in the rows {drawn}, but "
+                f"{self.objective} trains on rows one after another"
+            )
+        if self.timesteps_per_sample > len(drawn):
+            raise ValueError(
+                f"timesteps_per_sample: got {self.timesteps_per_sample}, but {self.objective} trains on the steps that "
+                f"draw noise, and {self.rollout_solver} has {len(drawn)} of them"
+            )
 
     @model_validator(mode="after")
     def _curriculum(self) -> Config:
