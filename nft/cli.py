@@ -118,6 +118,8 @@ def train(
         differs = ", ".join(trainer.changes)
         text = f"resumed with {differs}: the run goes on, but not to the last bit as it would have"
         say(text, style="yellow")
+    if resume and not trainer.epoch:
+        say(f"resumed without a checkpoint, of which {folder} has none: the run begins anew", style="yellow")
     seen: dict[str, Any] = {}
     with bars() as progress:
         bar = progress.add_task("evaluating", total=settings.epochs, completed=trainer.epoch)

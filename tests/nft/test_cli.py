@@ -415,7 +415,10 @@ def test_a_run_that_ended_at_its_preflight_can_be_begun_again(pipeline, tmp_path
         once.setattr("nft.trainer.preflight", broken)
         assert "preflight: broken" in train(pipeline, tmp_path).output
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".lock"}
-    assert train(pipeline, tmp_path, "epochs=1").exit_code == 0
+    again = train(pipeline, tmp_path, "epochs=1")
+    assert again.exit_code == 0 and "begins anew" not in again.output
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert "resumed without a checkpoint" in train(pipeline, tmp_path, "epochs=1", "--resume").output
 
 
 def test_an_unknown_backend_is_named_before_the_pipeline_is_loaded(tmp_path, monkeypatch):
