@@ -446,8 +446,8 @@ class Config(BaseModel):
         own = [{**self.rollout_options, **place} for place in places]
         for options in own:
             self._check_trained_rows(self._noisy_rows("rollout_solver", self.rollout_steps, options))
-        explored = self._noisy_rows("rollout_solver", self.explore_steps or self.rollout_steps, own[0])
-        if explored and (self.explore_steps or self.rollout_steps) != self.rollout_steps:
+        cheap = self.explore_steps or self.rollout_steps
+        if cheap != self.rollout_steps and self._noisy_rows("rollout_solver", cheap, own[0]):
             # Other steps draw other noise: an exact picture would have little to do with its candidate.
             raise ValueError(
                 f"explore_steps: got {self.explore_steps}, but {self.rollout_solver} draws noise in its steps; "

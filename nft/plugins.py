@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 
-def load(module: str, said: str) -> ModuleType:
-    """Import a module on the path or in the working folder; ``said`` is what messages begin with.
+def load(module: str, said: str, *, registered: bool = False) -> ModuleType:
+    """Import a module on the path or in the working folder; ``said`` is what messages begin with. One that an installed
+    package has ``registered`` is that package's, and not a copy in the working folder.
 
     Raises:
         ValueError: there is none, it fails, or the folder's is hidden by another of its name.
@@ -30,6 +31,8 @@ def load(module: str, said: str) -> ModuleType:
                 f"{said}, but there is no module {error.name!r} on the path or in the working folder"
             ) from None
         raise ValueError(f"{said}, but {module} fails: {type(error).__name__}: {error}") from error
+    if registered:
+        return found
     here, origin = Path.cwd().resolve(), getattr(found, "__file__", None) or "Python itself"
     file = here / module.replace(".", "/")
     if any(own.is_file() for own in (file.with_suffix(".py"), file / "__init__.py")):

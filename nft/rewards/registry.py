@@ -55,14 +55,15 @@ def find(name: str) -> type[Reward]:
         ValueError: no such name, module or attribute, a module that fails, or something that is no reward or says of
             itself what none can be.
     """
-    target = known().get(name, name)
+    installed = known()
+    target = installed.get(name, name)
     module, _, attribute = target.partition(":")
     if not (module and attribute):
-        near = get_close_matches(name, known(), n=1)
+        near = get_close_matches(name, installed, n=1)
         guess = f", did you mean {near[0]}?" if near else ""
-        accepted = f"{', '.join(known())}, module:attribute or a server's http://host:port/name"
+        accepted = f"{', '.join(installed)}, module:attribute or a server's http://host:port/name"
         raise ValueError(f"reward: got {name!r}{guess}; accepted are {accepted}")
-    found = plugins.load(module, f"reward: got {name!r}")
+    found = plugins.load(module, f"reward: got {name!r}", registered=name in installed)
     if not hasattr(found, attribute):
         raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}")
     kind = getattr(found, attribute)

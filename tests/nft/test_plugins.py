@@ -19,6 +19,7 @@ from nft.cli import app
 from nft.compare import Run
 from nft.config import load_config
 from nft.objectives import OBJECTIVES
+from nft.rewards import registry
 from nft.trainer import Trainer
 from nft_kernels.solvers import SOLVERS
 
@@ -173,3 +174,15 @@ def test_a_module_that_another_one_hides_is_not_taken_for_it(tmp_path, monkeypat
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(ValueError, match=r"plugins: got 'json', but .*json.__init__\.py comes before the working"):
         load_config("shapes", ["plugins=[json]"])
+
+
+def test_a_bundled_reward_is_not_looked_for_in_the_working_folder(tmp_path, monkeypatch):
+    """As in a checkout of this project whose installed copy lies elsewhere."""
+    copy = tmp_path / "nft" / "rewards" / "jpeg.py"
+    copy.parent.mkdir(parents=True)
+    copy.write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert registry.find("jpeg").__name__ == "JPEGCompressibility"
+    with pytest.raises(ValueError, match="comes before the working folder's module of that name"):
+        registry.find("nft.rewards.jpeg:JPEGCompressibility")
