@@ -77,6 +77,9 @@ NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]
   box_muller(bits.v[2], bits.v[3], out[2], out[3]);
 }
 
+// NaN for what is not within [0, 1]: where nobody has looked at a number, only the result can tell that it is wrong.
+NFT_HD double unit(double x) { return x >= 0 && x <= 1 ? x : NAN; }
+
 // One sample's numbers: `outer` is what it counts in the loss.
 struct Sample {
   double t, r, beta, outer;

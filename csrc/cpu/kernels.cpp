@@ -28,7 +28,7 @@ struct Buffers {
 };
 
 Sample sample_of(const LossArgs& a, int64_t b) {
-  return {value(a.t, b), a.r_per_element ? 0.0 : value(a.r, b), value(a.beta, b), value(a.outer, b)};
+  return {unit(value(a.t, b)), a.r_per_element ? 0.0 : unit(value(a.r, b)), value(a.beta, b), value(a.outer, b)};
 }
 
 // The tensors in a chunk of sample b, kept as S; mask and r only where elements do not count alike.
@@ -394,7 +394,8 @@ void noise(const NoiseArgs& a) {
       } else {
         draw(a.seed[b], a.sample[b], start, count, buf.v_ref);
       }
-      const T t = static_cast<T>(value(a.t, b)), keep = static_cast<T>(1 - value(a.t, b));
+      const double time = unit(value(a.t, b));
+      const T t = static_cast<T>(time), keep = static_cast<T>(1 - time);
       for (int64_t k = 0; k < count; ++k) buf.grad[k] = keep * x0[k] + t * eps[k];
       store(a.out, b, start, count, buf.grad);
       if (a.want_wide) store(a.wide, b, start, count, buf.grad);

@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(kThreads, kPacked ? 2 : 1)
   for (int64_t item = blockIdx.x; item < a.batch * slices.splits; item += gridDim.x) {
     const int64_t b = item / slices.splits, split = item % slices.splits;
     const int64_t seed = a.has_noise ? 0 : a.seed[b], sample = a.has_noise ? 0 : a.sample[b];
-    const T t = static_cast<T>(value(a.t, b)), keep = static_cast<T>(1 - value(a.t, b));
+    const double time = unit(value(a.t, b));
+    const T t = static_cast<T>(time), keep = static_cast<T>(1 - time);
     for (int64_t pack = slices.first(split) + threadIdx.x; pack < slices.last(split); pack += blockDim.x) {
       const Place place{b, pack * kPack<T>, a.elements};
       const Bits x0_bits = fetch<T, kPacked>(a.x0, place);

@@ -28,7 +28,7 @@ using SumsOf = std::conditional_t<kGeneral, WeightedSums<T>, Sums<T>>;
 // Past the end of the sample the mask is zero.
 template <typename T>
 __device__ void load_weights(const LossArgs& a, int64_t b, const Place& place, Errors<T>& e) {
-  const T r = a.r_per_element ? T(0) : static_cast<T>(value(a.r, b));
+  const T r = a.r_per_element ? T(0) : static_cast<T>(unit(value(a.r, b)));
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
     e.mask.v[j] = place.first + j < place.end ? T(1) : T(0);
@@ -39,12 +39,12 @@ __device__ void load_weights(const LossArgs& a, int64_t b, const Place& place, E
 }
 
 __device__ Sample sample_of(const LossArgs& a, int64_t b) {
-  return {value(a.t, b), value(a.r, b), value(a.beta, b), value(a.outer, b)};
+  return {unit(value(a.t, b)), unit(value(a.r, b)), value(a.beta, b), value(a.outer, b)};
 }
 
 template <typename T>
 __device__ Affine<T> affine_of(const LossArgs& a, int64_t b) {
-  return affine<T>(a.prediction, value(a.t, b), value(a.beta, b));
+  return affine<T>(a.prediction, unit(value(a.t, b)), value(a.beta, b));
 }
 
 // Past the end of the sample all inputs are zero, and so is what they add to the sums. The numbers of the sample are

@@ -65,7 +65,7 @@ def add_noise(
 
     Args:
         x0: clean latents (B, ...), float32, bfloat16, float16 or float64, any strides.
-        t: (B,) times in [0, 1].
+        t: (B,) times in [0, 1], a thousandth of a diffusers scheduler's timesteps.
         seed: draws eps in the kernel (Philox4x32-10 and Box-Muller). An int seeds the whole batch, with a sample's
             row as its index; an int64 tensor (B,) seeds every sample on its own, independent of the batch it is
             in and of the number of processes.
@@ -79,7 +79,8 @@ def add_noise(
         x_t of x0's shape; with ``keep_wide`` the pair of it and its wide copy.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, named, with what is accepted.
+        ValueError, TypeError: an argument that does not fit, named, with what is accepted. Values of t are looked at
+            on the CPU only and not within torch.compile; there x_t is NaN where t is beyond [0, 1].
         RuntimeError: an explicit backend that cannot run.
     """
     _validate.latents("x0", x0)

@@ -320,7 +320,7 @@ def nft_loss(
         v_old: velocity of the old policy.
         x_t: noised latents that the models saw, before any rounding by autocast.
         x0: clean latents.
-        t: (B,) times in [0, 1], 1 being noise.
+        t: (B,) times in [0, 1], 1 being noise: a thousandth of a diffusers scheduler's timesteps.
         r: (B,) optimality probabilities in [0, 1], or a tensor with as many dimensions as x0 that broadcasts to its
             shape: one per token, or one per element.
         v_ref: velocity of the model that the KL term is taken against, be it the reference, the old policy or an
@@ -353,8 +353,8 @@ def nft_loss(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, named, with what is accepted. Ranges of tensors are
-            checked on the CPU only, as a GPU would have to synchronise; there the loss is NaN for offsets that do not
-            rise from 0 to x0.shape[0].
+            checked on the CPU only and not within torch.compile, as a GPU would have to synchronise; there the loss is
+            NaN for t and (B,) r beyond [0, 1] and, on a GPU, for offsets that do not rise from 0 to x0.shape[0].
         RuntimeError: an explicit backend that cannot run.
     """
     _validate.latents("x0", x0)

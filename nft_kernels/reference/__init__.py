@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+
+def unit(x: Tensor) -> Tensor:
+    """NaN for what is not within [0, 1]: where nobody has looked at a number, only the result can tell that it is
+    wrong."""
+    return torch.where((x >= 0) & (x <= 1), x, math.nan)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

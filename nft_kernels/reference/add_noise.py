@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import compute_dtype
+from . import compute_dtype, unit
 
 _MASK = 0xFFFFFFFF
 
@@ -53,5 +53,5 @@ def normals(seed: Tensor, sample: Tensor, elements: int) -> Tensor:
 def add_noise(x0: Tensor, t: Tensor, noise: Tensor, out_dtype: torch.dtype) -> Tensor:
     """(1-t) x0 + t noise for t of shape (B,), in float64 if ``x0`` or ``noise`` is, else in float32."""
     dtype = compute_dtype(x0, noise)
-    t = t.to(dtype).view(-1, *[1] * (x0.ndim - 1))
+    t = unit(t.to(dtype)).view(-1, *[1] * (x0.ndim - 1))
     return ((1 - t) * x0.to(dtype) + t * noise.to(dtype)).to(out_dtype)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compute_dtype
+from . import compute_dtype, unit
 
 MIN_WEIGHT = 1e-5
 WEIGHTINGS = ("adaptive", "none", "t", "t2", "1/t", "1/t2", "(1-t)/t2")
@@ -100,6 +100,8 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
     v_old, x_t, x0 = v_old.detach(), x_t.detach(), x0.detach()
     beta = torch.full_like(t, options.beta, dtype=dtype) if beta is None else beta
     t, r, beta = (x.detach().to(dtype) for x in (t, r, beta))
+    each_r = r.ndim == x0.ndim > 1
+    t, r = unit(t), r if each_r else unit(r)
 
     def per_element(x: Tensor) -> Tensor:
         if segments is not None:
@@ -128,7 +130,7 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
 
     keep, push = map(per_element, x0_coefficients(t, options.prediction))
     step = push * per_element(beta) * (v_theta - v_old)
-    share = r if r.shape == x0.shape or r.ndim == x0.ndim > 1 else per_element(r)
+    share = r if each_r else per_element(r)
 
     def branch(error: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = torch.ones_like(t)

@@ -9,6 +9,7 @@ from test_nft_loss_options import (  # noqa: F401
     test_any_combination,
     test_long_samples_keep_the_error_bound,
     test_mask,
+    test_numbers_beyond_their_range_that_nobody_looked_at_give_nan,
     test_option,
     test_packed_sequences,
     test_packed_sequences_equal_separate_ones,

@@ -15,6 +15,7 @@ from test_cuda import DTYPES, compare_steps, equal, loss_and_gradient
 from nft_kernels import add_noise, nft_loss
 from nft_kernels.backends import native
 from nft_kernels.check import compare_nft_loss
+from nft_kernels.ops import _validate
 from nft_kernels.reference import add_noise as noise_reference
 from nft_kernels.solvers import schedule, table
 
@@ -144,6 +145,21 @@ def test_nan_is_not_hidden_and_nothing_to_learn_gives_no_gradient(shape):
     out = nft_loss(*x[:4], t, t, backend="native")
     assert all(value[0].isnan() and value[1].isfinite() for value in (out.policy_loss, out.old_deviation_max))
     assert out.loss.isnan()
+
+
+@pytest.mark.parametrize("options", [{}, {"detach_weight": False}], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 8, 16), (2, 30_000), (2, 50_000)], ids=str)
+@pytest.mark.parametrize("name", ["t", "r"])
+def test_numbers_beyond_their_range_give_nan(monkeypatch, name, shape, options):
+    monkeypatch.setattr(_validate, "_within", lambda *_: None)
+    x, t, r = inputs(shape)
+    {"t": t, "r": r}[name][1] = 500
+    *values, grad = loss_and_gradient(x, t, r, **options)
+    for rows in (values[1], grad.flatten(1)):
+        assert rows[0].isfinite().all() and rows[1].isnan().all()
+    assert values[0].isnan()
+    x_t = add_noise(x[3], t, seed=0, backend="native")
+    assert x_t[0].isfinite().all() and x_t[1].isnan().all() == (name == "t")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

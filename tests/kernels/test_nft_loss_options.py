@@ -1,5 +1,6 @@
 """The loss' options against the definition, written out here sample by sample in float64, with autograd's gradient."""
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nft_kernels import check, nft_loss
+from nft_kernels import add_noise, check, nft_loss
 from nft_kernels.backends import native
+from nft_kernels.ops import _validate
 from nft_kernels.ops.nft_loss import _within_reach
 
 M = 5.0
@@ -453,6 +455,32 @@ def test_offsets_beyond_the_tensors_are_refused_when_compiled_too(backend):
         pytest.skip("a GPU is not asked for offsets: there the loss becomes NaN")
     with pytest.raises(ValueError, match=r"segments: got offsets \[0, 30\], accepted are rising ones from 0 to 19"):
         loss(*x[:4], t, r, segments=torch.tensor([0, 30]))
+
+
+@pytest.mark.parametrize(("name", "value"), [("t", 500.0), ("t", -0.01), ("t", math.nan), ("r", 1.5), ("r", -3.0)])
+@pytest.mark.parametrize("shape", [(3, 4, 9), (2, 30_000), (2, 50_000)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"detach_weight": False}], ids=str)
+def test_numbers_beyond_their_range_that_nobody_looked_at_give_nan(backend, monkeypatch, name, value, shape, options):
+    monkeypatch.setattr(_validate, "_within", lambda *_: None)
+    x, t, r = make(shape)
+    x, (t, r) = ([a.to(torch.get_default_device()).float() for a in tensors] for tensors in (x, (t, r)))
+    {"t": t, "r": r}[name][1] = value
+    leaf = x[0].requires_grad_()
+    out = nft_loss(leaf, *x[1:4], t, r, backend=backend, **options)
+    out.loss.backward()
+    others = torch.arange(shape[0]) != 1
+    for values in (out.policy_loss, leaf.grad.flatten(1)):
+        assert values[1].isnan().all() and values[others].isfinite().all()
+    assert out.loss.isnan()
+    x_t = add_noise(x[3], t, seed=0, backend=backend).flatten(1)
+    assert x_t[others].isfinite().all() and (x_t[1].isnan().all() if name == "t" else x_t[1].isfinite().all())
+
+
+def test_times_of_a_thousand_give_nan_when_compiled(backend):
+    x, t, r = make((3, 4, 9))
+    loss = torch.compile(partial(nft_loss, backend=backend), fullgraph=True, backend="aot_eager")
+    x, (t, r) = ([a.to(torch.get_default_device()) for a in tensors] for tensors in (x, (t, r)))
+    assert loss(*x[:4], t, r).loss.isfinite() and loss(*x[:4], 1000 * t, r).loss.isnan()
 
 
 def test_the_check_takes_a_loss_for_every_sample(backend):

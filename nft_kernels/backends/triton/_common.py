@@ -129,6 +129,13 @@ def scalar(vector, sample, dtype: tl.constexpr):
 
 
 @triton.jit
+def unit(vector, sample, dtype: tl.constexpr):
+    """``scalar``, but NaN where it is not within [0, 1]: only the result can tell that nobody has looked at."""
+    x = scalar(vector, sample, dtype)
+    return tl.where((x >= 0) & (x <= 1), x, float("nan"))
+
+
+@triton.jit
 def place(program, elements, BLOCK: tl.constexpr):
     """Sample of a program of ``blocks_of``, the element its block starts at, and which lanes are inside."""
     blocks = tl.cdiv(elements, BLOCK).to(tl.int32)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference import compute_dtype
-from ._common import blocks_of, compute, item_bytes, load, maybe, normals, place, scalar, store, tuned, view
+from ._common import blocks_of, compute, item_bytes, load, maybe, normals, place, store, tuned, unit, view
 
 
 @tuned
@@ -29,7 +29,7 @@ def _add_noise(
         eps = normals(seed, word, sample, start, BLOCK).to(dtype)
     else:
         eps = load(noise, sample, start, inside, dtype, BLOCK)
-    time = scalar(t, sample, dtype)
+    time = unit(t, sample, dtype)
     x_t = (1 - time) * load(x0, sample, start, inside, dtype, BLOCK) + time * eps
     store(out, sample, start, inside, x_t, BLOCK)
     if wide is not None:

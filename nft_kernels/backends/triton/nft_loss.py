@@ -30,6 +30,7 @@ from ._common import (
     scalar,
     store,
     tuned,
+    unit,
     view,
 )
 
@@ -120,7 +121,7 @@ def _errors(inputs, sample, row, start, inside, dtype: tl.constexpr, PREDICTION:
     p_old = load(inputs.v_old, row, start, inside, dtype, BLOCK)
     x_t = load(inputs.x_t, row, start, inside, dtype, BLOCK)
     x0 = load(inputs.x0, row, start, inside, dtype, BLOCK)
-    keep, push = _affine(scalar(inputs.t, sample, dtype), PREDICTION)
+    keep, push = _affine(unit(inputs.t, sample, dtype), PREDICTION)
     d = p_theta - p_old
     if PREDICTION != "v":
         x_t = keep * x_t
@@ -136,7 +137,7 @@ def _weights(inputs, sample, row, start, inside, dtype: tl.constexpr, BLOCK: tl.
     if inputs.r_elements is not None:
         return weight, load(inputs.r_elements, row, start, inside, dtype, BLOCK)
     else:
-        return weight, tl.zeros((BLOCK,), dtype) + scalar(inputs.r, sample, dtype)
+        return weight, tl.zeros((BLOCK,), dtype) + unit(inputs.r, sample, dtype)
 
 
 @triton.jit
@@ -305,7 +306,7 @@ def _finish(
                 size += tl.load(sums + 7 * plane + at, inside, other=0)
                 positive_share += tl.load(sums + 8 * plane + at, inside, other=0)
                 negative_share += tl.load(sums + 9 * plane + at, inside, other=0)
-        t = scalar(inputs.t, sample, tl.float64)
+        t = unit(inputs.t, sample, tl.float64)
         if GENERAL:
             n = tl.sum(size, 1)
             # A sample whose mask is empty counts as nothing, not as NaN.
@@ -331,7 +332,7 @@ def _finish(
             policy = positive_part / positive_weight + negative_part / negative_weight
             policy *= _time_weighting(t, WEIGHTING)
         else:
-            r = scalar(inputs.r, sample, tl.float64)
+            r = unit(inputs.r, sample, tl.float64)
             policy = r * positive + (1 - r) * negative
         policy = clip * policy / _beta(inputs, sample, tl.float64)
         mean_kl = tl.sum(kl, 1) * mean
@@ -383,7 +384,7 @@ def _coefficients(
     if grad_loss is not None:
         outer *= tl.load(grad_loss)
     outer = outer.to(dtype)
-    t = scalar(inputs.t, sample, dtype)
+    t = unit(inputs.t, sample, dtype)
     _, push = _affine(t, PREDICTION)
     positive_weight = tl.load(details + 3 * batch + sample)
     negative_weight = tl.load(details + 4 * batch + sample)
@@ -397,7 +398,7 @@ def _coefficients(
         positive, negative = _divide(factor, positive_weight), _divide(factor, negative_weight)
         return positive, negative, _divide(kl, n), positive_sign, negative_sign
     else:
-        r = scalar(inputs.r, sample, dtype)
+        r = unit(inputs.r, sample, dtype)
         positive = _divide(factor * r, positive_weight)
         negative = _divide(factor * (1 - r), negative_weight)
         return positive, negative, kl, factor * 0, factor * 0
