@@ -63,14 +63,21 @@ ALARMS = {
 }  # fmt: skip
 
 # The others, which are no comparison of one metric of one epoch.
-NONFINITE, HACKING, FALLING = "nonfinite_updates", "reward_hacking", "reward_falling"
-THRESHOLDS = {name: alarm.threshold for name, alarm in ALARMS.items()} | {NONFINITE: 3.0, HACKING: 0.3, FALLING: 0.5}
+NONFINITE, HACKING, FALLING, HELD_OUT = "nonfinite_updates", "reward_hacking", "reward_falling", "held_out_falling"
+THRESHOLDS = {name: alarm.threshold for name, alarm in ALARMS.items()}
+THRESHOLDS |= {NONFINITE: 3.0, HACKING: 0.3, FALLING: 0.5, HELD_OUT: 0.3}
 """Value beyond which each alarm is raised. ``nonfinite_updates``: how many updates in a row may be skipped before the
-run stops. ``reward_hacking``: by how many of its standard deviations over pictures a held-out score falls below its
-best, while the trained reward rises by as many of its own. ``reward_falling``: by how many the trained reward, from one
-evaluation to the next, falls below its best."""
+run stops. ``held_out_falling``: by how many of its standard deviations over pictures a held-out score falls below its
+best; ``reward_hacking``: the same while the trained reward rises by as many of its own. ``reward_falling``: by how many
+the trained reward falls below its best."""
 SHARES = ("saturated", "zero_variance")
 """Those that are shares of pictures or groups."""
+# Epochs whose mean is the trained reward: that of one is as hard or easy as its prompts.
+_RECENT = 10
+_REMEDY = (
+    "A lower learning_rate, a larger kl_weight or fewer updates_per_epoch help; `best` is the checkpoint with the best "
+    "held-out score"
+)
 
 
 class Alarms:
@@ -80,9 +87,9 @@ class Alarms:
         """``thresholds`` replaces some of ``THRESHOLDS``."""
         self.thresholds = {**THRESHOLDS, **thresholds}
         self._skipped = 0
-        # By held-out score: the trained reward and the score where it was best.
-        self._best: dict[str, tuple[float, float]] = {}
-        # Mean and deviation of the trained reward: of each epoch since the last evaluation, and where it was best.
+        # By held-out score: the trained reward where the score was best, the score and its deviation.
+        self._best: dict[str, tuple[float, float, float]] = {}
+        # Mean and deviation of the trained reward: of the newest epochs, and where it was best.
         self._rewards: list[tuple[float, float]] = []
         self._highest: tuple[float, float] | None = None
 
@@ -102,7 +109,7 @@ class Alarms:
 
     def epoch(self, metrics: Mapping[str, Any]) -> list[str]:
         """Messages about one epoch's metrics."""
-        self._rewards.append((metrics["reward"], metrics.get("reward_std", 0.0)))
+        self._rewards = [*self._rewards, (metrics["reward"], metrics.get("reward_std", 0.0))][-_RECENT:]
         messages = []
         for name, (metric, _, above, advice) in ALARMS.items():
             value, threshold = metrics.get(metric), self.thresholds[name]
@@ -113,40 +120,49 @@ class Alarms:
             messages.append(f"{NONFINITE}: {metrics['nonfinite_updates']} updates were not finite and were skipped")
         return messages
 
-    def evaluation(self, held_out: Mapping[str, Sequence[float]]) -> list[str]:
-        """Compare with the best evaluation: a trained reward that has fallen, or risen while a held-out score fell.
+    def evaluation(self, held_out: Mapping[str, Sequence[float]], nonfinite: int = 0) -> list[str]:
+        """Compare with the best evaluation: a trained reward or a held-out score that has fallen.
 
         Args:
             held_out: mean and standard deviation over held-out pictures of the reported score and of every reward that
                 is only watched.
+            nonfinite: how many held-out pictures have a score that is not finite.
         """
-        epochs, self._rewards = self._rewards, []
-        # Before the first epoch nothing was trained.
-        if not epochs:
-            return []
-        trained, spread = (sum(column) / len(epochs) for column in zip(*epochs, strict=True))
-        messages = []
-        if self._highest is None or trained >= self._highest[0]:
-            self._highest = trained, spread
-        # Of pictures that have all become noise the rewards hardly differ.
-        fall, unit = self._highest[0] - trained, max(spread, self._highest[1])
-        if fall > self.thresholds[FALLING] * unit:
+        messages, trained, spread = [], math.nan, math.nan
+        if nonfinite > self.thresholds["nonfinite_rewards"]:
             messages.append(
-                f"{FALLING}: the trained reward is {fall:.3g} below its best; look at the pictures: the policy gets "
-                "worse. A lower learning_rate, a larger kl_weight or fewer updates_per_epoch help; `best` is the "
-                "checkpoint with the best held-out score"
+                f"nonfinite_rewards: scores of {nonfinite} held-out pictures are not finite and count for nothing: the "
+                "score divides by zero, overflows, or fails on some pictures"
             )
+        # Before the first epoch nothing was trained.
+        if self._rewards:
+            trained, spread = (sum(column) / len(self._rewards) for column in zip(*self._rewards, strict=True))
+            if self._highest is None or trained >= self._highest[0]:
+                self._highest = trained, spread
+            # Of pictures that have all become noise the rewards hardly differ.
+            fall, unit = self._highest[0] - trained, max(spread, self._highest[1])
+            if fall > self.thresholds[FALLING] * unit:
+                messages.append(
+                    f"{FALLING}: the trained reward is {fall:.3g} below its best; look at the pictures: the policy "
+                    f"gets worse. {_REMEDY}"
+                )
         for name, (score, deviation) in held_out.items():
             if not math.isfinite(score):
                 continue
             if name not in self._best or score >= self._best[name][1]:
-                self._best[name] = trained, score
+                self._best[name] = trained, score, deviation
             rise, fall = trained - self._best[name][0], self._best[name][1] - score
-            if rise > self.thresholds[HACKING] * spread and fall > self.thresholds[HACKING] * deviation:
+            unit = max(deviation, self._best[name][2])
+            if rise > self.thresholds[HACKING] * spread and fall > self.thresholds[HACKING] * unit:
                 messages.append(
                     f"{HACKING}: held-out {name} is {fall:.3g} below its best, since when the trained reward rose by "
                     f"{rise:.3g}; look at the pictures: the policy may exploit the reward. A larger kl_weight, a "
                     "second reward or fewer epochs help"
+                )
+            elif fall > self.thresholds[HELD_OUT] * unit:
+                messages.append(
+                    f"{HELD_OUT}: held-out {name} is {fall:.3g} below its best; look at the pictures: the policy gets "
+                    f"worse, or fits the training prompts alone. {_REMEDY}"
                 )
         return messages
 

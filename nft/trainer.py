@@ -22,7 +22,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from nft_kernels import add_noise, optimality_probability
+from nft_kernels import add_noise
 from nft_kernels.solvers import Row, table
 
 from . import checkpoint, tasks
@@ -217,7 +217,7 @@ class Trainer:
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
         combined, measured = self._combine(scores, c.group_size)
         total = weighted_sum(self._by_reward(scores), self.task.weights).view(-1, c.group_size)
-        measured |= distribution(optimality_probability(combined.advantages, adv_clip_max=c.adv_clip_max), total, x0)
+        measured |= distribution(combined.r, total, x0)
         measured |= {"reward": total.mean().item(), "strict": _mean(scores[:, -1])}
         measured |= explored | {
             "nonfinite_rewards": measured["nonfinite_rewards"] + explored.get("nonfinite_rewards", 0)
@@ -429,7 +429,8 @@ class Trainer:
 
     def evaluate(self, solver: str | None = None) -> tuple[dict[str, float], Tensor, list[str]]:
         """Strict score on held-out prompts, mean over task groups, with the averaged weights and another solver, by
-        default ``eval_solver``; its deviation over pictures, and each of several rewards' mean and deviation."""
+        default ``eval_solver``; its deviation over pictures, each of several rewards' mean and deviation, and how many
+        pictures have a score that is not finite, which counts for nothing."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
         grid = self.policy.times(c.eval_steps)
@@ -449,7 +450,9 @@ class Trainer:
         found |= {
             f"eval_{name}_std": column[column.isfinite()].std(correction=0).item() for name, column in columns.items()
         }
-        return {**metrics, **found, "eval_strict": sum(metrics.values()) / len(metrics)}, pictures, prompts
+        found["eval_strict"] = sum(metrics.values()) / len(metrics)
+        found["nonfinite_scores"] = int((~scores.isfinite()).any(1).sum())
+        return {**metrics, **found}, pictures, prompts
 
     def preflight_pictures(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, pictures and scores of two pictures of the first prompt."""
@@ -643,7 +646,7 @@ class Trainer:
         self.score = scores["eval_strict"]
         watched = ["strict", *(f"reward_{name}" for name, weight in self.task.weights.items() if not weight)]
         held_out = {name: (scores[f"eval_{name}"], scores[f"eval_{name}_std"]) for name in watched}
-        metrics = {**scores, "alarms": self.alarms.evaluation(held_out)}
+        metrics = {**scores, "alarms": self.alarms.evaluation(held_out, scores["nonfinite_scores"])}
         self.log(metrics)
         if self.processes.main and self.epoch:
             checkpoint.amend(self._checkpoint, score=self.score, held_out=held_out)

@@ -1,6 +1,7 @@
 """Every alarm is provoked, and a sound run raises none."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -89,6 +90,27 @@ def test_a_reward_that_is_not_finite_counts_as_its_groups_mean(make):
     assert r.isfinite().all() and torch.equal(r[:3], torch.full((3,), 0.5)) and not torch.equal(r[3:], r[:3])
 
 
+def test_held_out_scores_that_are_not_finite_are_told(make):
+    def broken(scores):
+        scores[0] = math.nan
+        return scores
+
+    trainer = make("preflight=false", task=scored(broken))
+    metrics = trainer._evaluate(lambda *_: None)
+    # Of the six task groups with a picture each.
+    assert metrics["nonfinite_scores"] == 1
+    assert any("nonfinite_rewards: scores of 1 held-out pictures" in message for message in metrics["alarms"])
+
+
+@pytest.mark.parametrize(("mode", "least"), [("binary", 0), ("one_only", 0.5)])
+def test_the_histogram_is_that_of_what_is_trained_on(make, mode, least):
+    data = make("preflight=false", f"advantage_mode={mode}", "adv_clip_max=1").sample()
+    measured, r = data["measured"], data["r"]
+    assert r.min() == least
+    assert measured["r_histogram"] == [int(((r * 10).int().clamp_max(9) == k).sum()) for k in range(10)]
+    assert measured["r_saturated"] == ((r <= 0) | (r >= 1)).float().mean()
+
+
 def test_a_group_without_a_score_teaches_nothing(make):
     def broken(scores):
         scores[:3, 0] = math.nan
@@ -131,15 +153,14 @@ def test_an_update_is_skipped_whatever_of_it_is_not_finite(make, place):
         assert all(map(torch.equal, before, trainer.policy.trained)) == broken
 
 
-def raised(*evaluations, threshold=0.5, deviation=0.4, names=("strict",)):
-    """Which of the evaluations, each after epochs of these rewards, raise the alarm, and for what."""
-    watch, found = Alarms({"reward_hacking": threshold}), []
+def raised(*evaluations, alarm="reward_hacking", threshold=0.5, deviation=0.4, names=("strict",)):
+    """Which of the evaluations, each after ten epochs of these rewards, raise the alarm, and for what."""
+    watch, found = Alarms({alarm: threshold}), []
     for rewards, *scores in evaluations:
-        for reward in rewards:
+        for reward in rewards * (10 // max(1, len(rewards))):
             watch.epoch({"reward": reward, "reward_std": 0.2})
         messages = watch.evaluation({name: (score, deviation) for name, score in zip(names, scores, strict=True)})
-        assert all(message.startswith("reward_hacking: held-out ") for message in messages)
-        found.append([message.split()[2] for message in messages])
+        found.append([message.split()[2] for message in messages if message.startswith(f"{alarm}: held-out ")])
     return found
 
 
@@ -147,7 +168,7 @@ def test_a_reward_that_is_exploited():
     """The held-out score has to fall by half of its deviation, 0.2, and the reward to rise by half of its own, 0.1."""
     for last, expected in ((([0.9], 0.25), ["strict"]), (([0.75], 0.25), []), (([0.9], 0.35), [])):
         assert raised(([0.5], 0.4), ([0.7], 0.5), last) == [[], [], expected]
-    # What counts is the mean of the epochs since the evaluation before.
+    # What counts is the mean of the newest ten epochs.
     assert raised(([0.5], 0.5), ([0.9, 0.5], 0.2))[-1] and not raised(([0.5], 0.5), ([0.6, 0.5], 0.2))[-1]
     # The first evaluation comes before anything is trained.
     assert raised(([], 0.9), ([0.5], 0.5), ([0.9], 0.45)) == [[], [], []]
@@ -165,13 +186,40 @@ def test_a_score_that_is_not_finite_is_no_best():
     assert raised(([0.1], math.nan), ([0.2], 0.9), ([0.9], 0.1))[-1] == ["strict"]
 
 
+def test_a_held_out_score_that_falls_whatever_the_trained_reward_does():
+    def told(*evaluations, **options):
+        return raised(*evaluations, alarm="held_out_falling", **options)
+
+    # Half of the deviation is 0.2.
+    assert told(([0.5], 0.9), ([0.5], 0.71), ([0.5], 0.69)) == [[], [], ["strict"]]
+    assert told(([0.5], 0.9), ([0.4], 0.69), ([0.9], 0.69)) == [[], ["strict"], []]  # the last one is exploited
+    # The untrained policy's is a score like others: a run may collapse before its second evaluation.
+    assert told(([], 0.45), ([0.1], 0.0)) == [[], ["strict"]]
+    # Of pictures that have all become alike, better or worse, scores hardly differ.
+    watch = Alarms({})
+    watch.epoch({"reward": 0.5, "reward_std": 0.1})
+    assert watch.evaluation({"strict": (0.8, 0.1)}) == watch.evaluation({"strict": (0.78, 0.001)}) == []
+    assert [message.partition(":")[0] for message in watch.evaluation({"strict": (0.7, 0.0)})] == ["held_out_falling"]
+
+
+def test_a_sound_run_that_is_evaluated_often_raises_none():
+    """Prompts are harder in one epoch than in another: the best epoch of many is no measure of one."""
+    rng = random.Random(0)
+    watch, messages = Alarms({}), []
+    for epoch in range(120):
+        watch.epoch({"reward": 1 - math.exp(-epoch / 20) + rng.gauss(0, 0.006), "reward_std": 0.035})
+        messages += watch.evaluation({"strict": (1 - math.exp(-epoch / 20), 0.3)})
+    assert messages == []
+
+
 def falls(epochs, threshold=0.5, restart_at=None):
-    """At which of several evaluations the alarm is raised; before each go these epochs' means and deviations."""
+    """At which of several evaluations the alarm is raised; before each go these epochs' means and deviations, ten times
+    all in all."""
     watch, found = Alarms({"reward_falling": threshold}), []
     for i, part in enumerate(epochs):
         if i == restart_at:
             watch.restart()
-        for mean, deviation in part:
+        for mean, deviation in part * (10 // max(1, len(part))):
             watch.epoch({"reward": mean, "reward_std": deviation})
         messages = [m for m in watch.evaluation({"strict": (0.5, 0.1)}) if m.startswith("reward_falling")]
         assert all("the trained reward is" in m and "learning_rate" in m for m in messages)
