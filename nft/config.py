@@ -47,7 +47,7 @@ _FIXED = {
 _ELSEWHERE = {
     "lr": "learning_rate", "num_image_per_prompt": "group_size", "num_generations": "group_size",
     "mixed_precision": "dtype", "num_inference_steps": "rollout_steps", "num_steps": "rollout_steps",
-    "num_epochs": "epochs", "train_batch_size": "micro_batch", "batch_size": "micro_batch", "model": "pipeline",
+    "num_epochs": "epochs", "train_batch_size": "rollout_batch", "batch_size": "micro_batch", "model": "pipeline",
     "pretrained": "pipeline", "height": "resolution", "width": "resolution", "reward_fn": "rewards",
     "decay_type": "old_policy", "ema_decay": "old_policy", "eval_freq": "eval_every", "save_freq": "save_every",
     "use_lora": "adapter", "noise_level": "rollout_options.eta", "sde_window_size": "window",
@@ -55,7 +55,11 @@ _ELSEWHERE = {
     "sampler": "rollout_solver", "eta": "rollout_options.eta", "steps": "rollout_steps", "compile": "compile_rollout",
     "grad_clip": "max_grad_norm", "clip": "max_grad_norm", "precision": "dtype", "bf16": "dtype", "fp16": "dtype",
     "eval_interval": "eval_every", "save_interval": "save_every", "kl": "kl_weight", "wd": "weight_decay",
-    "random_seed": "seed", "num_images": "group_size", "images_per_prompt": "group_size",
+    "random_seed": "seed", "num_images": "group_size", "images_per_prompt": "group_size", "train.beta": "kl_weight",
+    "kl_beta": "kl_weight", "kl_coef": "kl_weight", "ref_kl_coef": "kl_weight", "adv_clip_range": "adv_clip_max",
+    "weight_copy_decay_type": "old_policy", "timestep_fraction": "timesteps_per_sample",
+    "num_train_timesteps": "timesteps_per_sample", "num_batches_per_epoch": "prompts_per_epoch",
+    "global_std": "advantage_std", "adv_mode": "advantage_mode", "eval_num_steps": "eval_steps",
 }  # fmt: skip
 # And of what is none.
 _NOT_HERE = {
@@ -697,8 +701,8 @@ def _unknown(key: str) -> str:
     name = key.rpartition(".")[2].lower()
     if name in _NOT_HERE:
         return f"{key}: unknown key; {_NOT_HERE[name]}"
-    if name in _ELSEWHERE:
-        return f"{key}: unknown key, did you mean {_ELSEWHERE[name]}?"
+    if found := _ELSEWHERE.get(key) or _ELSEWHERE.get(name):
+        return f"{key}: unknown key, did you mean {found}?"
     return registry.unknown(key, Config.model_fields, "`nft config show` lists the known ones")
 
 
@@ -707,7 +711,9 @@ def _problems(error: ValidationError) -> str:
     for problem in error.errors():
         key = ".".join(map(str, problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            lines.append(_unknown(key))
+            # Other trainers' settings lie in parts, such as train.beta.
+            inner = problem["input"] if isinstance(problem["input"], dict) else {}
+            lines += [_unknown(f"{key}.{name}") for name in inner] or [_unknown(key)]
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

@@ -88,15 +88,25 @@ def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, 
 
 
 def per_sample(
-    name: str, x: Tensor, x0: Tensor, low: float, high: float, *, above: bool = False, below: bool = False
+    name: str,
+    x: Tensor,
+    x0: Tensor,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    below: bool = False,
+    otherwise: str = "",
 ) -> None:
     """``x`` must be floating, of shape (B,), on x0's device and, on the CPU, within [low, high]; ``above`` and
-    ``below`` leave out the bound itself."""
+    ``below`` leave out the bound itself; ``otherwise`` is what else the caller takes."""
     # The compiler would take a size in a text for a constant.
     tensor(name, x, "a tensor of shape (B,)")
     floating(name, x.dtype)
     if x.shape != x0.shape[:1]:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample")
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample{otherwise}"
+        )
     _same_device(name, x, x0)
     _within(name, x, low, high, above, below)
 

@@ -390,7 +390,8 @@ def nft_loss(
         _validate.broadcastable("r", r, x0, 0, 1)
         r = _narrow(r, wide)
     else:
-        _validate.per_sample("r", r, samples, 0, 1)
+        otherwise = f", or {x0.ndim} dimensions that broadcast to x0's" if x0.ndim > 1 else ""
+        _validate.per_sample("r", r, samples, 0, 1, otherwise=otherwise)
     constant_beta, betas = 1.0, None
     if isinstance(beta, Tensor):
         _validate.per_sample("beta", beta, samples, 0, math.inf, above=True, below=True)

@@ -397,6 +397,7 @@ def test_backward_of_none_in_half_precision_scales_by_the_gradients_themselves()
         ({"mask": torch.ones(2, 3, 8, dtype=torch.int32)}, TypeError, "mask: got torch.int32"),
         ({"r": torch.full((2, 1, 8), 1.5)}, ValueError, "r: got values outside"),
         ({"r": torch.full((3, 1, 8), 0.5)}, ValueError, r"r: got shape \(3, 1, 8\)"),
+        ({"r": torch.full((2, 4), 0.5)}, ValueError, r"one value per sample, or 3 dimensions that broadcast to x0's"),
         ({"segments": torch.tensor([0, 1])}, ValueError, "segments: got offsets"),
         ({"segments": torch.tensor([0, 2, 2])}, ValueError, "segments: got offsets"),
         ({"segments": torch.tensor([0.0, 2.0])}, TypeError, "segments: got torch.float32"),
