@@ -247,8 +247,8 @@ def test_an_epoch_with_nothing_left_is_logged_and_changes_nothing(pipeline, tmp_
 
 
 def test_the_costs_of_a_run_count_candidates_and_leave_out_what_was_filtered(pipeline, tmp_path, monkeypatch):
-    # On a CPU rollouts are filled up to a multiple of eight.
-    overrides = ["explore=8", "explore_steps=2", "old_policy=copy", "kl_weight=0.1", *FILTER]
+    # On a CPU rollouts are filled up to a multiple of 16.
+    overrides = ["group_size=8", "explore=16", "explore_steps=2", "old_policy=copy", "kl_weight=0.1", *FILTER]
     trainer = Trainer(settings(pipeline, *overrides), tmp_path)
     drawn, velocity, decoded, decode = [], trainer.policy.velocity, [], trainer.policy.decode
     monkeypatch.setattr(trainer.policy, "velocity", lambda x, *rest: (drawn.append(len(x)), velocity(x, *rest))[1])
