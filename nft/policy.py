@@ -320,7 +320,8 @@ class Policy:
         settings = json.loads((path := folder / "adapter_config.json").read_text())
         path.write_text(json.dumps(settings | {"target_modules": sorted(settings["target_modules"])}, indent=2))
         state = get_peft_model_state_dict(self.transformer, adapter_name=adapter)
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / ADAPTER)
+        # As a PeftModel names them.
+        save_file({f"base_model.model.{k}": v.contiguous() for k, v in state.items()}, folder / ADAPTER)
 
     def load_adapter(self, adapter: str, folder: Path) -> None:
         """Read one adapter that ``save_adapter`` wrote, or another of the same layers in PEFT's or diffusers' format.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusion3Pipeline
 from distributed_worker import Brightness
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -107,11 +108,28 @@ def test_a_merged_pipeline_draws_though_its_parts_came_in_two_dtypes(trainer, pi
     assert drawn("a red circle", **options, output_type="latent").images.dtype == torch.float32
 
 
+def test_peft_loads_a_runs_checkpoint(trainer, tmp_path):
+    config, own = trainer.config, trainer.folder / "checkpoint" / "ema"
+    policy = load_policy(config, own)
+    base = StableDiffusion3Pipeline.from_pretrained(config.pipeline).transformer
+    with warnings.catch_warnings():
+        # Of weights that are missing PEFT says no more.
+        warnings.simplefilter("error")
+        loaded = PeftModel.from_pretrained(base, own)
+    torch.testing.assert_close(velocities(loaded), velocities(policy.transformer), rtol=1e-4, atol=1e-5)
+    # As checkpoints were named before.
+    shutil.copytree(own, tmp_path / "before")
+    path = tmp_path / "before" / "adapter_model.safetensors"
+    save_file({name.removeprefix("base_model.model."): w for name, w in load_file(path).items()}, path)
+    assert all(map(torch.equal, load_policy(config, tmp_path / "before").trained, policy.trained))
+
+
 def test_loras_of_other_trainers_are_those_of_ours(trainer, tmp_path):
     """A PeftModel's, and diffusers' with and without settings in the file."""
     config, own = trainer.config, trainer.folder / "checkpoint" / "default"
     expected = [weight for _, weight in sorted(load_file(own / "adapter_model.safetensors").items())]
     weights = load_file(own / "adapter_model.safetensors")
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
     for name, file, prefix in (
         ("peft", "adapter_model.safetensors", "base_model.model."),
         ("bare", "pytorch_lora_weights.safetensors", "transformer."),
