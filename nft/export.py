@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from torch import nn
 
 from .checkpoint import check_folder, check_vacant, reading
-from .policy import pipeline_source
+from .policy import pipeline_source, unloadable
 from .weights import LORA, WEIGHTS, find_weights, lora_settings, lora_weights
 
 
@@ -88,7 +88,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     try:
         whole = DiffusionPipeline.from_pretrained(pipeline_source(pipeline))
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}") from error
+        raise unloadable(pipeline, error) from error
     if path.name == WEIGHTS:
         with reading(path.parent, "source"):
             whole.register_modules(transformer=type(whole.transformer).from_pretrained(path.parent))

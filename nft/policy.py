@@ -40,6 +40,19 @@ def pipeline_source(name: str) -> str:
     return str(SHAPES_PIPELINE) if name == "shapes" else name
 
 
+def unloadable(pipeline: str, error: Exception) -> FileNotFoundError:
+    """What to raise where loading the setting ``pipeline`` raised this."""
+    if os.path.isdir(pipeline_source(pipeline)):
+        return FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}")
+    hint = (
+        "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
+        if pipeline == "shapes"
+        else "it is neither a folder with a saved pipeline nor a reachable hub name: accept the model's "
+        "licence and run `hf download`, or give a folder"
+    )
+    return FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}")
+
+
 def times(steps: int, shift: float, terminal: float | None = None, last: float | None = None) -> Tensor:
     """``steps`` + 1 times from 1 to 0 with SD3's shift, in the float32 that the model is given, spaced as ``schedule``
     has them. Those above 0 are stretched so that the last of them is ``terminal``, as diffusers' ``shift_terminal``
@@ -113,15 +126,7 @@ class Policy:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error!r}") from error
         except OSError as error:
-            if os.path.isdir(source):
-                raise FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}") from error
-            hint = (
-                "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
-                if pipeline == "shapes"
-                else "it is neither a folder with a saved pipeline nor a reachable hub name: accept the model's "
-                "licence and run `hf download`, or give a folder"
-            )
-            raise FileNotFoundError(f"pipeline: got {pipeline!r}, {hint}") from error
+            raise unloadable(pipeline, error) from error
         self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
         parts = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         self.fingerprint = fingerprint(parts)

@@ -204,7 +204,7 @@ def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
         (["/nowhere", "out"], "checkpoint: got '/nowhere'"),
         (["RUN", "out", "--weights", "best"], "weights: got 'best'"),
         (["RUN", "PIPELINE", "--merge"], "already; give another folder"),
-        (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "/nowhere"),
+        (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "pipeline: got '/nowhere', it is neither a folder with"),
         (["RUN", "FILE"], "is a file"),
         (["RUN", "FILE", "--merge"], "is a file"),
         (["RUN", "CHECKPOINT"], "lies in the checkpoint"),
