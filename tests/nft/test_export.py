@@ -20,6 +20,7 @@ from nft.cli import app
 from nft.config import load_config, saved_settings
 from nft.export import export_lora, export_pipeline
 from nft.full import load_policy
+from nft.models.flux import Flux
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft.weights import find_weights
@@ -67,6 +68,8 @@ def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
         arguments = ["export", str(source), str(tmp_path / name), "--weights", weights, *more]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
+        # What diffusers' own call has unless it is told otherwise, and the model is trained with.
+        assert f"FLUX.1-dev keeps its distilled guidance_scale={Flux.guidance}" in " ".join(result.output.split())
     base.load_lora_weights(tmp_path / "lora")
     torch.testing.assert_close(velocities(base.transformer), expected, rtol=1e-4, atol=1e-5)
     merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
