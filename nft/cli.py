@@ -226,7 +226,7 @@ def plan(
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(help="run, checkpoint or LoRA folder")],
+    source: Annotated[Path, typer.Argument(help="run, checkpoint, or folder or file of a LoRA")],
     output: Annotated[Path, typer.Argument(help="folder to write to")],
     merge: Annotated[bool, typer.Option("--merge", help="write the whole pipeline with the adapter merged in")] = False,
     pipeline: Annotated[str | None, typer.Option(help="of --merge; the run's own by default")] = None,

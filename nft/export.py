@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
-from torch import nn
 
 from .checkpoint import check_folder, check_vacant, reading
 from .policy import pipeline_source, unloadable
-from .weights import LORA, WEIGHTS, find_weights, lora_settings, lora_weights
+from .weights import LORA, WEIGHTS, find_weights, fitting_layers, lora_settings, lora_weights
 
 
 @contextmanager
@@ -25,27 +23,11 @@ def _writing(output: Path) -> Iterator[None]:
         raise OSError(f"output: {output} could not be written: {error}") from error
 
 
-def _check_layers(path: Path, transformer: nn.Module) -> None:
-    """Whether a transformer has the layers of a LoRA: what does not fit would be left out.
-
-    Raises:
-        ValueError: a layer that it lacks, or that is of another size.
-    """
-    layers = dict(transformer.named_modules())
-    for key, weight in lora_weights(path).items():
-        name, _, part = key.rpartition(".lora_")
-        layer = layers.get(name)
-        sides = {"A.weight": (1, "in_features"), "B.weight": (0, "out_features")}
-        side, of = sides.get(part, (0, ""))
-        if getattr(layer, of, None) != weight.shape[side]:
-            raise ValueError(f"source: {path} does not fit the pipeline, which has no layer for {key}")
-
-
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
 
     Args:
-        source: a run, one of its checkpoints, or the folder of a LoRA in PEFT's or diffusers' format.
+        source: a run, one of its checkpoints, or the folder or file of a LoRA in PEFT's or diffusers' format.
         output: folder to write to.
         weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
 
@@ -53,7 +35,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         FileExistsError: an output that is a file, lies in a checkpoint, or holds a run or such a LoRA.
         FileNotFoundError: a source that holds no adapter.
         OSError: an output that cannot be written to, as on a full disk.
-        ValueError: the whole weights of full fine-tuning, or damaged files.
+        ValueError: the whole weights of full fine-tuning, damaged files, or a LoRA of other names.
     """
     check_folder(output)
     check_vacant(output, ("metrics.jsonl", LORA))
@@ -85,21 +67,20 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     check_folder(output)
     check_vacant(output)
     path = find_weights(source, weights)
+    dtype = torch.bfloat16 if half else torch.float32
     try:
-        whole = DiffusionPipeline.from_pretrained(pipeline_source(pipeline))
+        # All of it: encoders are often stored in half precision, and as many dtypes could not be drawn with.
+        whole = DiffusionPipeline.from_pretrained(pipeline_source(pipeline), dtype=dtype)
     except (OSError, ValueError) as error:
         raise unloadable(pipeline, error) from error
     if path.name == WEIGHTS:
         with reading(path.parent, "source"):
-            whole.register_modules(transformer=type(whole.transformer).from_pretrained(path.parent))
+            whole.register_modules(transformer=type(whole.transformer).from_pretrained(path.parent, dtype=dtype))
     else:
-        _check_layers(path, whole.transformer)
-        with TemporaryDirectory() as lora:
-            export_lora(path.parent, Path(lora), weights=weights)
-            whole.load_lora_weights(lora)
-        whole.fuse_lora(components=["transformer"])
-        whole.unload_lora_weights()
-    # As one: encoders are often stored in half precision, and as many dtypes could not be drawn with.
-    whole.to(torch.bfloat16 if half else torch.float32)
+        settings = lora_settings(path)
+        for layer, (down, up) in fitting_layers(path, whole.transformer).items():
+            weight = whole.transformer.get_submodule(layer).weight.data
+            # As in rollouts.
+            weight.copy_(torch.addmm(weight.float(), up, down, alpha=settings["lora_alpha"] / settings["r"]))
     with _writing(output):
         whole.save_pretrained(output)

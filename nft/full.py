@@ -16,7 +16,7 @@ from .checkpoint import reading
 from .config import Config
 from .distributed import shard, sharded_like
 from .policy import Policy
-from .weights import WEIGHTS, check_fit, find_weights, lora_settings
+from .weights import WEIGHTS, check_fit, find_weights, fitting_layers, lora_settings
 
 
 class FullPolicy(Policy):
@@ -118,9 +118,22 @@ class FullPolicy(Policy):
                 weight.copy_(sharded_like(file.get_tensor(name), weight))
 
 
+class _LoraPolicy(Policy):
+    """A policy whose adapters have the layers, rank and alpha of a file."""
+
+    def __init__(self, config: Config, path: Path):
+        self._path = path
+        lora = lora_settings(path)
+        super().__init__(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
+
+    def _add_adapters(self, config: Config) -> None:
+        self.model.targets = list(fitting_layers(self._path, self.transformer))
+        super()._add_adapters(config)
+
+
 def load_policy(config: Config, checkpoint: Path | None, *, reference: bool = False) -> Policy:
-    """The policy of a configuration whose weights ``default`` are those of a run, a checkpoint, or a folder of a LoRA
-    or of whole weights; without one it is the base. It is there to draw with, beside the base only if that is to be the
+    """The policy of a configuration whose weights ``default`` are those of a run, a checkpoint, a LoRA, or a folder
+    of whole weights; without one it is the base. It is there to draw with, beside the base only if that is to be the
     ``reference``.
 
     Raises:
@@ -128,14 +141,14 @@ def load_policy(config: Config, checkpoint: Path | None, *, reference: bool = Fa
     """
     if checkpoint is None:
         return Policy(config)
-    weights = find_weights(checkpoint)
-    if weights.name == WEIGHTS:
+    path = find_weights(checkpoint)
+    if path.name == WEIGHTS:
         # Without what the settings refuse together with it.
         speed = {"fused_transformer": False, "cuda_graphs": False, "float8_rollout": False}
         full = config.model_copy(update={"adapter": "full", **speed})
         policy: Policy = FullPolicy(full, kept=(None,) if reference else ())
+        path = path.parent
     else:
-        lora = lora_settings(weights)
-        policy = Policy(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
-    policy.load_adapter("default", weights.parent)
+        policy = _LoraPolicy(config, path)
+    policy.load_adapter("default", path)
     return policy

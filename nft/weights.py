@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,20 @@ from typing import Any
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .checkpoint import reading
 
 # An adapter in PEFT's format and in that of diffusers, and the whole weights in diffusers'.
 ADAPTER, LORA, WEIGHTS = "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE, "diffusion_pytorch_model.safetensors"
-# What stands before a layer's name in a file of a PeftModel, and of diffusers.
-_PREFIXES = ("base_model.model.", "transformer.")
+DOWN, UP = "lora_A.weight", "lora_B.weight"
+# What stands in place of the transformer's and PEFT's names in files of a PeftModel, of diffusers and of others.
+_NAMES = {
+    r"^(base_model\.model\.)?(transformer\.|diffusion_model\.)?": "",
+    r"\.lora[._]down\.weight$": f".{DOWN}",
+    r"\.lora[._]up\.weight$": f".{UP}",
+}
 # Of a LoRA, where they are set: no product of two matrices and one number for all layers.
 _OTHER = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
@@ -26,47 +33,74 @@ def find_weights(folder: Path, kind: str = "ema") -> Path:
     """The file of the adapter or weights in a run, a checkpoint, or a folder that holds just them.
 
     Args:
-        folder: where to look.
+        folder: where to look, or the file itself, of any name.
         kind: ``ema`` for a run's averaged weights, by which it is evaluated, ``default`` for the trained ones. Where
             there are no averaged ones the trained ones are taken.
 
     Raises:
         FileNotFoundError: none of these.
     """
+    if folder.is_file():
+        return folder
     for wanted in (kind, "default"):
         for candidate in (folder, folder / wanted, folder / "checkpoint" / wanted):
             for name in (ADAPTER, WEIGHTS, LORA):
                 if (candidate / name).is_file():
                     return candidate / name
     raise FileNotFoundError(
-        f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, a folder with a LoRA's {ADAPTER} or "
-        f"{LORA}, or one with a {WEIGHTS}; of a LoRA on the hub it is the folder that `hf download` names"
+        f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, the file of a LoRA, a folder with its "
+        f"{ADAPTER} or {LORA}, or one with a {WEIGHTS}; of a LoRA on the hub it is the folder that `hf download` names"
     )
 
 
-def lora_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a LoRA, named by the transformer's layers.
+def lora_layers(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """A LoRA's matrices (rank, in) and (out, rank), float32, by the names of the transformer's layers. Alphas that the
+    file has as tensors are multiplied into the latter, and zeros bring all ranks to the largest one.
 
     Raises:
         OSError: a file that is missing.
-        ValueError: a file that is damaged.
+        ValueError: a file that is damaged, or has a name that is no such matrix's.
     """
     with reading(path, "checkpoint"):
-        weights = load_file(path)
-    for prefix in _PREFIXES:
-        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-    return weights
+        found = {name: weight.float() for name, weight in load_file(path).items()}
+    for theirs, ours in _NAMES.items():
+        found = {re.sub(theirs, ours, name): weight for name, weight in found.items()}
+    layers = {}
+    for layer in sorted({re.sub(rf"\.({DOWN}|{UP}|alpha)$", "", name) for name in found}) or ["nothing"]:
+        down, up, alpha = (found.get(f"{layer}.{part}") for part in (DOWN, UP, "alpha"))
+        # kohya's names have underscores for dots.
+        unknown = down is None or up is None or layer.startswith("lora_")
+        if unknown or down.ndim != 2 or up.shape[1:] != down.shape[:1]:
+            raise ValueError(
+                f"checkpoint: got {layer} in {path}, accepted are layers by their names in diffusers, each with {DOWN} "
+                f"and {UP}, or lora.down.weight and lora.up.weight, of one rank"
+            )
+        layers[layer] = down, up if alpha is None else up * (alpha / len(down))
+    rank = max(len(down) for down, _ in layers.values())
+    return {
+        layer: (pad(down, (0, 0, 0, rank - len(down))), pad(up, (0, rank - len(down))))
+        for layer, (down, up) in layers.items()
+    }
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """The settings in a file of diffusers, or those that it is loaded with if there are none."""
+def lora_weights(path: Path) -> dict[str, Tensor]:
+    """What ``lora_layers`` gives, by PEFT's names.
+
+    Raises:
+        OSError, ValueError: as ``lora_layers``.
+    """
+    layers = lora_layers(path).items()
+    return {f"{layer}.{part}": weight for layer, pair in layers for part, weight in zip((DOWN, UP), pair, strict=True)}
+
+
+def _told(path: Path, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """The settings in a file of diffusers. Without them, and where alphas stand for them, all scales are 1."""
     with safe_open(path, "pt") as file:
         settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    if settings:
-        return {name.removeprefix("transformer."): value for name, value in settings.items()}
-    ranks = {name: len(weight) for name, weight in lora_weights(path).items() if name.endswith(".lora_A.weight")}
-    layers = sorted(name.removesuffix(".lora_A.weight") for name in ranks)
-    return {"r": max(ranks.values()), "lora_alpha": max(ranks.values()), "target_modules": layers}
+        if settings and not any(name.endswith(".alpha") for name in file.keys()):
+            return {name.removeprefix("transformer."): value for name, value in settings.items()}
+    rank = max(len(down) for down, _ in layers.values())
+    return {"r": rank, "lora_alpha": rank, "target_modules": list(layers)}
 
 
 def lora_settings(path: Path) -> dict[str, Any]:
@@ -74,17 +108,31 @@ def lora_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: a file that is missing.
-        ValueError: a file that is damaged, or a kind of LoRA that is none of ours.
+        ValueError: a file that is damaged or of other names, or a kind of LoRA that is none of ours.
     """
-    beside = path.with_name("adapter_config.json")
+    layers, beside = lora_layers(path), path.with_name("adapter_config.json")
     with reading(beside if path.name == ADAPTER else path, "checkpoint"):
-        settings = json.loads(beside.read_text()) if path.name == ADAPTER else _told(path)
+        settings = json.loads(beside.read_text()) if path.name == ADAPTER else _told(path, layers)
         rank, alpha = settings["r"], settings["lora_alpha"]
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not alpha > 0:
             raise TypeError("r and lora_alpha are no positive numbers")
     if other := [key for key in _OTHER if settings.get(key)]:
         raise ValueError(f"checkpoint: got a LoRA with {', '.join(other)} in {path.parent}, accepted is one without")
     return settings
+
+
+def fitting_layers(path: Path, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """What ``lora_layers`` gives of a file that fits a transformer: PEFT would leave out what does not.
+
+    Raises:
+        OSError, ValueError: as ``lora_layers``, or a layer that the transformer lacks or has in another size.
+    """
+    layers, modules = lora_layers(path), dict(transformer.named_modules())
+    for layer, (down, up) in layers.items():
+        module, size = modules.get(layer), (len(up), down.shape[1])
+        if not isinstance(module, nn.Linear) or module.weight.shape != size:
+            raise ValueError(f"checkpoint: {path} does not fit the pipeline, which has no layer {layer} of size {size}")
+    return layers
 
 
 def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:

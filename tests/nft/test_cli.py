@@ -194,15 +194,16 @@ def test_an_adapter_of_another_model_is_named(pipeline, tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     state = load_file(path)
     first, *others = sorted(state)
-    for broken in (
-        {name: state[name] for name in others},
-        {**state, first: state[first][:, :-1].contiguous()},
-        {**state, "base_model.model.more.lora_A.weight": torch.zeros(4, 4)},
+    more = {f"base_model.model.more.lora_{part}.weight": torch.zeros(4, 4) for part in "AB"}
+    for broken, message in (
+        ({name: state[name] for name in others}, "got transformer_blocks.0.attn.add_k_proj in"),
+        ({**state, first: state[first][:, :-1].contiguous()}, "no layer transformer_blocks.0.attn.add_k_proj of size"),
+        ({**state, **more}, "does not fit the pipeline, which has no layer more of size (4, 4)"),
     ):
         save_file(broken, path)
         result = run(app, ["sample", "a red circle", "--override", pipeline, "--checkpoint", str(tmp_path)])
         assert result.exit_code == 2, result.output
-        assert "does not fit the pipeline: 1 weights are missing, unknown or of another shape" in result.output
+        assert message in result.output
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusion3Pipeline
 from distributed_worker import Brightness
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -111,6 +111,18 @@ def test_a_merged_pipeline_draws_though_its_parts_came_in_two_dtypes(trainer, pi
     assert drawn("a red circle", **options, output_type="latent").images.dtype == torch.float32
 
 
+def test_a_merged_pipeline_is_what_a_run_in_bfloat16_draws_with(trainer, pipeline, tmp_path):
+    """To the bit, though the pipeline is stored in another half precision."""
+    StableDiffusion3Pipeline.from_pretrained(pipeline, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    export_pipeline(trainer.folder, tmp_path / "out", str(tmp_path / "half"), half=True)
+    config = trainer.config.model_copy(update={"pipeline": str(tmp_path / "half"), "dtype": "bfloat16"})
+    policy = load_policy(config, trainer.folder)
+    exported = load_file(next((tmp_path / "out" / "transformer").glob("*.safetensors")))
+    with policy.merged("default"):
+        drawn = {name.replace(".base_layer", ""): w for name, w in policy.transformer.state_dict().items()}
+    assert all(torch.equal(drawn[name], weight) for name, weight in exported.items())
+
+
 def test_peft_loads_a_runs_checkpoint(trainer, tmp_path):
     config, own = trainer.config, trainer.folder / "checkpoint" / "ema"
     policy = load_policy(config, own)
@@ -127,34 +139,56 @@ def test_peft_loads_a_runs_checkpoint(trainer, tmp_path):
     assert all(map(torch.equal, load_policy(config, tmp_path / "before").trained, policy.trained))
 
 
-def test_loras_of_other_trainers_are_those_of_ours(trainer, tmp_path):
-    """A PeftModel's, and diffusers' with and without settings in the file."""
-    config, own = trainer.config, trainer.folder / "checkpoint" / "default"
-    expected = [weight for _, weight in sorted(load_file(own / "adapter_model.safetensors").items())]
-    weights = load_file(own / "adapter_model.safetensors")
-    weights = {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
-    for name, file, prefix in (
-        ("peft", "adapter_model.safetensors", "base_model.model."),
-        ("bare", "pytorch_lora_weights.safetensors", "transformer."),
-    ):
-        (tmp_path / name).mkdir()
-        save_file({prefix + key: weight for key, weight in weights.items()}, tmp_path / name / file)
-    shutil.copy(own / "adapter_config.json", tmp_path / "peft")
-    export_lora(own, tmp_path / "told")
-    for name, alpha in (("peft", 12), ("told", 12), ("bare", 4)):
-        policy = load_policy(config, tmp_path / name)
-        assert (policy.lora.r, policy.lora.lora_alpha) == (4, alpha)
-        got = get_peft_model_state_dict(policy.transformer, adapter_name="default")
-        assert all(map(torch.equal, [weight for _, weight in sorted(got.items())], expected))
-        expected_velocities = velocities(policy.transformer)
-        base = StableDiffusion3Pipeline.from_pretrained(config.pipeline)
-        export_lora(tmp_path / name, tmp_path / f"{name}-out")
-        base.load_lora_weights(tmp_path / f"{name}-out")
-        torch.testing.assert_close(velocities(base.transformer), expected_velocities, rtol=1e-4, atol=1e-5)
-    settings = json.loads((own / "adapter_config.json").read_text())
-    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({**settings, "use_rslora": True}))
+@pytest.mark.parametrize("kind", ["peft", "settings", "bare", "alphas", "down and up", "other tools"])
+def test_loras_of_other_trainers_are_what_peft_makes_of_them(trainer, tmp_path, kind):
+    """Of other layers than ours, where the file can say so of several ranks and alphas, and in a file of any name."""
+    several = {"rank_pattern": {"proj_out": 2}, "alpha_pattern": {"proj_out": 2 if kind == "bare" else 5}}
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=4 if kind == "bare" else 12,
+        target_modules=["to_q", "ff.net.0.proj", "context_embedder", "proj_out"],
+        init_lora_weights=False,
+        **({} if kind in ("peft", "settings") else several),
+    )
+    base = StableDiffusion3Pipeline.from_pretrained(trainer.config.pipeline)
+    untouched = velocities(base.transformer)
+    model = get_peft_model(base.transformer, lora)
+    expected = velocities(model)
+    assert (expected - untouched).abs().max() > 1e-2
+    source, state = tmp_path / "any.safetensors", get_peft_model_state_dict(model)
+    state = {name.removeprefix("base_model.model."): weight for name, weight in state.items()}
+    if kind == "peft":
+        model.save_pretrained(source := tmp_path / "peft")
+    elif kind == "settings":
+        StableDiffusion3Pipeline.save_lora_weights(
+            tmp_path, state, weight_name=source.name, transformer_lora_adapter_metadata=lora.to_dict()
+        )
+    else:
+        prefix, down, up = {
+            "down and up": ("transformer.", "lora.down", "lora.up"),
+            "other tools": ("diffusion_model.", "lora_down", "lora_up"),
+        }.get(kind, ("transformer.", "lora_A", "lora_B"))
+        layers = {name.rpartition(".lora_")[0] for name in state}
+        alphas = {f"{prefix}{name}.alpha": torch.tensor(5.0 if name == "proj_out" else 12.0) for name in layers}
+        state = {prefix + k.replace("lora_A", down).replace("lora_B", up): weight for k, weight in state.items()}
+        save_file(state | ({} if kind == "bare" else alphas), source)
+    policy = load_policy(trainer.config, source)
+    torch.testing.assert_close(velocities(policy.transformer), expected, rtol=1e-4, atol=1e-5)
+    export_lora(source, tmp_path / "lora")
+    base = StableDiffusion3Pipeline.from_pretrained(trainer.config.pipeline)
+    base.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(velocities(base.transformer), expected, rtol=1e-4, atol=1e-5)
+    export_pipeline(source, tmp_path / "merged", trainer.config.pipeline)
+    merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(velocities(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_that_is_no_plain_product_is_refused(trainer, tmp_path):
+    shutil.copytree(trainer.folder / "checkpoint" / "default", tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
     with pytest.raises(ValueError, match=r"got a LoRA with use_rslora in .*peft, accepted is one without"):
-        load_policy(config, tmp_path / "peft")
+        load_policy(trainer.config, tmp_path / "peft")
 
 
 def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_path):
@@ -217,7 +251,9 @@ def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
         (["RUN", "RUN"], "holds metrics.jsonl already"),
         (["RUN", "EXPORTED"], "holds pytorch_lora_weights.safetensors already"),
         (["RUN", ""], "got an empty name, accepted is a path"),
-        (["MISFIT", "out", "--merge", "--pipeline", "PIPELINE"], "does not fit the pipeline, which has no layer for"),
+        (["MISFIT", "out", "--merge", "--pipeline", "PIPELINE"], "does not fit the pipeline, which has no layer trans"),
+        (["KOHYA", "out"], "got lora_unet_transformer_blocks_0_attn_to_q in kohya.safetensors, accepted are layers by"),
+        (["EMPTY", "out"], "got nothing in empty.safetensors, accepted are layers by"),
     ],
 )
 def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, message):
@@ -231,7 +267,10 @@ def test_bad_exports_are_named(trainer, tmp_path, monkeypatch, arguments, messag
     save_file(moved, tmp_path / "misfit" / "adapter_model.safetensors")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "pytorch_lora_weights.safetensors").touch()
-    names |= {"MISFIT": "misfit", "EXPORTED": "exported"}
+    kohya = "lora_unet_transformer_blocks_0_attn_to_q.lora_{}.weight"
+    save_file({kohya.format(part): torch.ones(4, 4) for part in ("down", "up")}, "kohya.safetensors")
+    save_file({}, "empty.safetensors")
+    names |= {"MISFIT": "misfit", "EXPORTED": "exported", "KOHYA": "kohya.safetensors", "EMPTY": "empty.safetensors"}
     names["CHECKPOINT"] = str(trainer.folder / "checkpoint" / "default")
     result = CliRunner().invoke(app, ["export", *(names.get(argument, argument) for argument in arguments)])
     assert result.exit_code == 2 and message in result.output.replace("\n", "")
