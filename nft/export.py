@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from .checkpoint import check_folder, check_vacant, reading
 from .policy import pipeline_source, unloadable
-from .weights import LORA, WEIGHTS, find_weights, fitting_layers, lora_settings, lora_weights
+from .weights import LORA, UP, WEIGHTS, find_weights, fitting_layers, lora_settings, lora_weights
 
 
 @contextmanager
@@ -24,7 +24,8 @@ def _writing(output: Path) -> Iterator[None]:
 
 
 def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
-    """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes.
+    """Write ``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of diffusers takes. Its scale is 1, and
+    alpha / rank multiplied into the float32 weights: not every tool reads diffusers' settings.
 
     Args:
         source: a run, one of its checkpoints, or the folder or file of a LoRA in PEFT's or diffusers' format.
@@ -42,7 +43,10 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     path = find_weights(source, weights)
     if path.name == WEIGHTS:
         raise ValueError(f"source: {path.parent} holds whole weights; export them with --merge")
-    layers, settings = lora_weights(path), lora_settings(path)
+    settings = lora_settings(path)
+    scale = settings["lora_alpha"] / settings["r"]
+    layers = {name: weight * scale if name.endswith(UP) else weight for name, weight in lora_weights(path).items()}
+    settings["lora_alpha"] = settings["r"]
     # The file's format is the same for every pipeline with a ``transformer``.
     with _writing(output):
         StableDiffusion3Pipeline.save_lora_weights(

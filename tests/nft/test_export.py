@@ -12,6 +12,7 @@ pytest.importorskip("diffusers")
 from diffusers import StableDiffusion3Pipeline
 from distributed_worker import Brightness
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -137,6 +138,17 @@ def test_peft_loads_a_runs_checkpoint(trainer, tmp_path):
     path = tmp_path / "before" / "adapter_model.safetensors"
     save_file({name.removeprefix("base_model.model."): w for name, w in load_file(path).items()}, path)
     assert all(map(torch.equal, load_policy(config, tmp_path / "before").trained, policy.trained))
+
+
+def test_an_exported_lora_needs_no_settings(trainer, tmp_path):
+    """For tools that take alpha from tensors of that name alone, and scale by 1 where there are none."""
+    export_lora(trainer.folder, tmp_path, weights="default")
+    exported = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    layers = {name: m for name, m in trainer.policy.transformer.named_modules() if isinstance(m, LoraLayer)}
+    assert len(exported) == 2 * len(layers)
+    for name, layer in layers.items():
+        down, up = (exported[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(up @ down, layer.get_delta_weight("default"))
 
 
 @pytest.mark.parametrize("kind", ["peft", "settings", "bare", "alphas", "down and up", "other tools"])
