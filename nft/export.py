@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
 from .checkpoint import check_folder, check_vacant, reading
+from .models.base import left_out
 from .policy import pipeline_source, unloadable
 from .weights import LORA, UP, WEIGHTS, find_weights, fitting_layers, lora_settings, lora_weights
 
@@ -74,7 +75,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     dtype = torch.bfloat16 if half else torch.float32
     try:
         # All of it: encoders are often stored in half precision, and as many dtypes could not be drawn with.
-        whole = DiffusionPipeline.from_pretrained(pipeline_source(pipeline), dtype=dtype)
+        whole = DiffusionPipeline.from_pretrained(folder := pipeline_source(pipeline), dtype=dtype, **left_out(folder))
     except (OSError, ValueError) as error:
         raise unloadable(pipeline, error) from error
     if path.name == WEIGHTS:

@@ -23,6 +23,13 @@ JOINT_ATTENTION = [
 ]
 
 
+def left_out(source: str) -> dict[str, None]:
+    """The components that a pipeline was saved without, such as Stable Diffusion 3's T5: diffusers loads it only where
+    they are given as None once more."""
+    index = DiffusionPipeline.load_config(source)
+    return {name: None for name, component in index.items() if component == [None, None]}
+
+
 class Model(ABC):
     """One pipeline, frozen. Whatever its transformer takes, outside are latents (B, C, H, W), t = 1 is noise, and
     v = eps - x0."""
@@ -46,7 +53,7 @@ class Model(ABC):
         Raises:
             OSError: weights that are neither on disk nor reachable.
         """
-        self.pipeline = self.pipeline_class.from_pretrained(source, dtype=dtype)
+        self.pipeline = self.pipeline_class.from_pretrained(source, dtype=dtype, **left_out(source))
         self.pipeline.set_progress_bar_config(disable=True)
         self.transformer = self.pipeline.transformer
         for component in self.pipeline.components.values():

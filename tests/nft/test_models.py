@@ -321,6 +321,25 @@ def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_p
     assert any(gradient.abs().max() > 0 for gradient in gradients)
 
 
+def test_stable_diffusion_3_without_t5_is_diffusers_own_and_is_exported(tmp_path):
+    whole = build_pipeline()
+    whole.register_modules(text_encoder_3=None, tokenizer_3=None)
+    whole.save_pretrained(tmp_path / "base")
+    whole.set_progress_bar_config(disable=True)
+    policy = Policy(settings(tmp_path / "base", "timestep_spacing=pipeline"))
+    planned = policy.model.conditions(2, LENGTH)
+    assert [x.shape for x in policy.embed(PROMPTS)] == [x.shape for x in planned]
+    noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
+    x0 = rollout(policy, PROMPTS, [1, 2], policy.times(4), "euler", 2)
+    call = dict(height=64, width=64, latents=noise, guidance_scale=1.0, num_inference_steps=4,
+                max_sequence_length=LENGTH, output_type="latent")  # fmt: skip
+    torch.testing.assert_close(x0, whole(PROMPTS, **call).images, rtol=1e-4, atol=1e-5)
+    policy.save_adapter("default", tmp_path / "lora")
+    export_pipeline(tmp_path / "lora", tmp_path / "merged", str(tmp_path / "base"))
+    merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged", text_encoder_3=None, tokenizer_3=None)
+    torch.testing.assert_close(x0, merged(PROMPTS, **call).images, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [("stabilityai/stable-diffusion-3.5-large", 8.0, 8.2), ("black-forest-labs/FLUX.1-dev", 11.8, 12.0)],
