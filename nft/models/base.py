@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -21,6 +21,10 @@ JOINT_ATTENTION = [
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ]
+# They change the times or the steps of diffusers' own call, and ours would be others.
+_UNKNOWN_TIMES = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling",
+)  # fmt: skip
 
 
 def left_out(source: str) -> dict[str, None]:
@@ -85,6 +89,19 @@ class Model(ABC):
         settings = cls.transformer_class.load_config(source, subfolder="transformer")
         scale = cls.vae_scale_factor(AutoencoderKL.load_config(source, subfolder="vae"))
         return cls.outline(settings, dtype, vae_scale_factor=scale, **pipeline)
+
+    @classmethod
+    def check_scheduler(cls, name: str, settings: Mapping[str, Any]) -> None:
+        """Whether the times of a scheduler, by its class and settings, are those of ``shift``, ``terminal`` and
+        ``last``, and its steps Euler's.
+
+        Raises:
+            ValueError: others.
+        """
+        found = [name, *(f"{key}=true" for key in _UNKNOWN_TIMES if settings.get(key))]
+        if found != [own := FlowMatchEulerDiscreteScheduler.__name__]:
+            accepted = f"{own} without {', '.join(_UNKNOWN_TIMES)}"
+            raise ValueError(f"pipeline: got the scheduler {' with '.join(found)}, accepted is {accepted}")
 
     @staticmethod
     def vae_scale_factor(vae: Mapping[str, Any]) -> int:

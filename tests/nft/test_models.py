@@ -1,5 +1,7 @@
 """FLUX.1 and Qwen-Image behind the model adapter, on tiny pipelines with random weights, against diffusers' own."""
 
+import json
+
 import pytest
 import torch
 
@@ -291,6 +293,29 @@ def test_what_a_model_does_not_take_is_named_before_weights_are_read(pipeline, t
         ValueError, match="is a PixArtSigmaPipeline, accepted are StableDiffusion3Pipeline, FluxPipeline"
     ):
         Policy(settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("FlowMatchHeunDiscreteScheduler", None),
+        ("UniPCMultistepScheduler", None),
+        ("FlowMatchEulerDiscreteScheduler", "use_karras_sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", "use_exponential_sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", "use_beta_sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", "invert_sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", "stochastic_sampling"),
+    ],
+)
+def test_a_scheduler_of_other_times_or_steps_is_named_before_weights_are_read(tmp_path, name, option):
+    index = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", name]}
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({option: True} if option else {}))
+    named = f"{name} with {option}=true" if option else name
+    for use in (Policy, plan):
+        with pytest.raises(ValueError, match=f"pipeline: got the scheduler {named}, accepted is FlowMatchEuler"):
+            use(settings(tmp_path))
 
 
 @pytest.mark.parametrize(("fused", "spacing"), [("false", "pipeline"), ("true", "pipeline"), ("false", "even")])
