@@ -11,6 +11,8 @@ import math
 import os
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,11 +37,12 @@ from .models.base import Model, check_resolution
 from .models.flux import Flux
 from .models.sd3 import StableDiffusion3
 from .objectives import OBJECTIVES
-from .policy import old_policy_decay, pipeline_source
+from .policy import decoded_together, old_policy_decay, pipeline_source
 from .rollout import noisy, solver_options
 
-# Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's settings, and
-# the parameters of the text encoders (CLIP-L, CLIP-G, T5-XXL) and the VAE (arXiv 2403.03206 and the model's page).
+# Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's and the
+# VAE's settings, and the parameters of the text encoders (CLIP-L, CLIP-G, T5-XXL) and the VAE (arXiv 2403.03206 and the
+# model's page).
 SD35_MEDIUM = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
     "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
@@ -50,7 +53,12 @@ _SD35_LARGE = SD35_MEDIUM | {
     "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
     "dual_attention_layers": (),
 }  # fmt: skip
-# FLUX.1 has CLIP-L and T5-XXL; what is not named here diffusers' class has by default.
+_VAE = {
+    "_class_name": "AutoencoderKL", "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "latent_channels": 16, "sample_size": 1024, "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+# FLUX.1 has the same VAE, CLIP-L and T5-XXL; what is not named here diffusers' class has by default.
 _KNOWN: dict[str, tuple[type[Model], dict[str, Any], int]] = {
     "stabilityai/stable-diffusion-3.5-medium": (StableDiffusion3, SD35_MEDIUM, 5_665_000_000),
     "stabilityai/stable-diffusion-3.5-large": (StableDiffusion3, _SD35_LARGE, 5_665_000_000),
@@ -73,9 +81,10 @@ class Plan(NamedTuple):
     rollout_flops: int
     training_flops: int
     memory: dict[str, int]
-    """Bytes by what they hold; ``activations`` are the most that a rollout or a backward has at once, and with
-    ``cuda_graphs`` those of all evaluations, which keep them. Text encoders and VAE are missing where their weights are
-    not on disk, and where they are offloaded count by what they need beyond the activations whose place they take."""
+    """Bytes by what they hold; ``activations`` are the most that a rollout, a backward or the VAE has at once, and with
+    ``cuda_graphs`` those of all evaluations, which keep them, and the VAE's. Text encoders and VAE are missing where
+    their weights are not on disk, and where they are offloaded count by what they need beyond the activations whose
+    place they take."""
     seconds: float
     """Of the transformer alone, with ``tflops``."""
 
@@ -110,7 +119,7 @@ def _outline(config: Config) -> tuple[Model, int | None]:
     pipeline = {"default_sample_size": 128, "tokenizer_max_length": 77}
     if source in _KNOWN and not Path(source).is_dir():
         kind, settings, others = _KNOWN[source]
-        return kind.outline(settings, dtype, vae_scale_factor=8, **pipeline), others * dtype.itemsize
+        return kind.outline(settings, dtype, _VAE, **pipeline), others * dtype.itemsize
     try:
         kind = find(source)
         folder = _folder(source)
@@ -178,6 +187,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None 
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, query.requires_grad)[0]
 
 
+@contextmanager
+def _counting(train: bool) -> Iterator[_Costs]:
+    # What a model makes itself, such as its positions, has to lie beside the weights.
+    with (
+        torch.device("meta"),
+        torch.set_grad_enabled(train),
+        patch.object(F, "scaled_dot_product_attention", _attend),
+        _Costs() as costs,
+    ):
+        yield costs
+
+
 class _Measured(NamedTuple):
     flops: int
     """Of one sample."""
@@ -187,22 +208,24 @@ class _Measured(NamedTuple):
 
 def _measure(model: Model, config: Config, batch: int, train: bool) -> _Measured:
     """One evaluation of a batch, with its backward if ``train``."""
-    shape, costs = model.latent_shape(config.resolution), _Costs()
-    # What a model makes itself, such as its positions, has to lie beside the weights.
-    with (
-        torch.device("meta"),
-        torch.set_grad_enabled(train),
-        patch.object(F, "scaled_dot_product_attention", _attend),
-    ):
-        x_t = torch.empty(batch, *shape, dtype=model.transformer.dtype)
-        conditions, t = model.conditions(batch, config.max_sequence_length), torch.empty(batch)
-        with costs:
-            out = model.velocity(model.transformer, x_t, t, *conditions)
-            if train:
-                out.backward(torch.empty_like(out))
-            del out
+    x_t = torch.empty(batch, *model.latent_shape(config.resolution), dtype=model.transformer.dtype, device="meta")
+    conditions, t = model.conditions(batch, config.max_sequence_length), torch.empty(batch, device="meta")
+    with _counting(train) as costs:
+        out = model.velocity(model.transformer, x_t, t, *conditions)
+        if train:
+            out.backward(torch.empty_like(out))
+        del out
     model.transformer.zero_grad()
     return _Measured(costs.flops // batch, costs.peak - costs.now)
+
+
+def _decoding(model: Model, resolution: int | None) -> int:
+    """Bytes that the VAE has at once."""
+    shape = model.latent_shape(resolution)
+    count = decoded_together(math.prod(shape[1:]) * model.pipeline.vae_scale_factor**2)
+    with _counting(train=False) as costs:
+        model.decode(torch.empty(count, *shape))
+    return costs.peak
 
 
 def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1) -> Plan:
@@ -244,6 +267,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
     trained = sum(parameter.numel() for parameter in own)
     adapted = merged if full else _measure(model, c, c.rollout_batch, train=False)
     step = _measure(model, c, c.micro_batch, train=True)
+    decoding = _decoding(model, c.resolution)
 
     rollout, pairs, old, reference = evaluations(config, epoch)
     adapted_weights = sum(m.base_layer.weight.numel() for m in transformer.modules() if isinstance(m, LoraLayer))
@@ -264,13 +288,13 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         "merged weights": adapted_weights * dtype.itemsize if parts == 1 else 0,
         # Candidates are gone before the others are drawn.
         "latents of an epoch": 4 * max(c.pictures * kept, c.candidates) * latents,
-        "activations": max(step.peak, (adapted if parts > 1 else merged).peak),
+        "activations": max(step.peak, (adapted if parts > 1 else merged).peak, decoding),
     }
     if c.cuda_graphs:
         # Every kind of evaluation keeps its own.
         kinds = [OBJECTIVES[c.objective].needs_old, c.kl_weight > 0]
         untrained = sum(kinds) * _measure(model, c, c.micro_batch, train=False).peak
-        memory["activations"] = step.peak + merged.peak + untrained
+        memory["activations"] = step.peak + merged.peak + untrained + decoding
     if others is not None:
         # Offloaded, they take the place of activations that are not kept.
         free = memory["activations"] if c.offload and not c.cuda_graphs else 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -32,6 +33,14 @@ def left_out(source: str) -> dict[str, None]:
     they are given as None once more."""
     index = DiffusionPipeline.load_config(source)
     return {name: None for name, component in index.items() if component == [None, None]}
+
+
+def _prepare(vae: nn.Module) -> None:
+    if isinstance(vae, AutoencoderKL):
+        vae.to(memory_format=torch.channels_last)
+        # Beyond the size that it was trained on, a picture is decoded in overlapping tiles.
+        vae.enable_tiling()
+        accelerate(vae)
 
 
 class Model(ABC):
@@ -63,20 +72,22 @@ class Model(ABC):
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        if isinstance(self.pipeline.vae, AutoencoderKL):
-            self.pipeline.vae.to(memory_format=torch.channels_last)
-            # Beyond the size that it was trained on, a picture is decoded in overlapping tiles.
-            self.pipeline.vae.enable_tiling()
-            accelerate(self.pipeline.vae)
+        _prepare(self.pipeline.vae)
 
     @classmethod
-    def outline(cls, settings: Mapping[str, Any], dtype: torch.dtype, **pipeline: Any) -> Model:
+    def outline(
+        cls, settings: Mapping[str, Any], dtype: torch.dtype, vae: Mapping[str, Any] | None = None, **pipeline: Any
+    ) -> Model:
         """The model without weights, for evaluations of shapes alone: a transformer of these ``settings`` on the meta
-        device, and of its pipeline the attributes given."""
+        device, beside it a VAE if its settings are given, and of its pipeline the attributes given."""
         model = cls.__new__(cls)
+        model.pipeline = SimpleNamespace(**pipeline)
         with torch.device("meta"):
             model.transformer = cls.transformer_class.from_config(settings).to(dtype)
-        model.pipeline = SimpleNamespace(**pipeline)
+            if vae is not None:
+                model.pipeline.vae = getattr(diffusers, vae["_class_name"]).from_config(vae).to(dtype)
+                model.pipeline.vae_scale_factor = cls.vae_scale_factor(vae)
+                _prepare(model.pipeline.vae)
         return model
 
     @classmethod
@@ -87,8 +98,7 @@ class Model(ABC):
             OSError: settings that are neither on disk nor reachable.
         """
         settings = cls.transformer_class.load_config(source, subfolder="transformer")
-        scale = cls.vae_scale_factor(AutoencoderKL.load_config(source, subfolder="vae"))
-        return cls.outline(settings, dtype, vae_scale_factor=scale, **pipeline)
+        return cls.outline(settings, dtype, AutoencoderKL.load_config(source, subfolder="vae"), **pipeline)
 
     @classmethod
     def check_scheduler(cls, name: str, settings: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from distributed_worker import Brightness
 
 from nft.config import ConfigError, load_config
 from nft.plan import plan, plan_stages
+from nft.policy import Policy
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft_kernels.bench import peak_and_launches
@@ -70,6 +71,7 @@ def test_flops_and_evaluations_are_those_of_an_epoch(pipeline, tmp_path, monkeyp
 
 @pytest.mark.parametrize("overrides", [[], ["gradient_checkpointing=true"], ["kl_weight=0.1"], ["dtype=bfloat16"]])
 def test_activations_are_what_a_backward_holds(pipeline, tmp_path, monkeypatch, overrides):
+    monkeypatch.setattr("nft.plan._decoding", lambda *_: 0)
     monkeypatch.setitem(TASKS, "shapes", Brightness)
     config = load_config("shapes", [f"pipeline={pipeline}", *SMALL, "group_size=24", "micro_batch=48", *overrides])
     trainer = Trainer(config, tmp_path)
@@ -78,6 +80,15 @@ def test_activations_are_what_a_backward_holds(pipeline, tmp_path, monkeypatch, 
     held, _ = peak_and_launches(lambda: trainer._accumulate(data, pairs), trainer.policy.device)
     costs = plan(config)
     assert costs.memory["activations"] + 4 * costs.trained_parameters == pytest.approx(1e6 * held, rel=0.15)
+
+
+def test_activations_are_what_the_vae_holds_where_that_is_more(pipeline):
+    config = load_config("shapes", [f"pipeline={pipeline}", "dtype=bfloat16", "micro_batch=1", "rollout_batch=1"])
+    policy = Policy(config)
+    latents = torch.zeros(16, *policy.latent_shape)
+    with torch.no_grad():
+        held, _ = peak_and_launches(lambda: policy.model.decode(latents), policy.device)
+    assert plan(config).memory["activations"] == pytest.approx(1e6 * held, rel=0.01)
 
 
 def test_sd35_medium_has_its_published_size_and_fits_an_80_gb_gpu():
@@ -90,7 +101,8 @@ def test_sd35_medium_has_its_published_size_and_fits_an_80_gb_gpu():
     assert sum(costs.memory.values()) < 80e9
 
 
-def test_time_and_memory_follow_from_the_settings(pipeline):
+def test_time_and_memory_follow_from_the_settings(pipeline, monkeypatch):
+    monkeypatch.setattr("nft.plan._decoding", lambda *_: 0)
     config = load_config("shapes", [f"pipeline={pipeline}", *SMALL, "rollout_batch=1"])
     one, two = plan(config, 1, tflops=1), plan(config, 2, tflops=1)
     assert one.seconds == pytest.approx((one.rollout_flops + one.training_flops) / 1e12)
@@ -101,8 +113,10 @@ def test_time_and_memory_follow_from_the_settings(pipeline):
     assert larger.memory["activations"] > 10 * one.memory["activations"]
 
 
-def test_what_cuda_graphs_keep_is_added(pipeline):
-    """A rollout, a backward, and an evaluation each of the old and of the reference policy."""
+def test_what_cuda_graphs_keep_is_added(pipeline, monkeypatch):
+    """A rollout, a backward, and an evaluation each of the old and of the reference policy; the VAE has no room in
+    theirs."""
+    monkeypatch.setattr("nft.plan._decoding", lambda *_: 0)
 
     def activations(*overrides):
         settings = [f"pipeline={pipeline}", "device=cuda", "micro_batch=8", *overrides]
@@ -113,6 +127,9 @@ def test_what_cuda_graphs_keep_is_added(pipeline):
     assert activations("rollout_batch=4000", "cuda_graphs=true") == pytest.approx(rollout + graphs, rel=0.01)
     old, both = graphs - step, activations("rollout_batch=1", "cuda_graphs=true", "kl_weight=0.1") - step
     assert 0 < old < step and both == pytest.approx(2 * old, rel=0.2)
+    monkeypatch.setattr("nft.plan._decoding", lambda *_: 10**9)
+    assert activations("rollout_batch=1") == 10**9
+    assert activations("rollout_batch=1", "cuda_graphs=true") == graphs + 10**9
 
 
 def test_what_is_sharded_is_divided_and_what_is_put_together_is_added(pipeline):

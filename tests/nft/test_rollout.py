@@ -142,6 +142,15 @@ def test_a_picture_beyond_the_size_of_the_decoder_is_decoded_in_tiles(policy, mo
     assert max(sizes) <= limit < 2 * limit
 
 
+@pytest.mark.parametrize(("side", "together"), [(64, 16), (256, 16), (512, 4), (768, 1), (2048, 1)])
+def test_a_megapixel_is_decoded_at_once_whatever_the_batch(policy, monkeypatch, side, together):
+    sizes = []
+    monkeypatch.setattr(policy.model, "decode", lambda x: (sizes.append(len(x)), torch.zeros(len(x), 3, 8, 8))[1])
+    latents = torch.zeros(17, 16, side // 8, side // 8)
+    assert policy.decode(latents[:1]).shape == (1, 8, 8, 3) and sizes == [together]
+    assert len(policy.decode(latents)) == 17 and set(sizes) == {together}
+
+
 def test_compiled_rollouts_draw_what_eager_ones_do(tmp_path, monkeypatch):
     build_pipeline().save_pretrained(tmp_path)
     compiled, compile = [], torch.compile
