@@ -62,8 +62,8 @@ def rollout(
         batch: pictures per evaluation. On a CPU a picture does not depend on it, but for large transformers by MKL;
             on a GPU it does by rounding, and the last batch is filled up so that all pictures go through the same
             shapes.
-        guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step; none when
-            None. DiffusionNFT's rollouts use none.
+        guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step, as the
+            model's pipeline has it; none when None. DiffusionNFT's rollouts use none.
         reference: guide against the reference model and the same prompt instead, v_ref + guidance (v - v_ref), as CFGRL
             does (Frans et al., arXiv 2505.23458). The adapter ``default`` has to be in use, and not merged.
         states: a list to which the states before and after every row with noise are added, (B, K + 1, C, H, W) for K
@@ -89,12 +89,14 @@ def rollout(
         path = [x]
         for i, t in enumerate(steps.times):
             v = policy.velocity(x, t * ones, *conditions)
-            v_uncond = None if empty is None else policy.velocity(x, t * ones, *empty)
+            v_uncond, scale = None if empty is None else policy.velocity(x, t * ones, *empty), guidance
+            if v_uncond is not None and policy.model.guide:
+                v, v_uncond, scale = policy.model.guide(v, v_uncond, scale), None, None
             if reference:
                 policy.use(None)
                 v_uncond = policy.velocity(x, t * ones, *conditions)
                 policy.use("default")
-            x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=guidance)
+            x, history, *_ = solver_step(steps, i, x, v, history, seed=keys, v_uncond=v_uncond, guidance=scale)
             if states is not None:
                 path.append(x)
         finished.append(x)

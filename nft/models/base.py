@@ -53,6 +53,9 @@ class Model(ABC):
     """Ends of the names of the layers that LoRA adapts."""
     fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
     """What ``fused_transformer`` puts in place of the transformer's forward."""
+    guide: ClassVar[Callable[[Tensor, Tensor, Any], Tensor] | None] = None
+    """The velocity that classifier-free guidance makes of a conditional one, an unconditional one and a scale, where
+    that is not v_u + scale (v_c - v_u)."""
     tokenizer: ClassVar[str] = "tokenizer"
     """The pipeline's tokenizer of the encoder whose tokens ``max_sequence_length`` counts."""
     longest: ClassVar[int] = 4096

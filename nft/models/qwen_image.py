@@ -25,6 +25,14 @@ class QwenImage(Model):
     def vae_scale_factor(vae: Mapping[str, Any]) -> int:
         return 2 ** len(vae["temperal_downsample"])
 
+    @staticmethod
+    def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """As diffusers' pipeline has it: every token's velocity has the norm that it has without guidance."""
+        v, v_uncond = pack(conditional.float()), pack(unconditional.float())
+        guided = v_uncond + scale * (v - v_uncond)
+        guided *= v.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        return unpack(guided, *conditional.shape[-2:])
+
     def conditions(self, batch: int, max_length: int) -> tuple[Tensor, ...]:
         width = self.transformer.config.joint_attention_dim
         return (

@@ -146,11 +146,11 @@ def packed(latents):
     ], 1)  # fmt: skip
 
 
-def theirs(pipeline, latents, steps, output_type):
+def theirs(pipeline, latents, steps, output_type, **options):
     """diffusers' own pipeline from the same noise, at the times that it takes by itself."""
     side = latents.shape[-1] * pipeline.vae_scale_factor
     return pipeline(prompt=PROMPTS, height=side, width=side, latents=packed(latents), num_inference_steps=steps,
-                    max_sequence_length=LENGTH, output_type=output_type).images  # fmt: skip
+                    max_sequence_length=LENGTH, output_type=output_type, **options).images  # fmt: skip
 
 
 def test_more_tokens_than_a_pipeline_takes_are_refused(pipeline):
@@ -184,6 +184,17 @@ def test_a_euler_rollout_is_diffusers_own(pipeline, spacing):
     pictures = policy.decode(x0)
     assert pictures.shape == (2, 64, 64, 3) and expected.std() > 5
     assert (pictures.float() - expected).abs().max() < 0.51
+
+
+def test_a_guided_rollout_is_diffusers_own(pipeline):
+    policy = Policy(settings(pipeline, "timestep_spacing=pipeline"))
+    whole = find(pipeline).pipeline_class.from_pretrained(pipeline)
+    whole.set_progress_bar_config(disable=True)
+    noise = rollout(policy, PROMPTS, [1, 2], torch.tensor([1.0]), "euler", 2)
+    x0 = rollout(policy, PROMPTS, [1, 2], policy.times(4), "euler", 2, guidance=4.5)
+    expected = theirs(whole, noise, 4, "latent", true_cfg_scale=4.5, negative_prompt=["", ""])
+    torch.testing.assert_close(packed(x0), expected, rtol=1e-4, atol=1e-5)
+    assert (theirs(whole, noise, 4, "latent") - expected).abs().max() > 1e-3
 
 
 def test_a_picture_depends_on_its_prompt_and_not_on_its_batch(pipeline):
