@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nft_kernels.solvers import schedule, table
 
+from .checkpoint import reading
 from .config import Config, ConfigError
 from .distributed import repeated_blocks
 from .models import find
@@ -112,6 +115,17 @@ def _folder(source: str) -> Path | None:
         return None
 
 
+def _elements(folder: Path) -> int:
+    """Of a pipeline's weights outside of its transformer."""
+    found: dict[tuple[str, str], int] = {}
+    for name in DiffusionPipeline.load_config(folder).keys() - {"transformer"}:
+        for path in folder.glob(f"{name}/*.safetensors"):
+            with reading(path, "pipeline"), safe_open(path, "pt") as file:
+                # By name, as a folder may hold a variant, too, or all of it in one file and in several.
+                found |= {(name, key): math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
+    return sum(found.values())
+
+
 def _outline(config: Config) -> tuple[Model, int | None]:
     """The model without its weights, and the bytes of the pipeline's other weights, if they are on disk."""
     source = pipeline_source(config.pipeline)
@@ -126,13 +140,12 @@ def _outline(config: Config) -> tuple[Model, int | None]:
         tokenizer = folder / "tokenizer" / "tokenizer_config.json" if folder else None
         if tokenizer and tokenizer.is_file():
             pipeline["tokenizer_max_length"] = json.loads(tokenizer.read_text())["model_max_length"]
-        outline = kind.read_outline(source, dtype, **pipeline)
+        others = _elements(folder) * dtype.itemsize if folder else 0
+        return kind.read_outline(source, dtype, **pipeline), others or None
     except OSError as error:
         raise ConfigError(f"pipeline: the settings of {source!r} cannot be read: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"pipeline: the settings of {source!r} cannot be used: {error!r}") from None
-    weights = [p for p in folder.rglob("*.safetensors") if p.parent.name != "transformer"] if folder else []
-    return outline, sum(path.stat().st_size for path in weights) or None
 
 
 def evaluations(config: Config, epoch: int = 1, filtered: int = 0) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +21,7 @@ from nft.plan import plan, plan_stages
 from nft.policy import Policy
 from nft.tasks import TASKS
 from nft.trainer import Trainer
+from nft.worlds.shapes.tiny import build_pipeline
 from nft_kernels.bench import peak_and_launches
 
 # Eight pictures: on a CPU rollouts are filled up to a multiple of that.
@@ -177,6 +179,23 @@ def test_a_pipeline_in_the_hubs_cache_is_one_on_disk(pipeline, tmp_path, whole):
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert ("memory: text encoders and VAE" in found) == whole
     assert ("without text encoders and VAE, which are not on disk, and reward models" in found) != whole
+
+
+def test_of_a_folder_only_what_is_loaded_is_counted_and_as_wide_as_it_is_loaded(tmp_path):
+    whole = build_pipeline()
+    parts = [whole.text_encoder, whole.text_encoder_2, whole.text_encoder_3, whole.vae]
+    elements = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    whole.save_pretrained(tmp_path)
+    whole.save_pretrained(tmp_path, variant="fp16")
+    for name in ("sd3_medium.safetensors", "old/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_file({"weight": torch.zeros(1000)}, tmp_path / name)
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        memory = plan(load_config("shapes", [f"pipeline={tmp_path}", f"dtype={dtype}"])).memory
+        assert memory["text encoders and VAE"] == elements * size
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=r"pipeline: .*vae/diffusion_pytorch_model.safetensors is damaged"):
+        plan(load_config("shapes", [f"pipeline={tmp_path}"]))
 
 
 def test_bad_plans_are_named(pipeline):
