@@ -430,7 +430,8 @@ class Config(BaseModel):
                 ("adapter", "lora"), ("gradient_checkpointing", False), ("compile_rollout", None), ("shard", False),
             ):  # fmt: skip
                 if (came := getattr(self, key)) != plain:
-                    raise ValueError(f"cuda_graphs: got true with {key}={came}, accepted is {plain} then")
+                    accepted = "null" if plain is None else plain
+                    raise ValueError(f"cuda_graphs: got true with {key}={came}, accepted is {accepted} then")
             if self.device == "cpu":
                 raise ValueError("cuda_graphs: got true with device=cpu, accepted is a GPU")
         if self.fused_transformer is True and self.adapter == "full":

@@ -329,7 +329,7 @@ def test_rewards_are_checked():
     ("setting", "accepted"),
     [
         ("gradient_checkpointing=true", "gradient_checkpointing=True, accepted is False"),
-        ("compile_rollout=default", "compile_rollout=default, accepted is None"),
+        ("compile_rollout=default", "compile_rollout=default, accepted is null"),
         ("adapter=full", "adapter=full, accepted is lora"),
         ("shard=true", "shard=True, accepted is False"),
         ("device=cpu", "device=cpu, accepted is a GPU"),
