@@ -43,7 +43,8 @@ def pipeline_source(name: str) -> str:
 def unloadable(pipeline: str, error: Exception) -> FileNotFoundError:
     """What to raise where loading the setting ``pipeline`` raised this."""
     if os.path.isdir(pipeline_source(pipeline)):
-        return FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}")
+        hint = " Files of a variant, such as fp16, are not taken" if "no file named" in str(error) else ""
+        return FileNotFoundError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error}{hint}")
     hint = (
         "the bundled pipeline is missing: make it with `nft pretrain FOLDER` and set pipeline=FOLDER"
         if pipeline == "shapes"

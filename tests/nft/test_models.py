@@ -329,6 +329,12 @@ def test_a_scheduler_of_other_times_or_steps_is_named_before_weights_are_read(tm
             use(settings(tmp_path))
 
 
+def test_a_folder_of_one_variant_is_named(tmp_path):
+    build_pipeline().save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(FileNotFoundError, match=r"no file named .* Files of a variant, such as fp16, are not taken"):
+        Policy(settings(tmp_path))
+
+
 @pytest.mark.parametrize(("fused", "spacing"), [("false", "pipeline"), ("true", "pipeline"), ("false", "even")])
 def test_stable_diffusion_35_large_needs_another_pipeline_and_nothing_else(tmp_path, fused, spacing):
     """Beside its size, Large differs from Medium by having no dual attention (its transformer's config.json)."""
