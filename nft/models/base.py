@@ -17,7 +17,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from nft_kernels.models.vae import accelerate
 
-# The eight attention projections of the joint attention, as in DiffusionNFT's appendix (arXiv 2509.16117).
+# The eight projections of the joint attention, as in DiffusionNFT's appendix (arXiv 2509.16117). Some blocks have less.
 JOINT_ATTENTION = [
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
