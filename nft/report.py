@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import matplotlib.pyplot as plt
 import yaml
 from torch import Tensor
 
-from .checkpoint import read_metrics
+from .checkpoint import read_metrics, reading
 from .config import read_settings
 
 _STYLE = """body{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}
@@ -45,24 +48,49 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24)
     plt.close(figure)
 
 
-def _curve(axis: Any, lines: list[dict[str, Any]], key: str, label: str, style: str = "-") -> None:
-    points = [(line["epoch"], line[key]) for line in lines if key in line]
-    axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
+@dataclass(frozen=True)
+class _Run:
+    lines: list[dict[str, Any]]
+    settings: dict[str, Any]
+    begins: list[int]
+    """After how many epochs each further stage has begun, so far."""
+
+    def stage(self, line: dict[str, Any]) -> int:
+        """Which one a line was logged in: after a stage's last epoch it is evaluated with its own rewards."""
+        return bisect_left(self.begins, line["epoch"])
+
+
+def _read(folder: Path) -> _Run:
+    lines, settings = read_metrics(folder), read_settings(folder / "config.yaml")
+    with reading(folder / "config.yaml", "config"):
+        ends = accumulate(int(stage["epochs"]) for stage in settings.get("stages", ()))
+        return _Run(lines, settings, [end for end in ends if end < lines[-1]["epoch"]])
+
+
+def _curve(axis: Any, run: _Run, key: str, label: str, style: str = "-") -> None:
+    points = [(line["epoch"], line[key]) for line in run.lines if key in line]
+    (drawn,) = axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
+    for begin in run.begins:
+        axis.axvline(begin + 0.5, linestyle=":", color=drawn.get_color())
     axis.grid(alpha=0.3)
 
 
-def _curves(runs: dict[str, list[dict[str, Any]]]) -> str:
+def _score(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _curves(runs: dict[str, _Run]) -> str:
     """A picture of how each metric goes, of several runs over one another: ``_CURVES``, and every one of several
     rewards in training and on held-out prompts."""
-    logged = dict.fromkeys(key for lines in runs.values() for line in lines for key in line)
+    logged = dict.fromkeys(key for run in runs.values() for line in run.lines for key in line)
     each = (key for key in logged if key.startswith(("reward_", "eval_reward_")) and not key.endswith("_std"))
     keys = [*_CURVES, *each]
     rows = -(-len(keys) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
-        for name, lines in runs.items():
+        for name, run in runs.items():
             # A dollar would begin mathematics, and an underscore hide the name.
-            _curve(axis, lines, key, f" {name}".replace("$", r"\$"), "o-" if key.startswith("eval") else "-")
+            _curve(axis, run, key, f" {name}".replace("$", r"\$"), "o-" if key.startswith("eval") else "-")
         axis.set(xlabel="epoch", title=key)
     for axis in axes.flat[len(keys) :]:
         axis.axis("off")
@@ -93,10 +121,10 @@ def write_report(folder: Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
-    lines = read_metrics(folder)
+    run = _read(folder)
     figure, axis = plt.subplots(figsize=(8, 4.5))
     for key, label, style in _SCORES:
-        _curve(axis, lines, key, label, style)
+        _curve(axis, run, key, label, style)
     axis.set(xlabel="epoch", ylabel="score")
     axis.legend()
     figure.savefig(folder / "reward.png", dpi=120)
@@ -107,23 +135,26 @@ def write_report(folder: Path) -> Path:
         return _embedded(path.read_bytes()) if path.exists() else ""
 
     # A run that was killed early has not been evaluated.
-    scores = [line for line in lines if "eval_strict" in line] or [{}]
+    scores = [line for line in run.lines if "eval_strict" in line] or [{"epoch": 0}]
+    # Another stage's scores are of other rewards.
+    first, last = next(line for line in scores if run.stage(line) == run.stage(scores[-1])), scores[-1]
     rows = "".join(
-        f"<tr><td>{html.escape(name.removeprefix('eval_'))}</td><td>{scores[0][name]:.3f}</td><td>{scores[-1][name]:.3f}</td></tr>"
-        for name in scores[0]
-        if name.startswith("eval_") and not name.endswith("_std") and name in scores[-1]
+        f"<tr><td>{html.escape(name.removeprefix('eval_'))}</td>"
+        f"<td>{_score(first[name]) if name in first else ''}</td><td>{_score(value)}</td></tr>"
+        for name, value in last.items()
+        if name.startswith("eval_") and not name.endswith("_std")
     )
     alarms = "".join(
         f"<li>epoch {line['epoch']}: {html.escape(message)}</li>"
-        for line in lines
+        for line in run.lines
         for message in line.get("alarms", [])
     )
-    config = html.escape(yaml.safe_dump(read_settings(folder / "config.yaml"), sort_keys=False))
-    body = f"""<p>{lines[-1]["epoch"]} epochs, {lines[-1]["step"]} optimizer steps.</p>
+    config = html.escape(yaml.safe_dump(run.settings, sort_keys=False))
+    body = f"""<p>{run.lines[-1]["epoch"]} epochs, {run.lines[-1]["step"]} optimizer steps.</p>
 <h2>Held-out prompts</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
 <h2>Alarms</h2><ul>{alarms or "<li>none</li>"}</ul>
-<h2>Curves</h2>{_curves({"": lines})}
+<h2>Curves</h2>{_curves({"": run})}
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}
 <h2>Configuration</h2><pre>{config}</pre>"""
     (folder / "report.html").write_text(_page("DiffusionNFT run", body), encoding="utf-8")
@@ -140,19 +171,19 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
-    runs = {str(folder): read_metrics(folder) for folder in folders}
+    runs = {str(folder): _read(folder) for folder in folders}
 
     def final(lines: list[dict[str, Any]], key: str) -> str:
         values = [line[key] for line in lines if key in line]
-        return f"{values[-1]:.3f}" if values else ""
+        return _score(values[-1]) if values else ""
 
     scores = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{lines[-1]['epoch']}</td>"
-        + "".join(f"<td>{final(lines, key)}</td>" for key, _, _ in _SCORES)
-        + f"<td>{sum(line.get('seconds', 0) for line in lines):.0f}</td></tr>"
-        for name, lines in runs.items()
+        f"<tr><td>{html.escape(name)}</td><td>{run.lines[-1]['epoch']}</td>"
+        + "".join(f"<td>{final(run.lines, key)}</td>" for key, _, _ in _SCORES)
+        + f"<td>{sum(line.get('seconds', 0) for line in run.lines):.0f}</td></tr>"
+        for name, run in runs.items()
     )
-    settings = [read_settings(folder / "config.yaml") for folder in folders]
+    settings = [run.settings for run in runs.values()]
     keys = [
         key for key in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(key)) for s in settings}) > 1
     ]

@@ -477,10 +477,52 @@ def test_reports_show_the_first_and_the_last_and_add_up_the_seconds(tmp_path):
     (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
     assert run(app, ["report", str(tmp_path)]).exit_code == 0
     page = (tmp_path / "report.html").read_text()
-    assert "<td>strict</td><td>0.100</td><td>0.900</td>" in page and "<td>x</td><td>0.200</td><td>0.800</td>" in page
+    assert "<td>strict</td><td>0.1</td><td>0.9</td>" in page and "<td>x</td><td>0.2</td><td>0.8</td>" in page
     assert run(app, ["report", str(tmp_path), "--output", str(tmp_path / "one.html")]).exit_code == 0
-    row = "<td>2</td><td>0.700</td><td></td><td>0.900</td><td>3</td>"
+    row = "<td>2</td><td>0.7</td><td></td><td>0.9</td><td>3</td>"
     assert row in (tmp_path / "one.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("logged", "row"),
+    [
+        (3, "<td>a</td><td>-0.00312</td><td>-0.00389</td>"),  # the second stage has begun and has no score yet
+        (4, "<td>a</td><td>0.25</td><td>0.25</td>"),
+        (5, "<td>a</td><td>0.25</td><td>0.75</td>"),
+    ],
+)
+def test_a_report_compares_scores_of_one_stage_and_marks_where_the_next_begins(tmp_path, monkeypatch, logged, row):
+    """The held-out score at the end of a stage is by that stage's rewards."""
+    marks = []
+
+    def close(figure):
+        lines = [line for axis in figure.axes for line in axis.lines]
+        marks.append({tuple(line.get_xdata()) for line in lines if line.get_linestyle() == ":"})
+
+    monkeypatch.setattr(report.plt, "close", close)
+    lines = [
+        {"epoch": 0, "step": 0, "eval_strict": -0.00312, "eval_a": -0.00312},
+        {"epoch": 2, "step": 2, "eval_strict": -0.00389, "eval_a": -0.00389},
+        {"epoch": 3, "step": 3, "reward": 0.5},
+        {"epoch": 3, "step": 3, "eval_strict": 0.25, "eval_a": 0.25, "eval_new": 0.125},
+        {"epoch": 5, "step": 5, "eval_strict": 0.75, "eval_a": 0.75, "eval_new": 0.5, "eval_newest": 1234.5678},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:logged]))
+    (tmp_path / "config.yaml").write_text("stages: [{epochs: 2}, {epochs: 3}, {epochs: 9}]\n")
+    assert run(app, ["report", str(tmp_path)]).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert row in page
+    assert ("<td>new</td><td>0.125</td><td>0.5</td>" in page) == (logged == 5)
+    assert ("<td>newest</td><td></td><td>1235</td>" in page) == (logged == 5)
+    # Between the epochs 2 and 3, in the picture of the scores and in that of all metrics.
+    assert marks == [{(2.5, 2.5)}] * 2
+
+
+def test_stages_that_no_trainer_wrote_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1}\n')
+    (tmp_path / "config.yaml").write_text("stages: [{}]\n")
+    result = run(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2 and "config.yaml is damaged: KeyError" in " ".join(result.output.split())
 
 
 def test_a_grid_of_many_pictures_is_spread_over_them(tmp_path, monkeypatch):
