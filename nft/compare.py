@@ -122,14 +122,14 @@ def time_to(costs: np.ndarray, scores: np.ndarray, target: float) -> float:
 
 def ratio_of_medians(times: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     """median(times) / median(baseline) of (S,) costs of the same seeds, with a 95% bootstrap interval of seeds drawn in
-    pairs (percentile, 9999 resamples). A seed that never got there is infinite, and so may be the ratio or a bound."""
+    pairs (percentile, 9999 resamples). A seed that never got there is infinite, and so may be the ratio or a bound;
+    where a resample has no ratio, as both medians are infinite, or 0, there is no interval, and its bounds are NaN."""
     draws = np.random.default_rng(0).integers(len(times), size=(_RESAMPLES, len(times)))
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = np.median(times[draws], axis=1) / np.median(baseline[draws], axis=1)
         ratio = np.median(times) / np.median(baseline)
-    known = ratios[~np.isnan(ratios)]
     # An order statistic, as nothing lies between a number and infinity.
-    low, high = np.quantile(known, (0.025, 0.975), method="inverted_cdf") if len(known) else (math.nan, math.nan)
+    low, high = np.quantile(ratios, (0.025, 0.975), method="inverted_cdf")
     return {"ratio": float(ratio), "low": float(low), "high": float(high)}
 
 

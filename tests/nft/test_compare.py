@@ -21,6 +21,7 @@ from nft.cli import app
 from nft.compare import (
     COSTS,
     SUITES,
+    _ratio,
     compare,
     curve,
     ratio_of_medians,
@@ -77,6 +78,15 @@ def test_a_ratio_of_what_was_never_reached_is_infinite():
     never, once = np.full(3, math.inf), np.array([1.0, 2.0, 3.0])
     assert ratio_of_medians(never, once) == {"ratio": math.inf, "low": math.inf, "high": math.inf}
     assert all(math.isnan(value) for value in ratio_of_medians(never, never).values())
+
+
+def test_a_resample_without_a_ratio_leaves_no_interval():
+    """In 7 of the 27 draws the seed that never gets there comes twice or three times, and inf / inf is no ratio; of
+    those that remain all would say 1."""
+    times = np.array([1.0, 2.0, math.inf])
+    found = ratio_of_medians(times, times)
+    assert found["ratio"] == 1 and math.isnan(found["low"]) and math.isnan(found["high"])
+    assert _ratio(found) == "1.00 [-, -]"
 
 
 def test_curves_end_where_the_first_seed_does():
