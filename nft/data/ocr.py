@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from typing import Any
 
 _PLACES = (
@@ -30,24 +31,24 @@ _NOUNS = (
 _ENDINGS = ("", " Today", " Club", " 24", " Sale", " No 7", " Tour", " Ahead")
 
 
-def generate(count: int, seed: int) -> list[dict[str, Any]]:
+def generate(count: int, seed: int, quarters: Collection[int] = range(4)) -> list[dict[str, Any]]:
     """``count`` different prompts, each with ``tag`` ocr, ``prompt`` and the ``text`` that it quotes.
 
     Args:
-        count: at most 24576, the number of different prompts.
+        count: at most 6144 a quarter, the number of different prompts.
         seed: the same seed gives the same prompts.
+        quarters: which texts, of 0 to 3; no adjective comes with the same noun in two of them.
 
     Raises:
-        ValueError: a count that is not in 1 to 24576.
+        ValueError: a count that is not in 1 to 6144 a quarter.
     """
-    most = len(_PLACES) * len(_ADJECTIVES) * len(_NOUNS) * len(_ENDINGS)
+    pairs = [(i + j, f"{one} {two}") for i, one in enumerate(_ADJECTIVES) for j, two in enumerate(_NOUNS)]
+    texts = [pair + ending for diagonal, pair in pairs if diagonal % 4 in quarters for ending in _ENDINGS]
+    most = len(_PLACES) * len(texts)
     if not 1 <= count <= most:
         raise ValueError(f"count: got {count}, accepted is 1 to {most}")
     entries = []
     for index in random.Random(seed).sample(range(most), count):
-        index, place = divmod(index, len(_PLACES))
-        index, adjective = divmod(index, len(_ADJECTIVES))
-        ending, noun = divmod(index, len(_NOUNS))
-        text = f"{_ADJECTIVES[adjective]} {_NOUNS[noun]}{_ENDINGS[ending]}"
-        entries.append({"tag": "ocr", "prompt": _PLACES[place].format(f'"{text}"'), "text": text})
+        text, place = texts[index // len(_PLACES)], _PLACES[index % len(_PLACES)]
+        entries.append({"tag": "ocr", "prompt": place.format(f'"{text}"'), "text": text})
     return entries

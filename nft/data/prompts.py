@@ -17,7 +17,7 @@ SETS = ("shapes", "geneval", "ocr", "preference")
 _PER_GROUP = 5000
 _TRAIN_SEED, _HELD_OUT_SEED = 1, 2
 # Those that are generated as one list, and not by task group.
-_GENERATORS = {"ocr": ocr.generate, "preference": preference.generate}
+_LISTS = ("ocr", "preference")
 _HELD_OUT = {"geneval": 100, "ocr": 1000, "preference": 100}
 _BENCHMARK = {"geneval": 80, "ocr": 1000, "preference": 50}
 _BENCHMARK_SEEDS = {"geneval": 2509, "ocr": 16117, "preference": 2205}
@@ -65,8 +65,14 @@ def read(path: Path, key: str = "prompts") -> list[Entry]:
     return entries
 
 
+def _generate(source: str, count: int, seed: int, *quarters: int) -> list[Entry]:
+    """One of ``_LISTS``, of ``ocr`` with these quarters' texts: in another place a text is no other."""
+    return ocr.generate(count, seed, quarters) if source == "ocr" else preference.generate(count, seed)
+
+
 def held_out(source: str, per_group: int | None = None) -> list[Entry]:
-    """A fixed set that is never trained on: ``per_group`` prompts of every task group, or all.
+    """A fixed set that is never trained on: ``per_group`` prompts of every task group, or all; of ``geneval`` and
+    ``ocr`` nothing that ``benchmark`` asks for.
 
     Of ``geneval`` the 80 single objects are trained on and never held out.
 
@@ -82,10 +88,12 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
     if source == "shapes":
         return shapes.sample(held_out=True, per_group=per_group or 40)
     if source == "geneval":
-        groups = geneval.generate(_HELD_OUT["geneval"], _HELD_OUT_SEED)
-        return [entry for tag, group in groups.items() if tag != "single_object" for entry in group[:per_group]]
-    if source in _GENERATORS:
-        entries = _GENERATORS[source](_HELD_OUT[source], _HELD_OUT_SEED)
+        # All single objects are among these.
+        tested = {_asked(entry) for entry in benchmark("geneval")}
+        groups = geneval.generate(_HELD_OUT["geneval"], _HELD_OUT_SEED).values()
+        entries = [entry for group in groups for entry in group if _asked(entry) not in tested]
+    elif source in _LISTS:
+        entries = _generate(source, _HELD_OUT[source], _HELD_OUT_SEED, 2)
     else:
         entries = read(Path(source), "held_out_prompts")
     return [entry for group in _by_tag(entries) for entry in group[:per_group]]
@@ -95,8 +103,8 @@ def benchmark(source: str) -> list[Entry]:
     """The prompts that checkpoints are compared on: of ``geneval`` 80 of each task group, of ``ocr`` 1000, of
     ``preference`` 50 of each kind."""
     count, seed = _BENCHMARK[source], _BENCHMARK_SEEDS[source]
-    if source in _GENERATORS:
-        return _GENERATORS[source](count, seed)
+    if source in _LISTS:
+        return _generate(source, count, seed, 3)
     return [entry for group in geneval.generate(count, seed).values() for entry in group]
 
 
@@ -125,8 +133,8 @@ def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
     kept_away = {entry["prompt"] for entry in apart_from}
     if source == "shapes":
         groups = list(shapes.split(held_out=False).values())
-    elif source in _GENERATORS:
-        groups = _by_tag(_GENERATORS[source](_PER_GROUP, _TRAIN_SEED))
+    elif source in _LISTS:
+        groups = _by_tag(_generate(source, _PER_GROUP, _TRAIN_SEED, 0, 1))
         kept_away |= {entry["prompt"] for entry in benchmark(source)}
     elif source == "geneval":
         asked = {_asked(entry) for entry in (*apart_from, *benchmark("geneval")) if entry["tag"] != "single_object"}

@@ -148,13 +148,29 @@ def test_what_is_evaluated_on_is_not_trained_on():
             prompt = f"{other} {mirrored} {one}" if found else prompt
         return entry["tag"], frozenset(prompt.split(" and "))
 
-    tested = {asked(e) for e in SUITES["paper"].prompts["geneval"]()} | {asked(e) for e in prompts.held_out("geneval")}
+    benchmark, held = (
+        {asked(e) for e in part} for part in (SUITES["paper"].prompts["geneval"](), prompts.held_out("geneval"))
+    )
+    # Nor is what a checkpoint is chosen by.
+    assert not benchmark & held and len(held) > 400
+    tested = benchmark | held
     groups = {group[0]["tag"]: group for group in prompts.train("geneval", prompts.held_out("geneval"))}
     assert list(groups) == list(geneval.GROUPS)
     # There are no other single objects than those 80.
     assert len(groups.pop("single_object")) == 80
     assert not tested & {asked(e) for group in groups.values() for e in group}
     assert all(len(group) > 50 for group in groups.values())
+
+
+def test_texts_that_are_tested_are_not_trained_on_in_another_place():
+    """Nor with another ending: the first two words are not, though each of them is."""
+    train = [entry for group in prompts.train("ocr", prompts.held_out("ocr")) for entry in group]
+    sides = [train, prompts.held_out("ocr"), SUITES["paper"].prompts["ocr"]()]
+    assert [len(side) for side in sides] == [5000, 1000, 1000]
+    pairs = [{tuple(entry["text"].split()[:2]) for entry in side} for side in sides]
+    assert not (pairs[0] & pairs[1] or pairs[0] & pairs[2] or pairs[1] & pairs[2])
+    words = [{word for pair in side for word in pair} for side in pairs]
+    assert words[0] == words[1] == words[2]
 
 
 def test_a_file_without_other_prompts_cannot_be_trained_on(tmp_path):
