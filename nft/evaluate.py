@@ -299,9 +299,16 @@ class Evaluation:
             baseline: see ``results``.
 
         Raises:
-            ValueError: an unknown reward or option, a value that it refuses, prompts without what a reward needs, or
-                pictures, of the baseline as well, that were scored with other options before.
+            ValueError: an unknown reward or option, a value that it refuses, prompts without what a reward needs,
+                pictures, of the baseline as well, that were scored with other options before, or a baseline without
+                the scores of any column.
         """
+        if baseline is not None and all(baseline.column(column) is None for column in self.suite.columns):
+            titles = ", ".join(column.title for column in self.suite.columns)
+            raise ValueError(
+                f"baseline: {baseline.folder} has no scores of {titles}; accepted is the folder of an evaluation that "
+                "has them of at least one"
+            )
         for name, reward in self._wanted():
             judged_by = _spec(reward, options)
             self._check_spec(name, reward, judged_by, "output")

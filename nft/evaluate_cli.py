@@ -83,6 +83,8 @@ def _print(evaluation: Any, results: dict[str, dict[str, Any]], options: Any, co
     for title, result in results.items():
         if "left_out" in result:
             say(f"{title} left out: {result['left_out']}")
+        elif compared and "difference" not in result:
+            say(f"{title} not compared: the baseline has no scores of it")
 
 
 def evaluate(

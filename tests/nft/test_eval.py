@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -253,6 +254,23 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     output = " ".join(other.output.split())
     assert other.exit_code == 2 and "baseline: " in output and "quality is 'not set' there and 20 here" in output
     assert not (tmp_path / "other" / "pictures").exists()
+
+
+def test_what_a_baseline_lacks_is_named_and_one_that_lacks_all_is_refused(base, pipeline, tuned, tmp_path):
+    baseline = tmp_path / "base"
+    shutil.copytree(base[0], baseline)
+    arguments = (pipeline, "--checkpoint", str(tuned), "--baseline", str(baseline))
+    scores = baseline / "scores" / "shapes_jpeg.jsonl"
+    # Cut off: one picture has no score.
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[:-1]))
+    result = evaluate(tmp_path / "tuned", *arguments)
+    assert result.exit_code == 0 and "JPEG kB not compared: the baseline has no scores of it" in result.output
+    assert "Strict not compared" not in result.output
+    (baseline / "scores" / "shapes_shapes.jsonl").unlink()
+    result = evaluate(tmp_path / "other", *arguments)
+    said = f"baseline: {baseline} has no scores of GenEval, Strict, JPEG kB; accepted is the folder of an evaluation"
+    assert result.exit_code == 2 and said in " ".join(result.output.split())
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_base_is_evaluated_with_guidance_as_a_baseline(base, pipeline, tuned, tmp_path):
