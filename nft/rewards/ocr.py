@@ -62,7 +62,8 @@ def _rapidocr() -> Read:
 
     # One thread each: the pool runs several processes.
     threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
-    engine: Any = RapidOCR(params={"Global.log_level": "error", **threads})
+    # Its classifier would turn upside-down text upright, which then scores as if it had been drawn so.
+    engine: Any = RapidOCR(params={"Global.log_level": "error", "Global.use_cls": False, **threads})
     return lambda picture: "".join(engine(picture[..., ::-1]).txts or ())
 
 

@@ -558,6 +558,8 @@ def test_ocr_reads_rendered_text():
     # silverbridge against goldenbakery: worked out by the definition of the distance.
     assert other == pytest.approx(1 - edit_distance("silverbridge", "goldenbakery") / 12)
     assert scored.details["exact"].tolist() == [1, 0, 0]
+    upside_down = score(registry.load("ocr"), pictures[:1].flip(1, 2), prompts[:1], [{}])
+    assert upside_down.details["exact"].tolist() == [0]
 
 
 def test_paddleocr_is_given_bgr_and_joins_the_lines(monkeypatch):
