@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .base import Metadata, Reward, Scored
 
-_QUOTED = re.compile(r'"([^"]+)"')
+_QUOTED = re.compile(r'"([^"]*)"')
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -31,7 +31,7 @@ def text_score(read: str, target: str) -> float:
     A target that is contained in what was read scores 1, and the distance is capped at the target's length, so that
     more text beside it costs no more than no text.
     """
-    read, target = ("".join(text.split()).lower() for text in (read, target))
+    read, target = ("".join(text.split()).casefold() for text in (read, target))
     if not target:
         raise ValueError("target: got no text, accepted is at least one character other than a space")
     if target in read:
@@ -40,17 +40,17 @@ def text_score(read: str, target: str) -> float:
 
 
 def target_of(prompt: str, entry: dict[str, object]) -> str:
-    """The text to draw: ``text`` in the metadata, or else what the prompt puts in double quotes first.
+    """The text to draw: ``text`` in the metadata, or else the first in the prompt's double quotes that is not blank.
 
     Raises:
         ValueError: neither, or a ``text`` that is none.
     """
     if not isinstance(entry.get("text", ""), str):
         raise ValueError(f"text: got {entry['text']!r}, accepted is a text")
-    quoted = _QUOTED.search(prompt)
-    if "text" not in entry and quoted is None:
+    target = entry.get("text", next(filter(str.strip, _QUOTED.findall(prompt)), None))
+    if target is None:
         raise ValueError(f'prompt: got {prompt!r}, accepted for OCR is one with "quoted text"')
-    return str(entry["text"]) if "text" in entry else quoted[1]  # type: ignore[index]
+    return str(target)
 
 
 Read = Callable[[np.ndarray], str]

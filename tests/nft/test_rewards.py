@@ -525,6 +525,7 @@ def test_edit_distance_of_known_pairs(a, b, distance):
         ("xxHELLO\nWORLDxx", "Hello World", 1),  # contained
         ("hallo", "hello", 0.8),
         ("", "hello", 0),
+        ("STRASSE", "Straße", 1),  # of one case there is no other letter
         ("completely different text", "hello", 0),  # capped at the target's length
     ],
 )
@@ -534,9 +535,11 @@ def test_text_score_worked_by_hand(read, target, expected):
 
 def test_the_target_is_quoted_or_given():
     assert target_of('a sign "Open" and "Closed"', {}) == "Open"
+    assert target_of('say "" and "abc", not " "', {}) == "abc"
     assert target_of("a sign", {"text": "Shut"}) == "Shut"
-    with pytest.raises(ValueError, match="quoted text"):
-        target_of("a sign", {})
+    for unquoted in ("a sign", 'a sign ""', 'a sign "  "'):
+        with pytest.raises(ValueError, match="quoted text"):
+            target_of(unquoted, {})
     for text in (None, ["A"], 24):
         with pytest.raises(ValueError, match=r"text: got .*accepted is a text"):
             target_of('a sign "Open"', {"text": text})
