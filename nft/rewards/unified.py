@@ -22,7 +22,7 @@ QUESTION = (
     "attributes and relations agree with the caption, and the picture's quality in clarity, detail, colour and overall "
     "appeal. Answer with a number from 1 to 5 after 'Final Score:'.\nText Caption: [{prompt}]"
 )
-_SCORE = re.compile(r"Final Score:\s*\**\s*([-+]?\d+(?:\.\d+)?)")
+_SCORE = re.compile(r"Final Score:[\s*\[]*([-+]?\d+(?:\.\d+)?)", re.IGNORECASE)
 _SIDE = 512
 _FIRST_PAUSE = 0.5
 
@@ -36,7 +36,8 @@ def _number(answer: Any) -> float | None:
 class UnifiedReward(Reward):
     """The number after ``Final Score:`` in the model's answer / 5; an answer without one from 1 to 5 scores 0.
 
-    The detail ``answered`` is 1 where there was such a number. Pictures are sent as PNG, 512 x 512.
+    The detail ``answered`` is 1 where there was such a number; where no answer of a call has one, that is an error.
+    Pictures are sent as PNG, 512 x 512.
     """
 
     range = (0.0, 1.0)
@@ -124,6 +125,12 @@ class UnifiedReward(Reward):
         raise RewardError(f"unifiedreward: {self.url} gave no answer ({problem})")
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        numbers = [_number(answer) for answer in self.pool.map(self._ask, pictures.cpu(), prompts)]
+        answers = list(self.pool.map(self._ask, pictures.cpu(), prompts))
+        numbers = [_number(answer) for answer in answers]
+        if not any(numbers):
+            raise RewardError(
+                f"unifiedreward: {self.url} answered {answers[0]!r:.200}, accepted is 'Final Score: ' with a number "
+                "from 1 to 5, which no answer has; look at model and question"
+            )
         scores = torch.tensor([(number or 0.0) / 5 for number in numbers])
         return Scored(scores, {"answered": torch.tensor([float(number is not None) for number in numbers])})

@@ -872,6 +872,8 @@ def test_unifiedreward_sends_picture_and_prompt_and_reads_the_score(chat, monkey
         ("Final Score: 5", 1.0),
         ("Final Score: **4.25**", 0.85),
         ("Final Score: 3.", 0.6),
+        ("final score: 2", 0.4),
+        ("**FINAL SCORE:** [3.5]", 0.7),
         ("Final Score: 5.5", None),
         ("Final Score: 10", None),
         ("Final Score: 0", None),
@@ -882,10 +884,17 @@ def test_unifiedreward_sends_picture_and_prompt_and_reads_the_score(chat, monkey
     ],
 )
 def test_unifiedreward_takes_whole_numbers_from_1_to_5(chat, text, expected):
-    chat["replies"] = [(200, text)]
-    scored = score(unified(chat), noise(1), ["p"], [{}])
-    assert scored.score.tolist() == pytest.approx([expected or 0.0])
-    assert scored.details["answered"].tolist() == [float(expected is not None)]
+    chat["replies"] = [(200, text), (200, "Final Score: 4")]
+    scored = score(unified(chat, concurrency=1), noise(2), ["p"] * 2, [{}] * 2)
+    assert scored.score.tolist() == pytest.approx([expected or 0.0, 0.8])
+    assert scored.details["answered"].tolist() == [float(expected is not None), 1]
+
+
+def test_unifiedreward_says_what_is_answered_where_no_answer_can_be_read(chat):
+    """As by another model, or to a question of one's own: scores of 0 for all would train nothing, in silence."""
+    chat["replies"] = [(200, "It is lovely.")] * 3
+    with pytest.raises(RewardError, match=r"unifiedreward: http://127.* answered 'It is lovely.', accepted is 'Final"):
+        score(unified(chat), noise(), PROMPTS, [{}] * 3)
 
 
 @pytest.mark.parametrize(
