@@ -67,7 +67,7 @@ class ImageReward(Reward):
         Raises:
             FileNotFoundError: weights that are neither on disk nor reachable.
         """
-        from transformers import AutoTokenizer, BlipImageProcessor, BlipTextConfig, BlipVisionConfig
+        from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, CLIPImageProcessor
         from transformers.models.blip.modeling_blip import BlipVisionModel
         from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -105,19 +105,12 @@ class ImageReward(Reward):
         for part in (self.vision, self.text):
             part.eval().to(self.device)
         self.tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer)
-        self.side = side
-        self.processor = BlipImageProcessor(size={"height": side, "width": side})
-
-    def _crop(self, pictures: Tensor) -> Tensor:
-        """The largest square in the centre, as resizing the short edge and cropping the centre gives."""
-        height, width = pictures.shape[1:3]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        return pictures[:, top : top + side, left : left + side].permute(0, 3, 1, 2).cpu()
+        self.processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        pixels = self.processor(images=list(self._crop(pictures)), return_tensors="pt")["pixel_values"]
+        images = list(pictures.permute(0, 3, 1, 2).cpu())
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
         image = self.vision(pixels.to(self.device)).last_hidden_state
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt"

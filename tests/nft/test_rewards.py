@@ -798,6 +798,19 @@ def test_imagereward_crops_the_centre(image_reward):
     assert torch.allclose(whole, centre, atol=1e-6)
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 96), (96, 48), (64, 64), (20, 40)])
+def test_imagereward_resizes_the_short_edge_and_then_crops(image_reward, height, width):
+    """As PIL does both; at 32 pixels, which this network has, nothing is resized or cropped."""
+    reward, picture = ImageReward(image_reward[0], image_reward[0]), noise(1, height, width)
+    short = min(height, width)
+    size = width * 32 // short, height * 32 // short
+    resized = Image.fromarray(picture[0].numpy()).resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
+    centre = torch.from_numpy(np.asarray(resized.crop((left, top, left + 32, top + 32))).copy())
+    expected, found = (score(reward, p, ["a dog"], [{}]).score for p in (centre[None], picture))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 # --- UnifiedReward ---
 
 
