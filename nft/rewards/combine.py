@@ -49,11 +49,17 @@ def weighted_sum(rewards: Rewards, weights: Weights) -> Tensor:
     return sum((weights[name] * values for name, values in rewards.items()), torch.zeros(()))
 
 
+def _normalized(values: Tensor) -> Tensor:
+    # From the first one, so that equal values differ by no rounding error, which would be divided by itself.
+    x = values.double() - values[0].double()
+    centred, deviation = x - x.mean(), x.std(correction=0)
+    return (centred / deviation if deviation else centred).to(values.dtype)
+
+
 def normalized_sum(rewards: Rewards, weights: Weights) -> Tensor:
-    """sum_k w_k (R_k - mean) / (std + 1e-4) over all pictures, with the biased deviation: a reward's weight no longer
-    depends on its unit."""
-    everything = torch.zeros(len(next(iter(rewards.values()))), dtype=torch.long)
-    return weighted_sum({name: group_advantages(values, everything) for name, values in rewards.items()}, weights)
+    """sum_k w_k (R_k - mean) / std over all pictures, with the biased deviation: a reward's weight no longer depends on
+    its unit. One that is the same for all pictures adds 0."""
+    return weighted_sum({name: _normalized(values) for name, values in rewards.items()}, weights)
 
 
 def combine(

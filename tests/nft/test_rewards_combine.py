@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nft.rewards.combine import METHODS, combine
+from nft.rewards.combine import METHODS, combine, normalized_sum
 
 IDS = [0, 0, 0, 1, 1, 1, 2, 2, 2]
 WEIGHTS = {"ocr": 1.0, "pickscore": 0.5}
@@ -36,7 +36,7 @@ def expected(rewards, method, std, clip):
     if method == "sum":
         a = advantages(sum(w[k] * v for k, v in rewards.items()), std)
     elif method == "normalized_sum":
-        a = advantages(sum(w[k] * (v - v.mean()) / (v.std() + 1e-4) for k, v in rewards.items()), std)
+        a = advantages(sum(w[k] * (v - v.mean()) / v.std() for k, v in rewards.items()), std)
     elif method == "gdpo":
         a = sum(w[k] * advantages(v, "group") for k, v in rewards.items())
     else:
@@ -90,6 +90,25 @@ def test_a_unit_matters_to_the_sum_only(rewards):
     for method in METHODS:
         before, after = (combine(x, WEIGHTS, torch.tensor(IDS), method=method).r for x in (tensors, scaled))
         assert torch.allclose(before, after, atol=1e-3) == (method != "sum")
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
+def test_normalized_rewards_have_the_deviation_1(rewards, scale):
+    """However small their own: those of jpeg differ by thousandths."""
+    for dtype in (torch.float32, torch.float64):
+        small = torch.from_numpy(scale * rewards["ocr"]).to(dtype)
+        normalized = normalized_sum({"a": small}, {"a": 1.0}).double()
+        assert normalized.std(correction=0).item() == pytest.approx(1, rel=1e-6)
+        assert normalized.mean().item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reward_that_is_the_same_for_all_adds_nothing(rewards, dtype):
+    counted = torch.from_numpy(rewards["ocr"]).to(dtype)
+    alone = normalized_sum({"a": counted}, {"a": 1.0})
+    for value in (0.1, 26.7, 1e-5):
+        same = torch.full((9,), value, dtype=dtype)
+        assert torch.equal(normalized_sum({"a": counted, "b": same}, {"a": 1.0, "b": 1e6}), alone)
 
 
 def test_float32_of_a_large_offset_keeps_its_groups():
