@@ -430,8 +430,9 @@ class Evaluation:
         return {tag: per_prompt[[t == tag for t in tags]] for tag in dict.fromkeys(tags)}
 
     def results(self, baseline: Evaluation | None = None) -> dict[str, dict[str, Any]]:
-        """Every column's mean, interval and, beside a baseline on the same prompts, difference and p, also after Holm's
-        correction for as many columns; written to ``results.json`` too.
+        """Every column's mean, interval, pictures whose detail ``answered`` is 0, if any, and, beside a baseline on the
+        same prompts, difference and p, also after Holm's correction for as many columns; written to ``results.json``
+        too.
 
         Raises:
             ValueError: a baseline on other prompts or of other rewards.
@@ -443,6 +444,9 @@ class Evaluation:
                 found[column.title] = {"left_out": self.left_out.get(column.title, "not scored yet")}
                 continue
             found[column.title] = summary(groups)
+            lines = self.read_scores(column.prompts, column.reward)
+            if unanswered := sum(line.get("answered", 1) == 0 for line in lines):
+                found[column.title]["unanswered"] = unanswered
             other = None if baseline is None else baseline.column(column)
             if other is not None:
                 where = column.prompts, column.reward

@@ -85,6 +85,8 @@ def _print(evaluation: Any, results: dict[str, dict[str, Any]], options: Any, co
             say(f"{title} left out: {result['left_out']}")
         elif compared and "difference" not in result:
             say(f"{title} not compared: the baseline has no scores of it")
+        if "unanswered" in result:
+            say(f"{title}: pictures without an answer: {result['unanswered']}")
 
 
 def evaluate(

@@ -383,7 +383,8 @@ class First(Reward):
     \"\"\"The first pixel's red / 255.\"\"\"
     def __call__(self, pictures, prompts, metadata):
         red = pictures[:, 0, 0, 0].float()
-        return Scored(red / 255, {"correct": (red > 100).float(), "pickscore": red})
+        details = {"correct": (red > 100).float(), "pickscore": red, "answered": (red != 20).float()}
+        return Scored(red / 255, details)
 """
 
 
@@ -414,6 +415,8 @@ def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monk
     assert results["PickScore"]["mean"] == pytest.approx(10)
     assert results["UniRwd"]["mean"] == pytest.approx(5 * 10 / 255)
     assert "no file" in results["Aesthetic"]["left_out"]
+    # The third picture of every set.
+    assert results["OCR"]["unanswered"] == results["UniRwd"]["unanswered"] == 1
     console = Console(width=240, record=True, file=io.StringIO())
     for module in ("nft.console", "nft.evaluate_cli"):
         monkeypatch.setattr(f"{module}.console", console)
@@ -421,6 +424,7 @@ def test_the_paper_suite_prints_its_columns_beside_published_rows(tmp_path, monk
     text = console.export_text()
     assert "geneval, ocr: prompts of our own and not those of the published rows; give --prompts SET=FILE" in text
     assert "UniRwd: asked in our own words" in text
+    assert "UniRwd: pictures without an answer: 1" in text
     _print(evaluation, results, {"unifiedreward": {"question": "{prompt}?"}}, False)
     assert "UniRwd: asked" not in console.export_text()
     assert all(column.title in text for column in SUITES["paper"].columns)
