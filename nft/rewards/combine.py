@@ -50,10 +50,12 @@ def weighted_sum(rewards: Rewards, weights: Weights) -> Tensor:
 
 
 def _normalized(values: Tensor) -> Tensor:
-    # From the first one, so that equal values differ by no rounding error, which would be divided by itself.
-    x = values.double() - values[0].double()
-    centred, deviation = x - x.mean(), x.std(correction=0)
-    return (centred / deviation if deviation else centred).to(values.dtype)
+    x = values.double()
+    deviation = x.std(correction=0)
+    # What float32 can hardly tell apart is rounding.
+    if deviation <= 1e-6 * x.abs().max():
+        return torch.zeros_like(values)
+    return ((x - x.mean()) / deviation).to(values.dtype)
 
 
 def normalized_sum(rewards: Rewards, weights: Weights) -> Tensor:

@@ -24,6 +24,8 @@ QUESTION = (
 )
 _SCORE = re.compile(r"Final Score:[\s*\[]*([-+]?\d+(?:\.\d+)?)", re.IGNORECASE)
 _SIDE = 512
+# So many answers without a number are no chance.
+_SEVERAL = 8
 _FIRST_PAUSE = 0.5
 
 
@@ -36,7 +38,7 @@ def _number(answer: Any) -> float | None:
 class UnifiedReward(Reward):
     """The number after ``Final Score:`` in the model's answer / 5; an answer without one from 1 to 5 scores 0.
 
-    The detail ``answered`` is 1 where there was such a number; where no answer of a call has one, that is an error.
+    The detail ``answered`` is 1 where there was such a number; where none of eight or more has one, that is an error.
     Pictures are sent as PNG, 512 x 512.
     """
 
@@ -127,7 +129,7 @@ class UnifiedReward(Reward):
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         answers = list(self.pool.map(self._ask, pictures.cpu(), prompts))
         numbers = [_number(answer) for answer in answers]
-        if not any(numbers):
+        if len(numbers) >= _SEVERAL and not any(numbers):
             raise RewardError(
                 f"unifiedreward: {self.url} answered {answers[0]!r:.200}, accepted is 'Final Score: ' with a number "
                 "from 1 to 5, which no answer has; look at model and question"

@@ -905,9 +905,11 @@ def test_unifiedreward_takes_whole_numbers_from_1_to_5(chat, text, expected):
 
 def test_unifiedreward_says_what_is_answered_where_no_answer_can_be_read(chat):
     """As by another model, or to a question of one's own: scores of 0 for all would train nothing, in silence."""
-    chat["replies"] = [(200, "It is lovely.")] * 3
+    chat["replies"] = [(200, "It is lovely.")] * 15
     with pytest.raises(RewardError, match=r"unifiedreward: http://127.* answered 'It is lovely.', accepted is 'Final"):
-        score(unified(chat), noise(), PROMPTS, [{}] * 3)
+        score(unified(chat), noise(8), ["p"] * 8, [{}] * 8)
+    # Of a few it may be by chance.
+    assert score(unified(chat), noise(7), ["p"] * 7, [{}] * 7).score.eq(0).all()
 
 
 @pytest.mark.parametrize(

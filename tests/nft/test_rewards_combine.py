@@ -108,7 +108,9 @@ def test_a_reward_that_is_the_same_for_all_adds_nothing(rewards, dtype):
     alone = normalized_sum({"a": counted}, {"a": 1.0})
     for value in (0.1, 26.7, 1e-5):
         same = torch.full((9,), value, dtype=dtype)
-        assert torch.equal(normalized_sum({"a": counted, "b": same}, {"a": 1.0, "b": 1e6}), alone)
+        # Or but for its rounding, as of pictures that a model scored in other batches.
+        for other in (same, same * torch.tensor([1, 1 + 1e-7, 1 - 1e-7] * 3, dtype=dtype)):
+            assert torch.equal(normalized_sum({"a": counted, "b": other}, {"a": 1.0, "b": 1e6}), alone)
 
 
 def test_float32_of_a_large_offset_keeps_its_groups():
