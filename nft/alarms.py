@@ -128,13 +128,13 @@ class Alarms:
                 is only watched.
             nonfinite: how many held-out pictures have a score that is not finite.
         """
-        messages, trained, spread = [], math.nan, math.nan
+        # Before the first epoch nothing was trained, and so nothing has risen since.
+        messages, trained, spread = [], math.inf, 0.0
         if nonfinite > self.thresholds["nonfinite_rewards"]:
             messages.append(
                 f"nonfinite_rewards: scores of {nonfinite} held-out pictures are not finite and count for nothing: the "
                 "score divides by zero, overflows, or fails on some pictures"
             )
-        # Before the first epoch nothing was trained.
         if self._rewards:
             trained, spread = (sum(column) / len(self._rewards) for column in zip(*self._rewards, strict=True))
             if self._highest is None or trained >= self._highest[0]:

@@ -137,7 +137,8 @@ def test_a_kill_before_the_last_link_is_made_good(pipeline, tmp_path, monkeypatc
     monkeypatch.setattr(checkpoint, "link", killed)
 
     def evaluate(self):
-        return {"eval_strict": self.epoch / 10, "eval_strict_std": 0.1}, torch.zeros(1), ["a"]
+        scores = {"eval_strict": self.epoch / 10, "eval_strict_std": 0.1, "nonfinite_scores": 0}
+        return scores, torch.zeros(1), ["a"]
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):

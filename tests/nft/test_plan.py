@@ -24,7 +24,6 @@ from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
 from nft_kernels.bench import peak_and_launches
 
-# Eight pictures: on a CPU rollouts are filled up to a multiple of that.
 # The plan does not know that the fused forward adds adapters of a high rank to the weights, and what it holds.
 SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_per_sample=2", "micro_batch=5",
          "eval_prompts_per_group=1", "eval_steps=2", "updates_per_epoch=3", "verify_kernels_steps=0",
@@ -40,13 +39,14 @@ SMALL = ["prompts_per_epoch=2", "group_size=4", "rollout_steps=3", "timesteps_pe
         ["objective=rwr", "rollout_solver=heun"],
         ["adapter=full", "kl_weight=0.1"],
         ["old_policy=delayed_0.999", "kl_weight=0.1"],
-        ["explore=8", "explore_steps=2"],
-        ["explore=12", "rollout_solver=heun"],
+        ["explore=16", "explore_steps=2"],
+        ["explore=24", "rollout_solver=heun"],
     ],
 )
 def test_flops_and_evaluations_are_those_of_an_epoch(pipeline, tmp_path, monkeypatch, overrides):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
-    config = load_config("shapes", [f"pipeline={pipeline}", *SMALL, *overrides])
+    # 16 pictures: on a CPU rollouts are filled up to a multiple of that.
+    config = load_config("shapes", [f"pipeline={pipeline}", *SMALL, "group_size=8", *overrides])
     trainer = Trainer(config, tmp_path)
     # All but the transformer's products are left out of the measurement.
     embeds, pooled = trainer.policy.embed(["a red circle"])
