@@ -86,7 +86,7 @@ def blocks(count: int, size: int, unit: int) -> Iterator[list[int]]:
 
 def decoded_together(pixels: int) -> int:
     """How many pictures of so many pixels the VAE decodes at once, whatever the batch: a megapixel, which for Stable
-    Diffusion 3 and FLUX.1 is 10 TFLOP, enough to keep a GPU busy, and takes 1.5 GiB in bfloat16."""
+    Diffusion 3 and FLUX.1 is 10 TFLOP and takes 1.5 GiB in bfloat16."""
     return min(max(2**20 // pixels, 1), 16)
 
 
