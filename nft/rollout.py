@@ -59,9 +59,8 @@ def rollout(
         prompts, seeds: one of each per picture; all its noise depends on its seed only.
         grid: falling times from 1 to 0.
         solver: a name in ``nft_kernels.solvers.SOLVERS``.
-        batch: pictures per evaluation. On a CPU a picture does not depend on it, but for large transformers by MKL;
-            on a GPU it does by rounding, and the last batch is filled up so that all pictures go through the same
-            shapes.
+        batch: pictures per evaluation. A picture does not depend on it on a CPU; on a GPU it does by rounding, and the
+            last batch is filled up so that all pictures go through the same shapes.
         guidance: scale of classifier-free guidance against the empty prompt, a second evaluation per step, as the
             model's pipeline has it; none when None. DiffusionNFT's rollouts use none.
         reference: guide against the reference model and the same prompt instead, v_ref + guidance (v - v_ref), as CFGRL
@@ -74,8 +73,8 @@ def rollout(
         ValueError, TypeError: a solver, grid or option that does not fit, named.
     """
     steps = table(solver, [float(t) for t in grid], **options)
-    # A multiple of 16 rows gives the same bits on a CPU: MKL with AVX-512 sums those of 8 in another order, and large
-    # products, over a thousand numbers or more, for every size in its own. A GPU gives them for the same number only.
+    # A multiple of 16 rows gives the same bits on a CPU: where MKL was used before this package could tell it how, it
+    # sums those of 8 in another order with AVX-512. A GPU gives them for the same number of rows only.
     unit = 16 if policy.device.type == "cpu" else batch
     finished, kept = [], []
     for index in blocks(len(prompts), batch + -batch % unit, unit):

@@ -1,5 +1,6 @@
 """The rollout engine: what a picture depends on, and what it leaves as it was."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,19 @@ def draw(policy, part, batch, solver="dpm++2M"):
     with policy.merged("old"):
         x0 = rollout(policy, PROMPTS[part], list(range(64))[part], times(4, 1.0), solver, batch)
     return policy.decode(x0)
+
+
+@pytest.mark.parametrize("isa", ["AVX512", "AVX2"])
+def test_a_row_of_a_product_does_not_depend_on_the_others(isa):
+    """By MKL it would, on Intel's processors and with AVX2 for most numbers of rows."""
+    code = (
+        "import nft, torch\n"
+        "x, weight = torch.randn(1664, 128), torch.randn(512, 128)\n"
+        "whole = torch.nn.functional.linear(x, weight)\n"
+        "rows = (16, 32, 48, 64, 80, 112, 128, 208, 256, 416)\n"
+        "assert all(torch.equal(torch.nn.functional.linear(x[:n], weight), whole[:n]) for n in rows)"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"MKL_ENABLE_INSTRUCTIONS": isa}, check=True)
 
 
 def test_pictures_are_the_same_for_any_batch_size(policy):
