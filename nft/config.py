@@ -390,11 +390,13 @@ class Config(BaseModel):
         for key, partner in _PARTNERS.items():
             default = Config.model_fields[key].default
             if getattr(self, partner) is None and getattr(self, key) != default:
-                raise ValueError(f"{key}: got {getattr(self, key)} without {partner}, accepted is {default} then")
+                accepted = _as_written(default)
+                raise ValueError(f"{key}: got {getattr(self, key)} without {partner}, accepted is {accepted} then")
         for key in sorted(unread(self.objective)):
             came, default = getattr(self, key), Config.model_fields[key].default
             if came != default:
-                raise ValueError(f"{key}: got {came} with objective={self.objective}, accepted is {default} then")
+                accepted = _as_written(default)
+                raise ValueError(f"{key}: got {came} with objective={self.objective}, accepted is {accepted} then")
 
     def _check_limits(self) -> None:
         for key, largest, what in (
@@ -430,7 +432,7 @@ class Config(BaseModel):
                 ("adapter", "lora"), ("gradient_checkpointing", False), ("compile_rollout", None), ("shard", False),
             ):  # fmt: skip
                 if (came := getattr(self, key)) != plain:
-                    accepted = "null" if plain is None else plain
+                    accepted = _as_written(plain)
                     raise ValueError(f"cuda_graphs: got true with {key}={came}, accepted is {accepted} then")
             if self.device == "cpu":
                 raise ValueError("cuda_graphs: got true with device=cpu, accepted is a GPU")
@@ -690,6 +692,11 @@ def _override(values: dict[str, Any], item: str) -> None:
         target[_index(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(f"override: got {item!r}, but there is no {dotted} to set") from None
+
+
+def _as_written(value: Any) -> Any:
+    """A setting's value as a configuration has it: none is YAML's null."""
+    return "null" if value is None else value
 
 
 def _index(part: str) -> int:

@@ -235,9 +235,8 @@ def _measure(model: Model, config: Config, batch: int, train: bool) -> _Measured
 def _decoding(model: Model, resolution: int | None) -> int:
     """Bytes that the VAE has at once."""
     shape = model.latent_shape(resolution)
-    count = decoded_together(math.prod(shape[1:]) * model.pipeline.vae_scale_factor**2)
     with _counting(train=False) as costs:
-        model.decode(torch.empty(count, *shape))
+        model.decode(torch.empty(decoded_together(model, shape), *shape))
     return costs.peak
 
 

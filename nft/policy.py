@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -84,9 +85,10 @@ def blocks(count: int, size: int, unit: int) -> Iterator[list[int]]:
         yield index + index[-1:] * (-len(index) % unit)
 
 
-def decoded_together(pixels: int) -> int:
-    """How many pictures of so many pixels the VAE decodes at once, whatever the batch: a megapixel, which for Stable
+def decoded_together(model: Model, latent_shape: Sequence[int]) -> int:
+    """How many pictures of latents (C, H, W) the VAE decodes at once, whatever the batch: a megapixel, which for Stable
     Diffusion 3 and FLUX.1 is 10 TFLOP and takes 1.5 GiB in bfloat16."""
+    pixels = math.prod(latent_shape[1:]) * model.pipeline.vae_scale_factor**2
     return min(max(2**20 // pixels, 1), 16)
 
 
@@ -316,7 +318,7 @@ class Policy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, H, W, 3) uint8 of clean latents."""
-        size = decoded_together(latents[0, 0].numel() * self.pipeline.vae_scale_factor**2)
+        size = decoded_together(self.model, latents.shape[1:])
         decoded = torch.cat([self.model.decode(latents[index]) for index in blocks(len(latents), size, size)])
         self._put_aside()
         pictures = (decoded[: len(latents)].float() / 2 + 0.5).clamp(0, 1) * 255

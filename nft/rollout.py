@@ -88,9 +88,11 @@ def rollout(
         path = [x]
         for i, t in enumerate(steps.times):
             v = policy.velocity(x, t * ones, *conditions)
-            v_uncond, scale = None if empty is None else policy.velocity(x, t * ones, *empty), guidance
-            if v_uncond is not None and policy.model.guide:
-                v, v_uncond, scale = policy.model.guide(v, v_uncond, scale), None, None
+            v_uncond, scale = None, guidance
+            if empty is not None:
+                v_uncond = policy.velocity(x, t * ones, *empty)
+                if policy.model.guide:
+                    v, v_uncond, scale = policy.model.guide(v, v_uncond, scale), None, None
             if reference:
                 policy.use(None)
                 v_uncond = policy.velocity(x, t * ones, *conditions)
