@@ -1,5 +1,6 @@
 """Every op is tested in every backend that runs here: Triton on the GPU, or else in its interpreter."""
 
+import importlib.util
 import os
 
 import pytest
@@ -33,6 +34,24 @@ def backend(request):
 def kernels(request):
     """The backends other than the reference."""
     return available(request)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patched_once():
+    """In Triton's interpreter every call of an inner function looks through the whole language for what to patch, which
+    takes two thirds of its time, and finds that its caller has patched it."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or not importlib.util.find_spec("triton"):
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(function):
+        modules = (x for x in function.__globals__.values() if x is tl or x is tl.core)
+        return patch(function) if any(tl.core.is_builtin(module.load) for module in modules) else None
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)

@@ -257,8 +257,8 @@ LONG = {
         (2, 3, 43, 37),
         {"mask": (random(3, 1, 37) - 0.3).relu(), "r": random(2, 1, 43, 37), "kl_weight": 0.1, "detach_weight": False},
     ),
-    "weight per token": ((2, 8, 24, 24), {"weight_per": "token", "channel_dim": 1, "kl_weight": 0.1}),
-    "weight per token of frames": ((2, 3, 7, 33, 5), {"weight_per": "token", "channel_dim": 2, "beta": 0.3}),
+    "weight per token": ((2, 8, 9, 30), {"weight_per": "token", "channel_dim": 1, "kl_weight": 0.1}),
+    "weight per token of frames": ((1, 2, 7, 61, 5), {"weight_per": "token", "channel_dim": 2, "beta": 0.3}),
     "weight per token of few": ((3, 70, 5), {"weight_per": "token", "channel_dim": 1, "prediction": "eps"}),
     "weight per token of many channels": ((2, 129, 11), {"weight_per": "token", "channel_dim": 1}),
     "weight per token, channels last": ((2, 70, 8), {"weight_per": "token", "channel_dim": 2}),
@@ -473,8 +473,13 @@ def test_numbers_beyond_their_range_that_nobody_looked_at_give_nan(backend, monk
     for values in (out.policy_loss, leaf.grad.flatten(1)):
         assert values[1].isnan().all() and values[others].isfinite().all()
     assert out.loss.isnan()
-    x_t = add_noise(x[3], t, seed=0, backend=backend).flatten(1)
-    assert x_t[others].isfinite().all() and (x_t[1].isnan().all() if name == "t" else x_t[1].isfinite().all())
+
+
+@pytest.mark.parametrize("value", [500.0, -0.01, math.nan])
+def test_times_beyond_their_range_that_nobody_looked_at_give_no_picture(backend, monkeypatch, value):
+    monkeypatch.setattr(_validate, "_within", lambda *_: None)
+    x_t = add_noise(torch.randn(3, 4, 9), torch.tensor([0.2, value, 0.9]), seed=0, backend=backend).flatten(1)
+    assert x_t[::2].isfinite().all() and x_t[1].isnan().all()
 
 
 def test_times_of_a_thousand_give_nan_when_compiled(backend):
@@ -561,7 +566,7 @@ def test_the_gradient_keeps_its_bound_where_a_weight_is_of_few_errors(backend, s
             total = total + share * e.square() / weight.clamp_min(1e-5)
         return 5 * total.mean()
 
-    for seed in range(20):
+    for seed in range(8):
         g = torch.Generator().manual_seed(seed)
         x = [torch.randn(shape, generator=g) for _ in range(4)]
         t, r = torch.rand(2, shape[0], generator=g)
