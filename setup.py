@@ -30,6 +30,14 @@ def switch(name: str) -> "bool | None":
     return None if not value else value == "1"
 
 
+def wants_kernels() -> bool:
+    wanted = switch("NFT_KERNELS_CPU")
+    if wanted is None and sys.platform != "linux":
+        print("nft_kernels: the compiled kernels are for Linux, installing without them", file=sys.stderr)
+        return False
+    return wanted is not False
+
+
 def cuda_compiler() -> "str | None":
     wanted = switch("NFT_KERNELS_CUDA")
     if wanted is False:
@@ -147,5 +155,6 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(build), *jobs], check=True)
 
 
-native = [] if switch("NFT_KERNELS_CPU") is False else [Extension("nft_kernels._C", sources=[])]
-setup(ext_modules=native, cmdclass={"build_ext": NinjaBuild})
+setup(
+    ext_modules=[Extension("nft_kernels._C", sources=[])] if wants_kernels() else [], cmdclass={"build_ext": NinjaBuild}
+)

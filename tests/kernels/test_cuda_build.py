@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -97,25 +96,3 @@ def test_kernels_use_no_local_memory(source, arch, tmp_path):
     kernels = FRAME.findall(result.stderr + result.stdout)
     assert kernels
     assert not [kernel for kernel in kernels if any(int(size) for size in kernel[1:])]
-
-
-def test_an_older_nvcc_compiles_for_what_it_knows(tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    for folder in ("a/of/another/version", "lib64"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "libcudart_static.a").touch()
-    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && printf "sm_80\\nsm_89\\nsm_90\\n"\n')
-    nvcc.chmod(0o755)
-    unset = {"NFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "NFT_KERNELS_CUDA", "NFT_KERNELS_CPU"}
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
-    # Compilers that fail at once, as the commands are all that is looked at, and what a build would bring along.
-    (tmp_path / "pybind11.py").write_text("def get_include():\n    return ''\n")
-    environment |= {"NVCC": str(nvcc), "CXX": shutil.which("false") or "false", "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path / 'temp'}", f"--build-lib={tmp_path}"]
-    done = subprocess.run(command, cwd=CSRC.parent, env=environment, capture_output=True, text=True)
-    assert f"{nvcc} does not know 10.0, building without" in done.stderr
-    (commands,) = tmp_path.rglob("build.ninja")
-    flags = set(re.findall(r"-gencode=(\S+)", commands.read_text()))
-    assert f"-L{tmp_path}/lib64 " in commands.read_text()
-    assert flags == {"arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"}
