@@ -270,7 +270,9 @@ class Policy:
         for index in blocks(len(missing), 8, 8):
             part = [missing[i] for i in index]
             conditions = self.model.encode(part, self._max_sequence_length)
-            self._conditions.update(zip(part, zip(*conditions, strict=True), strict=True))
+            # Copies: a row of a block would keep the whole block, and all but one of its rows may be to fill it up.
+            rows = (tuple(x.clone() for x in row) for row in zip(*conditions, strict=True))
+            self._conditions.update(zip(part, rows, strict=True))
         if missing:
             self._put_aside()
             self._warn_of_cut(missing)

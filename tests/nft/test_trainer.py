@@ -402,6 +402,14 @@ def test_embeddings_are_kept_for_the_prompts_that_came_last(policy, monkeypatch)
     assert encoded[2:] == [["a"]]
 
 
+def test_embeddings_that_are_kept_hold_no_more_than_they_are_counted_for(policy):
+    policy._conditions.clear()
+    for prompt in ("a", "b", "c"):
+        policy.embed([prompt] * 24)
+    kept = [x for row in policy._conditions.values() for x in row]
+    assert sum(x.untyped_storage().nbytes() for x in kept) == sum(x.nbytes for x in kept)
+
+
 def test_eight_projections_are_adapted(policy):
     names = {n.split(".attn.")[1].split(".lora")[0] for n, _ in policy.transformer.named_parameters() if "lora" in n}
     assert names == {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
