@@ -160,27 +160,37 @@ class Trainer:
         return random.Random(f"{self.config.seed} {self.epoch} {purpose}")
 
     def _draw(
-        self, entries: list[dict[str, Any]], seeds: list[int], grid: Tensor, solver: str, **options: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents, pictures and scores of this process' share of the entries."""
+        self,
+        entries: list[dict[str, Any]],
+        seeds: list[int],
+        grid: Tensor,
+        solver: str,
+        *,
+        pictures: list[Tensor] | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Clean latents and scores of this process' share of the entries. Pictures, which may be gigabytes, are kept
+        only in a list that is given for them, and in host memory."""
         share = self.processes.share(len(entries))
         if share.start == share.stop:
             # More processes than pictures: draw one that nobody needs, which keeps the tensors' shapes.
             share = slice(0, 1)
-        latents, pictures, batch = [], [], self.stage.rollout_batch
+        latents, batch = [], self.stage.rollout_batch
         for start in range(share.start, share.stop, batch):
             part = slice(start, min(start + batch, share.stop))
             prompts = [entry["prompt"] for entry in entries[part]]
             latents.append(rollout(self.policy, prompts, seeds[part], grid, solver, batch, **options))
-            pictures.append(self.policy.decode(latents[-1]))
+            drawn = self.policy.decode(latents[-1])
             # A task may score them while the next ones are drawn.
-            self.task.submit(pictures[-1], entries[part])
+            self.task.submit(drawn, entries[part])
+            if pictures is not None:
+                pictures.append(drawn.cpu())
         if self.policy.sharded:
             # Other processes may draw more batches, and need this one's part of the weights.
             for _ in range(self.processes.rounds(len(entries), batch) - len(latents)):
                 idle = {**options, "states": None}
                 rollout(self.policy, [entries[0]["prompt"]], seeds[:1], grid, solver, batch, **idle)
-        return torch.cat(latents), torch.cat(pictures), self._scores()
+        return torch.cat(latents), self._scores()
 
     def _scores(self) -> Tensor:
         """What the task has scored. A reward that fails is asked again: its server may be starting anew."""
@@ -212,7 +222,7 @@ class Trainer:
                 index, explored = self._explore(entries, seeds)
             entries, seeds = [entries[i] for i in index], [seeds[i] for i in index]
         with self.policy.merged("old"):
-            x0, _, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
+            x0, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
         states = self.processes.gather(torch.cat(kept), len(entries)) if kept else None
         x0, scores = (self.processes.gather(part, len(entries)) for part in (x0, scores))
         combined, measured = self._combine(scores, c.group_size)
@@ -246,7 +256,7 @@ class Trainer:
         """Which of an epoch's candidates to draw exactly, by how they score drawn cheaply, and what was measured."""
         c, options = self.stage, solver_options(self.stage, self.epoch)
         grid = self.policy.times(c.explore_steps or c.rollout_steps)
-        *_, scores = self._draw(entries, seeds, grid, c.rollout_solver, **options)
+        _, scores = self._draw(entries, seeds, grid, c.rollout_solver, **options)
         scores = self.processes.gather(scores, len(entries))
         combined, measured = self._combine(scores, c.explore)
         kept = extremes(combined.advantages.view(-1, c.explore), c.group_size)
@@ -433,10 +443,11 @@ class Trainer:
         pictures have a score that is not finite, which counts for nothing."""
         c = self.stage
         entries = self.task.held_out_prompts(c.eval_prompts_per_group)
-        grid = self.policy.times(c.eval_steps)
+        grid, drawn = self.policy.times(c.eval_steps), list[Tensor]()
         with self._averaged(), self.policy.merged("default"):
-            _, pictures, scores = self._draw(entries, list(range(len(entries))), grid, solver or c.eval_solver)
-        pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (pictures, scores))
+            seeds = list(range(len(entries)))
+            _, scores = self._draw(entries, seeds, grid, solver or c.eval_solver, pictures=drawn)
+        pictures, scores = (self.processes.gather(part, len(entries)).cpu() for part in (torch.cat(drawn), scores))
         strict = scores[:, -1]
         columns = {f"reward_{name}": column for name, column in self._by_reward(scores).items()}
         columns = {"strict": strict, **(columns if len(columns) > 1 else {})}

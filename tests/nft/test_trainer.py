@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -156,6 +157,21 @@ def test_every_task_group_has_as_many_prompts_over_the_epochs(pipeline, tmp_path
     for trainer.epoch in range(3):
         drawn += [tags[prompt] for prompt in trainer.sample()["prompts"][:: trainer.stage.group_size]]
     assert len(trainer.groups) == 6 and {drawn.count(tag) for tag in tags.values()} == {2}
+
+
+def test_an_epoch_keeps_no_more_pictures_than_are_scored_at_a_time(pipeline, tmp_path, monkeypatch):
+    trainer = Trainer(settings(pipeline, "rollout_batch=2", "explore=4"), tmp_path)
+    decode, drawn, alive = trainer.policy.decode, [], []
+
+    def watched(latents):
+        alive.append(sum(picture() is not None for picture in drawn))
+        pictures = decode(latents)
+        drawn.append(weakref.ref(pictures))
+        return pictures
+
+    monkeypatch.setattr(trainer.policy, "decode", watched)
+    trainer.sample()
+    assert len(drawn) == 7 and max(alive) == 1
 
 
 def test_updates_that_are_all_skipped_have_no_means(pipeline, tmp_path):
