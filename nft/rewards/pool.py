@@ -139,13 +139,14 @@ class _Here:
     """A reward in this process, for those that wait for a device or a server."""
 
     def __init__(self, spec: RewardSpec, device: str):
-        self.reward = registry.load(spec.reward, spec.options, device=spec.device or device)
+        self.reward: Reward | None = registry.load(spec.reward, spec.options, device=spec.device or device)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         return score(self.reward, pictures, prompts, metadata, all_finite=False)
 
     def close(self) -> None:
-        pass
+        # Its model leaves the device now, and not once the next stage's has come there as well.
+        self.reward = None
 
 
 @dataclass
@@ -286,13 +287,14 @@ class Scorer:
             self._batches, self._errors = [], {}
 
     def close(self) -> None:
-        """Stop all workers, at once where they have processes of their own."""
+        """Stop all workers, at once where they have processes of their own, and let go of all rewards."""
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers.values():
             worker.close()
         for threads in self._threads.values():
             threads.shutdown()
+        self.judges.clear()
 
     def __enter__(self) -> Scorer:
         return self

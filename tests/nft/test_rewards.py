@@ -108,6 +108,17 @@ def test_a_reward_is_on_the_gpu_of_its_process_and_not_of_its_thread(monkeypatch
     scorer.close()
 
 
+def test_a_reward_leaves_its_device_with_its_stage(monkeypatch):
+    """The next stage's are made before the task of this one is gone."""
+    monkeypatch.setattr(registry, "find", lambda name: Placed)
+    scorer = Scorer({"own": RewardSpec("placed")})
+    scorer.submit(noise(), [{"prompt": "p", "scale": 1}] * 3)
+    scorer.gather()
+    reward = weakref.ref(scorer.judges["own"])
+    scorer.close()
+    assert reward() is None
+
+
 def test_pictures_are_kept_no_longer_than_they_have_no_score(monkeypatch):
     taken, broken = [], True
 
