@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -13,6 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+# How long a process waits for the others. One may write a hundred gigabytes, or ask its reward's server until the last
+# try, which takes longer than NCCL's own 10 minutes, after which all would end.
+_PATIENCE = timedelta(hours=2)
 
 
 def several() -> bool:
@@ -77,7 +82,7 @@ class Processes:
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
             if (value := os.environ.get(key, "0")) and not value.isdecimal():
                 raise ValueError(f"{key}: got {value!r}, accepted is a whole number, as torchrun sets it")
-        self.state = PartialState(cpu=device == "cpu")
+        self.state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         self.count, self.rank, self.main = (
             self.state.num_processes,
             self.state.process_index,

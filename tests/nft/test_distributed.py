@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,15 @@ def test_a_process_may_have_no_picture(tmp_path, monkeypatch):
     for out in three:
         for ours, theirs in zip((*out["x0"], *out["trained"]), (*one["x0"], *one["trained"]), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_processes_wait_for_a_checkpoint_or_a_reward_that_takes_longer_than_nccls_ten_minutes():
+    def work():
+        Processes("cpu")
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert group.options._timeout >= timedelta(hours=1)
+
+    by_fork(2, work)
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 3, 7, 288])
