@@ -403,7 +403,7 @@ def sample(
     import torch
     from PIL import Image
 
-    from .report import save_grid
+    from .report import save_grid, shown
     from .rollout import rollout
 
     entries = [line for line in lines for _ in range(per_prompt)]
@@ -413,21 +413,25 @@ def sample(
     weights = nullcontext() if reference else policy.merged("default")
     options: dict[str, Any] = {"guidance": guidance, "reference": reference, **chosen}
     batch = min(settings.rollout_batch, len(entries))
+    # In the order of their names they are in that of the prompts.
+    digits = max(4, len(str(len(entries) - 1)))
+    cells = shown(len(entries))
+    kept: list[Tensor] = []
     try:
         output.mkdir(parents=True, exist_ok=True)
-        pictures: list[Tensor] = []
         with bars() as progress, weights:
             bar = progress.add_task("drawing", total=len(entries))
             for start in range(0, len(entries), batch):
                 part = slice(start, start + batch)
                 x0 = rollout(policy, entries[part], seeds[part], grid, solver, batch, **options)
                 # What is drawn is kept, whatever ends the command.
-                for picture in policy.decode(x0).cpu():
-                    i = len(pictures)
-                    Image.fromarray(picture.numpy()).save(output / f"{i:04d}_seed{seeds[i]}.png")
-                    pictures.append(picture)
-                progress.update(bar, completed=len(pictures))
-        save_grid(torch.stack(pictures), entries, output / "grid.png")
+                for i, picture in enumerate(policy.decode(x0).cpu(), start):
+                    Image.fromarray(picture.numpy()).save(output / f"{i:0{digits}d}_seed{seeds[i]}.png")
+                    if i in cells:
+                        # A part of its batch would keep all of it.
+                        kept.append(picture.clone())
+                progress.update(bar, completed=i + 1)
+        save_grid(torch.stack(kept), [entries[i] for i in cells], output / "grid.png")
     except OSError as error:
         raise fail(error) from None
     say(f"{len(entries)} pictures: {output}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,20 +30,28 @@ _SCORES = (
     ("strict", "training score, as it is reported", "-"),
     ("eval_strict", "held-out score", "o-"),
 )
+# Pictures of a grid.
+_SHOWN = 24
 _CURVES = ("eval_strict", "reward", "loss", "kl", "old_deviation", "grad_norm", "zero_variance_groups", "x0_rms")
 
 
-def save_grid(pictures: Tensor, prompts: list[str], path: Path, count: int = 24) -> None:
-    """Write ``count`` of the pictures (B, H, W, 3), spread evenly, each under its prompt."""
-    chosen = [i * len(prompts) // count for i in range(count)] if len(prompts) > count else range(len(prompts))
+def shown(total: int) -> Sequence[int]:
+    """Which of so many pictures a grid has, spread evenly."""
+    return [i * total // _SHOWN for i in range(_SHOWN)] if total > _SHOWN else range(total)
+
+
+def save_grid(pictures: Tensor, prompts: list[str], path: Path) -> None:
+    """Write those of the pictures (B, H, W, 3) that are ``shown``, each under the first words of its prompt."""
+    chosen = shown(len(prompts))
     rows = -(-len(chosen) // 6)
     figure, axes = plt.subplots(rows, 6, figsize=(12, 2.2 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, i in zip(axes.flat, chosen, strict=False):
         axis.imshow(pictures[i].numpy())
+        lines = textwrap.wrap(prompts[i], 34, max_lines=3, placeholder=" ...")
         # Between two dollar signs it would look for mathematics.
-        axis.set_title(prompts[i].replace("$", r"\$"), fontsize=7, wrap=True)
+        axis.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -4,6 +4,7 @@ import pytest
 
 pytest.importorskip("diffusers")
 
+import gc
 import hashlib
 import json
 import re
@@ -94,6 +95,30 @@ def test_sample_keeps_what_it_has_drawn(pipeline, tmp_path, monkeypatch):
     assert result.exit_code == 130 and calls == [2, 2, 2]
     assert "stopped: the pictures drawn so far are kept" in result.output
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"000{i}_seed{i}.png" for i in range(4)]
+
+
+def test_sample_of_ten_thousand_pictures_holds_those_of_the_grid_and_names_all_in_their_order(
+    pipeline, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("nft.rollout.rollout", lambda policy, prompts, seeds, *_, **__: torch.tensor(seeds))
+    decoded = lambda policy, seeds: (seeds % 251).to(torch.uint8)[:, None, None, None].expand(-1, 1, 1, 3)  # noqa: E731
+    monkeypatch.setattr(Policy, "decode", decoded)
+    grids = []
+
+    def watched(pictures, prompts, path):
+        tensors = (x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape[-3:] == (1, 1, 3))
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        grids.append((pictures[:, 0, 0, 0].tolist(), len(prompts), sum(held.values())))
+
+    monkeypatch.setattr("nft.report.save_grid", watched)
+    result = run(app, ["sample", "a red circle", "--override", pipeline, "--per-prompt", "10001", "--output",
+                       str(tmp_path / "a")])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:05d}_seed{i}.png" for i in range(10001)]
+    ((pictures, prompts, held),) = grids
+    assert pictures == [i * 10001 // 24 % 251 for i in range(24)] and prompts == 24
+    # The grid's, one by one and together, and the last batch.
+    assert held <= (2 * 24 + 96) * 3
 
 
 def test_sample_takes_a_new_folder_every_time(pipeline, tmp_path, monkeypatch):
@@ -531,6 +556,16 @@ def test_a_grid_of_many_pictures_is_spread_over_them(tmp_path, monkeypatch):
     pictures = torch.arange(96, dtype=torch.uint8)[:, None, None, None].expand(96, 4, 4, 3)
     save_grid(pictures, ["a"] * 96, tmp_path / "grid.png")
     assert shown == list(range(0, 96, 4))
+
+
+def test_a_long_prompt_leaves_room_for_the_pictures_of_a_grid(tmp_path):
+    """And none for all of itself: each picture is as large as under a short one."""
+    pictures = torch.full((24, 8, 8, 3), 200, dtype=torch.uint8)
+    covered = []
+    for count in (4, 300):
+        save_grid(pictures, [" ".join(["word"] * count)] * 24, tmp_path / "grid.png")
+        covered.append((pixels(tmp_path / "grid.png") == 200).mean())
+    assert covered[1] > 0.7 * covered[0] > 0.2
 
 
 def test_reports_escape_what_prompts_files_and_folders_are_called(tmp_path):
