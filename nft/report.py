@@ -113,6 +113,20 @@ def _curves(runs: dict[str, _Run]) -> str:
     return _embedded(buffer.getvalue())
 
 
+def _alarms(lines: list[dict[str, Any]]) -> str:
+    """An item for every alarm with what it said last: one may be raised in each of ten thousand epochs."""
+    raised: dict[str, list[tuple[int, str]]] = {}
+    for line in lines:
+        for message in line.get("alarms", []):
+            raised.setdefault(message.partition(":")[0], []).append((line["epoch"], message))
+    items = []
+    for times in raised.values():
+        epoch, message = times[-1]
+        often = f", the last of {len(times)} since epoch {times[0][0]}" if len(times) > 1 else ""
+        items.append(f"<li>epoch {epoch}{often}: {html.escape(message)}</li>")
+    return "".join(items)
+
+
 def _embedded(data: bytes) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
@@ -154,16 +168,11 @@ def write_report(folder: Path) -> Path:
         for name, value in last.items()
         if name.startswith("eval_") and not name.endswith("_std")
     )
-    alarms = "".join(
-        f"<li>epoch {line['epoch']}: {html.escape(message)}</li>"
-        for line in run.lines
-        for message in line.get("alarms", [])
-    )
     config = html.escape(yaml.safe_dump(run.settings, sort_keys=False))
     body = f"""<p>{run.lines[-1]["epoch"]} epochs, {run.lines[-1]["step"]} optimizer steps.</p>
 <h2>Held-out prompts</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
-<h2>Alarms</h2><ul>{alarms or "<li>none</li>"}</ul>
+<h2>Alarms</h2><ul>{_alarms(run.lines) or "<li>none</li>"}</ul>
 <h2>Curves</h2>{_curves({"": run})}
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}
 <h2>Configuration</h2><pre>{config}</pre>"""

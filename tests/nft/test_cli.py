@@ -482,6 +482,16 @@ def test_plan_allocates_nothing_and_names_what_is_no_name():
     assert result.exit_code == 2 and "error: pipeline: " in result.output
 
 
+def test_a_report_names_an_alarm_once_however_often_it_was_raised(tmp_path):
+    said = {3: ["velocity: 11"], 4: ["velocity: 12", "x0_large: 6"], 9000: ["velocity: 13"]}
+    lines = ({"epoch": i, "step": i, "reward": 0.5, "alarms": said.get(i, [])} for i in range(1, 9001))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
+    page = report.write_report(tmp_path).read_text()
+    items = "<li>epoch 9000, the last of 3 since epoch 3: velocity: 13</li><li>epoch 4: x0_large: 6</li>"
+    assert f"<ul>{items}</ul>" in page
+
+
 @pytest.mark.parametrize("more", ['"alarms": 3', '"alarms": [3]', '"eval_strict": [1]'])
 def test_a_log_that_no_trainer_wrote_is_named(tmp_path, more):
     (tmp_path / "metrics.jsonl").write_text(f'{{"epoch": 1, "step": 1, {more}}}\n')
