@@ -276,7 +276,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def existing(parent: Path) -> list[Path]:
     """The checkpoints of a run, oldest first. One without its manifest is damaged; a copy of another name is none."""
     numbered = (path for path in parent.glob("epoch-*") if path.name.removeprefix("epoch-").isdecimal())
-    return sorted(path for path in numbered if path.is_dir())
+    return sorted((path for path in numbered if path.is_dir()), key=_epoch)
 
 
 def _epoch(path: Path) -> int:
@@ -299,9 +299,9 @@ def best(parent: Path) -> Path | None:
     return max(scored)[2] if scored else None
 
 
-def prune(parent: Path, keep: int, every: int | None = None) -> None:
+def prune(parent: Path, keep: int, every: int | None = None) -> Path | None:
     """Delete all but the ``keep`` newest, the best and those of every so many epochs, and what an interrupted process
-    left half done."""
+    left half done. Returns the best."""
     top = best(parent)
     for path in existing(parent)[:-keep]:
         if path != top and not (every and _epoch(path) % every == 0):
@@ -309,6 +309,7 @@ def prune(parent: Path, keep: int, every: int | None = None) -> None:
             path.rename(path.with_name(f".{path.name}.tmp"))
     for leftover in parent.glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+    return top
 
 
 def link(name: Path, target: Path) -> None:

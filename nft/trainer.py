@@ -93,7 +93,8 @@ class Trainer:
         logged, finished = checkpoint.read_metrics(folder, required=False) if resume else [], 0
         done = checkpoint.existing(kept) if resume else []
         if done:
-            finished = checkpoint.verify(done[-1])["epoch"]
+            about = checkpoint.verify(done[-1])
+            finished = about["epoch"]
             if config.epochs < finished:
                 raise ValueError(f"epochs: got {config.epochs}, but {finished} are finished already")
             before = load_config(str(folder / "config.yaml"))
@@ -122,7 +123,7 @@ class Trainer:
         """What is not as it was when the checkpoint was written that this run goes on from: it rounds otherwise."""
         self.task: tasks.Task | None = None
         if done:
-            self._load(done[-1])
+            self._load(done[-1], about)
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
@@ -508,9 +509,9 @@ class Trainer:
     def _tidy(self) -> None:
         """Delete the checkpoints that are not kept, and point at the newest and the best."""
         parent = self._checkpoint.parent
-        checkpoint.prune(parent, self.config.keep_checkpoints, self.config.keep_every)
+        best = checkpoint.prune(parent, self.config.keep_checkpoints, self.config.keep_every)
         checkpoint.link(self.folder / "checkpoint", checkpoint.existing(parent)[-1])
-        if best := checkpoint.best(parent):
+        if best:
             checkpoint.link(self.folder / "best", best)
 
     def _fill(self, folder: Path | None) -> None:
@@ -537,8 +538,8 @@ class Trainer:
         }
         torch.save(state, folder / "state.pt")
 
-    def _load(self, folder: Path) -> None:
-        about = checkpoint.verify(folder)
+    def _load(self, folder: Path, about: dict[str, Any]) -> None:
+        """Go on from a checkpoint, of which ``about`` is the manifest, and whose files have been verified."""
         # A name on the hub may have other weights by now, and a folder that was moved has the same.
         if about["pipeline"] != self.policy.fingerprint:
             raise ValueError(

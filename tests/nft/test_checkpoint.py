@@ -263,6 +263,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert sorted(p.name for p in parent.iterdir()) == ["epoch-000004", "epoch-000006", "epoch-000007"]
 
 
+def test_the_newest_is_by_its_number_and_not_by_its_name(tmp_path):
+    for epoch in (999_999, 1_000_000):
+        about = {"epoch": epoch, "score": None, "stage": 0}
+        checkpoint.write(tmp_path / f"epoch-{epoch:06d}", lambda f: (f / "weights").touch(), about)
+    checkpoint.prune(tmp_path, 1)
+    assert [path.name for path in checkpoint.existing(tmp_path)] == ["epoch-1000000"]
+
+
 def test_checkpoints_of_every_so_many_epochs(pipeline, tmp_path):
     """Some are written, some are kept, and a run that is resumed from one ends as an unbroken one."""
 
@@ -496,6 +504,14 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
     result = CliRunner().invoke(app, [*command, f"pipeline={pipeline}"] if command[-1] == "--override" else command)
     assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
     assert len(result.output.splitlines()) == 1
+
+
+def test_files_that_may_be_many_gigabytes_are_read_for_their_checksums_once(finished, pipeline, tmp_path, monkeypatch):
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    read, checksum = [], checkpoint.checksum
+    monkeypatch.setattr(checkpoint, "checksum", lambda path: read.append(path.name) or checksum(path))
+    Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True).close()
+    assert read.count("state.pt") == 1
 
 
 def test_a_folder_that_has_lost_its_log_is_no_place_for_another_run(finished, pipeline, tmp_path):
