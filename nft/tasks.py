@@ -130,14 +130,13 @@ class Rewards(Task):
             needs, named.
         """
         super().__init__(device)
-        self._held_out = held_out or train
-        self._train, kept_away = _prompts(train, held_out)
+        self._train, self._held_out = _prompts(train, held_out)
         self.weights = {name: spec.weight for name, spec in rewards.items()}
         self.method = method
         self.scorer = Scorer(rewards, device=str(device))
         try:
             for judge in self.scorer.judges.values():
-                _check_needs(judge, self._train, kept_away)
+                _check_needs(judge, self._train, self._held_out)
         except ValueError:
             self.close()
             raise
@@ -147,8 +146,8 @@ class Rewards(Task):
         return self._train
 
     def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
-        """A fixed set of prompts that are never trained on."""
-        return prompts.held_out(self._held_out, per_group)
+        """A fixed set of prompts that are never trained on, whatever becomes of their file while a run goes on."""
+        return prompts.first(self._held_out, per_group)
 
     def submit(self, pictures: Tensor, entries: list[dict[str, Any]]) -> None:
         """Start to score uint8 pictures (B, H, W, 3); see ``Scorer.submit``."""

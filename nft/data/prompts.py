@@ -96,6 +96,11 @@ def held_out(source: str, per_group: int | None = None) -> list[Entry]:
         entries = _generate(source, _HELD_OUT[source], _HELD_OUT_SEED, 2)
     else:
         entries = read(Path(source), "held_out_prompts")
+    return first(entries, per_group)
+
+
+def first(entries: list[Entry], per_group: int | None) -> list[Entry]:
+    """The first ``per_group`` entries of every task group, or all."""
     return [entry for group in _by_tag(entries) for entry in group[:per_group]]
 
 

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -244,6 +245,18 @@ def test_a_task_of_several_rewards():
         assert task.weights == {"shapes": 1.0, "small": 0.5} and task.method == "normalized_sum"
     finally:
         task.close()
+
+
+def test_held_out_prompts_stay_what_they_were_when_the_run_began(tmp_path, monkeypatch):
+    """Their file may be another one, or gone, hundreds of epochs later."""
+    (tmp_path / "train.txt").write_text("a cat\na dog\n")
+    lines = ('{"prompt": "a fox", "tag": "one"}', '{"prompt": "an owl", "tag": "two"}', '{"prompt": "b", "tag": "one"}')
+    (held := tmp_path / "held.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr("nft.tasks.Scorer", lambda rewards, device: SimpleNamespace(judges={}))
+    task = Rewards(torch.device("cpu"), {}, train=str(tmp_path / "train.txt"), held_out=str(held))
+    held.unlink()
+    assert [entry["prompt"] for entry in task.held_out_prompts(1)] == ["a fox", "an owl"]
+    assert [entry["prompt"] for entry in task.held_out_prompts(2)] == ["a fox", "b", "an owl"]
 
 
 @pytest.mark.parametrize(
