@@ -40,7 +40,7 @@ from .models.base import Model, check_resolution
 from .models.flux import Flux
 from .models.sd3 import StableDiffusion3
 from .objectives import OBJECTIVES
-from .policy import decoded_together, old_policy_decay, pipeline_source
+from .policy import KEPT_BYTES, decoded_together, old_policy_decay, pipeline_source
 from .rollout import noisy, solver_options
 
 # Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's and the
@@ -289,6 +289,7 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         rollout_flops = rollout * adapted.flops
     training_flops = pairs * step.flops + old * adapted.flops + reference * merged.flops
 
+    embeddings = sum(x.nbytes for x in model.conditions(1, c.max_sequence_length))
     solver = table(c.rollout_solver, schedule(c.rollout_steps), **solver_options(c, epoch))
     # Clean latents, and the states around the rows that draw noise.
     kept = 2 + len(solver.rows[noisy(solver)]) if OBJECTIVES[c.objective].trajectory else 1
@@ -300,6 +301,8 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
         "merged weights": adapted_weights * dtype.itemsize if parts == 1 else 0,
         # Candidates are gone before the others are drawn.
         "latents of an epoch": 4 * max(c.pictures * kept, c.candidates) * latents,
+        # Of as many prompts as a run may have.
+        "embeddings of prompts": min(config.epochs * c.prompts_per_epoch * embeddings, KEPT_BYTES),
         "activations": max(step.peak, (adapted if parts > 1 else merged).peak, decoding),
     }
     if c.cuda_graphs:

@@ -32,7 +32,7 @@ from .surroundings import fingerprint
 from .weights import ADAPTER, check_fit, find_weights, lora_weights
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
-_KEPT_BYTES = 2**30
+KEPT_BYTES = 2**30
 SHAPES_PIPELINE = Path(__file__).parent / "worlds" / "shapes" / "pipeline"
 
 
@@ -277,7 +277,7 @@ class Policy:
             self._put_aside()
             self._warn_of_cut(missing)
         rows = [self._conditions[p] for p in prompts]
-        while len(self._conditions) * sum(x.nbytes for x in rows[0]) > _KEPT_BYTES:
+        while len(self._conditions) * sum(x.nbytes for x in rows[0]) > KEPT_BYTES:
             self._conditions.pop(next(iter(self._conditions)))
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 

@@ -210,6 +210,10 @@ def test_what_a_plan_counts_besides():
         return plan(load_config("shapes", [*SMALL, *overrides]))
 
     plain = costs()
+    # Of 2 prompts in each of 3 epochs, and no more than are kept.
+    embeddings = sum(x.nbytes for x in Policy(load_config("shapes")).embed(["a red circle"]))
+    assert costs("epochs=3").memory["embeddings of prompts"] == 6 * embeddings > 0
+    assert costs("epochs=1000000").memory["embeddings of prompts"] == 2**30
     # Trained, old, averaged and put-aside weights, a gradient and two moments, all in float32.
     assert plain.memory["trained weights and optimizer"] == 7 * 4 * plain.trained_parameters
     assert plain.memory["text encoders and VAE"] > 0 == costs("offload=true").memory["text encoders and VAE"]

@@ -95,7 +95,7 @@ def test_no_more_embeddings_are_kept_than_there_is_room_for(monkeypatch):
     prompts = list(dict.fromkeys(PROMPTS))[:24]
     expected = policy.embed(prompts)
     one = sum(row[:1].nbytes for row in expected)
-    monkeypatch.setattr("nft.policy._KEPT_BYTES", 10 * one)
+    monkeypatch.setattr("nft.policy.KEPT_BYTES", 10 * one)
     policy._conditions.clear()
     for part in (prompts[:16], prompts[12:]):
         for found, all_of_them in zip(policy.embed(part), expected, strict=True):

@@ -410,7 +410,7 @@ def test_embeddings_are_kept_for_the_prompts_that_came_last(policy, monkeypatch)
     assert encoded == [["a", "b"]] and torch.equal(first[0][0], first[0][2])
     assert all(map(torch.equal, policy.embed(["a", "b", "a"]), first)) and len(encoded) == 1
     # Room for two.
-    monkeypatch.setattr("nft.policy._KEPT_BYTES", 2 * sum(x[0].nbytes for x in first))
+    monkeypatch.setattr("nft.policy.KEPT_BYTES", 2 * sum(x[0].nbytes for x in first))
     policy.embed(["c"])
     policy.embed(["b", "c"])
     assert encoded[1:] == [["c"]]
