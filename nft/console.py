@@ -28,7 +28,8 @@ def fail(error: Exception | str) -> typer.Exit:
 def bars() -> Progress:
     """Progress of something that takes long."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
+    # By what was done in the last day: with rich's own half a minute an epoch that takes longer has no time remaining.
+    return Progress(*columns, console=console, speed_estimate_period=86_400)
 
 
 def quieten_libraries() -> None:

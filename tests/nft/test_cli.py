@@ -22,6 +22,7 @@ from nft import report
 from nft.alarms import AlarmError
 from nft.cli import app
 from nft.config import load_config
+from nft.console import bars
 from nft.policy import Policy
 from nft.report import save_grid
 from nft.trainer import Trainer
@@ -411,6 +412,17 @@ def test_train_names_what_it_cannot_use_before_any_work(overrides, message, tmp_
     result = run(app, ["train", *overrides, "--output", str(tmp_path / "run")])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seconds", [1, 600])
+def test_the_time_remaining_is_told_however_long_an_epoch_takes(seconds):
+    progress, now = bars(), [0.0]
+    progress.get_time = lambda: now[0]
+    bar = progress.add_task("", total=100)
+    for done in range(1, 11):
+        now[0] += seconds
+        progress.update(bar, completed=done)
+    assert progress.tasks[0].time_remaining == 90 * seconds
 
 
 def test_brackets_in_an_error_are_printed():
