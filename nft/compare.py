@@ -196,9 +196,11 @@ class Run:
         if (self.folder / "result.json").is_file():
             return
         trainer = Trainer(self.config, self.folder, resume=saved.is_file())
+        # Read once and not at every epoch, with which it grows.
+        lines = read_metrics(self.folder, required=False)
 
         def on_epoch(metrics: dict[str, Any]) -> None:
-            lines = read_metrics(self.folder)
+            lines.append(metrics)
             spent = sum(line.get("seconds", 0.0) for line in lines)
             reached = max(line.get("eval_strict", -math.inf) for line in lines)
             if spent >= 60 * (self.minutes or math.inf) or reached >= (math.inf if self.until is None else self.until):

@@ -21,6 +21,7 @@ from nft.cli import app
 from nft.compare import (
     COSTS,
     SUITES,
+    Run,
     _ratio,
     compare,
     curve,
@@ -275,6 +276,30 @@ def test_minutes_end_a_run_after_the_epoch_that_reaches_them(tiny, tmp_path, mon
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 1]
     with pytest.raises(ValueError, match="holds a comparison with other settings"):
         compare("shapes", tmp_path, objectives=["nft"], seeds=1, minutes=2.0, overrides=tiny)
+
+
+def test_a_run_adds_up_its_minutes_and_reads_its_log_once(tmp_path, monkeypatch):
+    told, read = [], []
+
+    class Trained:
+        epoch, evaluation_due = 100, False
+
+        def __init__(self, config, folder, *, resume):
+            pass
+
+        def train(self, on_epoch):
+            for epoch in range(1000):
+                told.append(epoch)
+                on_epoch({"seconds": 1.0})
+
+        def close(self):
+            pass
+
+    before = [{"epoch": i, "step": i, "seconds": 1.0} for i in range(1, 101)]
+    monkeypatch.setattr("nft.trainer.Trainer", Trained)
+    monkeypatch.setattr("nft.compare.read_metrics", lambda folder, **_: read.append(folder) or before)
+    Run(tmp_path, load_config("shapes"), minutes=10.0)()
+    assert len(told) == 500 and len(read) == 1
 
 
 def test_a_damaged_file_of_a_comparison_is_named(tiny, tmp_path, monkeypatch):
