@@ -175,7 +175,8 @@ class Config(BaseModel):
     window_epochs: int = Field(1, gt=0)
     """For how many epochs the window stays where it is."""
     rollout_batch: int = Field(96, gt=0)
-    """Most pictures that a process samples at a time; a CPU fills them up to a multiple of 16."""
+    """Most pictures that a process samples at a time; a CPU fills them up to a multiple of 16, a GPU the last ones to
+    this many."""
     compile_rollout: Literal["default", "reduce-overhead", "max-autotune"] | None = None
     """Mode of torch.compile for the transformer of rollouts; ``reduce-overhead`` captures CUDA graphs."""
     cuda_graphs: bool = False
