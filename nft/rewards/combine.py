@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nft_kernels import group_advantages, optimality_probability
 
+METHODS = ("sum", "normalized_sum", "gdpo", "per_reward")
 Rewards = Mapping[str, Tensor]
 Weights = Mapping[str, float]
 
@@ -99,44 +101,21 @@ def combine(
     _validate(rewards, weights, group_ids, std)
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, accepted are {', '.join(METHODS)}")
+    probability = partial(optimality_probability, adv_clip_max=adv_clip_max, mode=mode)
     counted = {name: values for name, values in rewards.items() if weights[name]}
-    shares = {name: weights[name] for name in counted}
-    advantages, r = METHODS[method](counted, shares, group_ids, std, adv_clip_max, mode)
+    if method in ("sum", "normalized_sum"):
+        total = (weighted_sum if method == "sum" else normalized_sum)(counted, weights)
+        advantages = group_advantages(total, group_ids, std=std)
+    else:
+        own = "group" if method == "gdpo" else std
+        each = {name: group_advantages(values, group_ids, std=own) for name, values in counted.items()}
+        advantages = weighted_sum(each, weights)
+    if method == "per_reward":
+        norm = sum(weights.values())
+        r = weighted_sum({name: probability(values) for name, values in each.items()}, weights) / norm
+        advantages = advantages / norm
+    else:
+        r = probability(advantages)
     metrics = {f"reward_{name}": values.mean().item() for name, values in rewards.items()}
     metrics |= {f"reward_{name}_std": values.std(correction=0).item() for name, values in rewards.items()}
     return Combined(r, advantages, metrics)
-
-
-def _of_sum(total: Callable[[Rewards, Weights], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def method(
-        rewards: Rewards, weights: Weights, group_ids: Tensor, std: str, clip: float, mode: str
-    ) -> tuple[Tensor, Tensor]:
-        advantages = group_advantages(total(rewards, weights), group_ids, std=std)
-        return advantages, optimality_probability(advantages, adv_clip_max=clip, mode=mode)
-
-    return method
-
-
-def _gdpo(
-    rewards: Rewards, weights: Weights, group_ids: Tensor, std: str, clip: float, mode: str
-) -> tuple[Tensor, Tensor]:
-    each = {name: group_advantages(values, group_ids, std="group") for name, values in rewards.items()}
-    advantages = weighted_sum(each, weights)
-    return advantages, optimality_probability(advantages, adv_clip_max=clip, mode=mode)
-
-
-def _per_reward(
-    rewards: Rewards, weights: Weights, group_ids: Tensor, std: str, clip: float, mode: str
-) -> tuple[Tensor, Tensor]:
-    each = {name: group_advantages(values, group_ids, std=std) for name, values in rewards.items()}
-    r = {name: optimality_probability(values, adv_clip_max=clip, mode=mode) for name, values in each.items()}
-    total = sum(weights.values())
-    return weighted_sum(each, weights) / total, weighted_sum(r, weights) / total
-
-
-METHODS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "sum": _of_sum(weighted_sum),
-    "normalized_sum": _of_sum(normalized_sum),
-    "gdpo": _gdpo,
-    "per_reward": _per_reward,
-}
