@@ -182,12 +182,9 @@ def score(
         within = (scored.score >= low) & (scored.score <= high)
         if not (within | ~scored.score.isfinite()).all():
             raise RewardError(f"{name_of(reward)}: got {scored.score.tolist()}, its range is {reward.range}")
-        parts.append(Scored(*_to_cpu(scored)))
+        columns = {label: values.detach().float().cpu() for label, values in columns.items()}
+        parts.append(Scored(columns.pop("score"), columns))
     return join(name_of(reward), parts)
-
-
-def _to_cpu(scored: Scored) -> tuple[Tensor, dict[str, Tensor]]:
-    return scored.score.detach().float().cpu(), {k: v.detach().float().cpu() for k, v in scored.details.items()}
 
 
 def join(name: str, parts: list[Scored]) -> Scored:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -140,6 +141,19 @@ def checkpoint_file(source: str, filename: str) -> Path:
     return Path(from_hub(lambda name: hf_hub_download(name, filename), source))
 
 
+def linear_head(state: dict[str, Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The linear layers of a state dict, one after another in the order of the numbers in their names."""
+    names = sorted((k for k in state if k.endswith(".weight")), key=lambda k: int(re.findall(r"\d+", k)[0]))
+    layers = [(state[k].to(device), state[k.removesuffix("weight") + "bias"].to(device)) for k in names]
+
+    def head(x: Tensor) -> Tensor:
+        for weight, bias in layers:
+            x = torch.nn.functional.linear(x, weight, bias)
+        return x
+
+    return head
+
+
 class HPSv2(CLIP):
     """HPS v2.1 (Wu et al., arXiv 2306.09341): the cosine similarity in a fine-tuned CLIP ViT-H/14.
 
@@ -150,12 +164,7 @@ class HPSv2(CLIP):
     weights = MappingProxyType({HPS: HPS_FILE, CLIP_H: "config.json"})
 
     def __init__(
-        self,
-        model: str = HPS,
-        clip: str = CLIP_H,
-        filename: str = HPS_FILE,
-        *,
-        device: str | torch.device = "cpu",
+        self, model: str = HPS, clip: str = CLIP_H, filename: str = HPS_FILE, *, device: str | torch.device = "cpu"
     ):
         """Put the published weights, in open_clip's names, into the CLIP they were tuned from.
 
@@ -184,13 +193,7 @@ class Aesthetic(CLIP):
     range = (-math.inf, math.inf)
     files = MappingProxyType({AESTHETIC_HEAD: AESTHETIC_SOURCE})
 
-    def __init__(
-        self,
-        head: str = AESTHETIC_HEAD,
-        model: str = CLIP_L,
-        *,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, head: str = AESTHETIC_HEAD, model: str = CLIP_L, *, device: str | torch.device = "cpu"):
         """Load CLIP and the head.
 
         Args:
@@ -207,13 +210,10 @@ class Aesthetic(CLIP):
             )
         super().__init__(model, device=device)
         state = torch.load(head, map_location="cpu", weights_only=True)
-        names = sorted((k for k in state if k.endswith(".weight")), key=lambda k: int(re.search(r"\d+", k)[0]))  # type: ignore[index]
-        self.layers = [(state[k].to(self.device), state[k[:-6] + "bias"].to(self.device)) for k in names]
+        self.head = linear_head(state, self.device)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         inputs = self._inputs(images=list(pictures.permute(0, 3, 1, 2).cpu()))
         x = torch.nn.functional.normalize(self.model.get_image_features(**inputs).pooler_output, dim=-1)
-        for weight, bias in self.layers:
-            x = torch.nn.functional.linear(x, weight, bias)
-        return Scored(x[:, 0], {})
+        return Scored(self.head(x)[:, 0], {})

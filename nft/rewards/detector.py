@@ -17,10 +17,10 @@ from torch import Tensor
 from nft.data.geneval import CLASSES, COLORS
 
 from .base import Metadata, Reward, Scored, from_hub
+from .clip import CLIP_L
 from .geneval import MAX_OBJECTS, THRESHOLD, Detection, Verdict, check_entry, counted, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "openai/clip-vit-large-patch14"
 _COLOR_PROMPTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 _GREY = 153
 
@@ -36,13 +36,13 @@ class GenEvalReward(Reward):
     packages = ("transformers", "scipy")
     extra = "train"
     uses_device = threaded = True
-    weights = MappingProxyType({DETECTOR: "config.json", CLIP: "config.json"})
+    weights = MappingProxyType({DETECTOR: "config.json", CLIP_L: "config.json"})
 
     @staticmethod
     def check_prompt(prompt: str, entry: dict[str, Any]) -> None:
         check_entry(entry, CLASSES, COLORS)
 
-    def __init__(self, detector: str = DETECTOR, clip: str = CLIP, *, device: torch.device | str = "cpu"):
+    def __init__(self, detector: str = DETECTOR, clip: str = CLIP_L, *, device: torch.device | str = "cpu"):
         """Load both networks from a hub name or a folder.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Metadata, Reward, Scored, from_hub
-from .clip import checkpoint_file
+from .clip import checkpoint_file, linear_head
 
 MODEL, TOKENIZER = "zai-org/ImageReward", "google-bert/bert-base-uncased"
 # Mean and deviation of the raw reward on the authors' validation set.
@@ -50,13 +50,7 @@ class ImageReward(Reward):
     uses_device = threaded = True
     weights = MappingProxyType({MODEL: "ImageReward.pt", TOKENIZER: "tokenizer_config.json"})
 
-    def __init__(
-        self,
-        model: str = MODEL,
-        tokenizer: str = TOKENIZER,
-        *,
-        device: str | torch.device = "cpu",
-    ):
+    def __init__(self, model: str = MODEL, tokenizer: str = TOKENIZER, *, device: str | torch.device = "cpu"):
         """Load the published checkpoint into BLIP.
 
         Args:
@@ -99,9 +93,7 @@ class ImageReward(Reward):
         text_state = _part(state, "blip.text_encoder.")
         text_state.pop("embeddings.position_ids", None)
         self.text.load_state_dict(text_state)
-        head = _part(state, "mlp.layers.")
-        names = sorted((name for name in head if name.endswith(".weight")), key=lambda name: int(name.split(".")[0]))
-        self.head = [(head[n].to(self.device), head[n[:-6] + "bias"].to(self.device)) for n in names]
+        self.head = linear_head(_part(state, "mlp.layers."), self.device)
         for part in (self.vision, self.text):
             part.eval().to(self.device)
         self.tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer)
@@ -121,6 +113,5 @@ class ImageReward(Reward):
             encoder_hidden_states=image,
             encoder_attention_mask=image.new_ones(image.shape[:2], dtype=torch.long),
         ).last_hidden_state[:, 0]
-        for weight, bias in self.head:
-            x = torch.nn.functional.linear(x, weight, bias)
-        return Scored((x[:, 0] - _MEAN) / _DEVIATION, {"raw": x[:, 0]})
+        raw = self.head(x)[:, 0]
+        return Scored((raw - _MEAN) / _DEVIATION, {"raw": raw})
