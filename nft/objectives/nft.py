@@ -20,30 +20,31 @@ def weights(advantages: Tensor, config: Config) -> Tensor:
     return optimality_probability(advantages, adv_clip_max=config.adv_clip_max, mode=config.advantage_mode)
 
 
-def arguments(batch: Batch, config: Config) -> tuple[list[Tensor], dict[str, Any]]:
-    """What ``nft_loss`` takes, and its options. Where the old policy is the trained one, its velocity is v_theta
-    itself."""
-    v_old = batch.v_theta.detach() if batch.v_old is None else batch.v_old
-    options = {
+def arguments(batch: Batch, config: Config) -> dict[str, Any]:
+    """What ``nft_loss`` takes. Where the old policy is the trained one, its velocity is v_theta itself."""
+    return {
+        "v_theta": batch.v_theta,
+        "v_old": batch.v_theta.detach() if batch.v_old is None else batch.v_old,
+        "x_t": batch.x_t,
+        "x0": batch.x0,
+        "t": batch.t,
+        "r": batch.weights,
         "v_ref": batch.v_ref,
         "beta": config.beta,
         "adv_clip_max": config.adv_clip_max,
         "kl_weight": config.kl_weight,
         "weighting": config.weighting,
     }
-    return [batch.v_theta, v_old, batch.x_t, batch.x0, batch.t, batch.weights], options
 
 
 def loss(batch: Batch, config: Config) -> Loss:
     """``nft_kernels.nft_loss``."""
-    tensors, options = arguments(batch, config)
-    return nft_loss(*tensors, **options)
+    return nft_loss(**arguments(batch, config))
 
 
 def verify(batch: Batch, config: Config) -> None:
     """The same by kernels and by the reference."""
-    tensors, options = arguments(batch, config)
-    compare_nft_loss(*tensors, **options)
+    compare_nft_loss(**arguments(batch, config))
 
 
 READS = ("beta", "adv_clip_max", "weighting", "advantage_mode")
