@@ -349,8 +349,7 @@ class Config(BaseModel):
             if name == "std" or name.endswith("_std"):
                 raise ValueError(f"rewards: got the name {name!r}, accepted are others: deviations are logged so")
             if ":" not in spec.reward and spec.reward not in registry.known():
-                near = get_close_matches(spec.reward, registry.known(), n=1)
-                guess = f", did you mean {near[0]}?" if near else ""
+                guess = registry.guess(spec.reward, registry.known())
                 raise ValueError(f"rewards.{name}: unknown reward {spec.reward}{guess}; `nft rewards` lists them")
         if specs and not any(spec.weight for spec in specs.values()):
             raise ValueError(f"rewards: got {rewards}, accepted is at least one with a weight above 0")

@@ -59,10 +59,8 @@ def find(name: str) -> type[Reward]:
     target = installed.get(name, name)
     module, _, attribute = target.partition(":")
     if not (module and attribute):
-        near = get_close_matches(name, installed, n=1)
-        guess = f", did you mean {near[0]}?" if near else ""
         accepted = f"{', '.join(installed)}, module:attribute or a server's http://host:port/name"
-        raise ValueError(f"reward: got {name!r}{guess}; accepted are {accepted}")
+        raise ValueError(f"reward: got {name!r}{guess(name, installed)}; accepted are {accepted}")
     found = plugins.load(module, f"reward: got {name!r}", registered=name in installed)
     if not hasattr(found, attribute):
         raise ValueError(f"reward: got {name!r}, but {module} has no {attribute!r}")
@@ -88,11 +86,16 @@ def _kind(name: Any) -> type[Reward]:
     return find(name)
 
 
+def guess(name: Any, names: Collection[str]) -> str:
+    """What is added to a name that is none of ``names``: the nearest of them, if one is near."""
+    near = get_close_matches(str(name).lower(), names, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
 def unknown(key: Any, keys: Collection[str], otherwise: str = "") -> str:
     """What is said of a key that is none of ``keys``: the nearest of them, or else ``otherwise`` or all."""
-    near = get_close_matches(str(key).lower(), keys, n=1)
-    hint = f"did you mean {near[0]}?" if near else otherwise or f"accepted are {', '.join(keys) or 'none'}"
-    return f"{key}: unknown key, {hint}"
+    otherwise = otherwise or f"accepted are {', '.join(keys) or 'none'}"
+    return f"{key}: unknown key{guess(key, keys) or f', {otherwise}'}"
 
 
 def _ours(name: str, kind: type[Reward], device: str) -> dict[str, Any]:
