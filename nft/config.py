@@ -387,16 +387,13 @@ class Config(BaseModel):
             )
         if self.explore is not None and self.explore <= self.group_size:
             raise ValueError(f"explore: got {self.explore}, accepted are numbers above {self.group_size}, group_size")
-        for key, partner in _PARTNERS.items():
-            default = Config.model_fields[key].default
-            if getattr(self, partner) is None and getattr(self, key) != default:
-                accepted = _as_written(default)
-                raise ValueError(f"{key}: got {getattr(self, key)} without {partner}, accepted is {accepted} then")
-        for key in sorted(unread(self.objective)):
+        idle = [(key, f"without {partner}") for key, partner in _PARTNERS.items() if getattr(self, partner) is None]
+        idle += [(key, f"with objective={self.objective}") for key in sorted(unread(self.objective))]
+        for key, why in idle:
             came, default = getattr(self, key), Config.model_fields[key].default
             if came != default:
-                accepted = _as_written(default)
-                raise ValueError(f"{key}: got {came} with objective={self.objective}, accepted is {accepted} then")
+                accepted = "null" if default is None else default
+                raise ValueError(f"{key}: got {came} {why}, accepted is {accepted} then")
 
     def _check_limits(self) -> None:
         for key, largest, what in (
@@ -411,7 +408,8 @@ class Config(BaseModel):
 
     def _check_task(self) -> None:
         if (self.task == "rewards") != bool(self.rewards):
-            raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {_REWARDS_RULE}")
+            rule = "the task rewards needs at least one, shapes brings its own"
+            raise ValueError(f"rewards: got {self.rewards or 'none'}, but the task is {self.task}; {rule}")
         for key, plain in (("prompts", None), ("held_out_prompts", None), ("combine", "sum")):
             if self.task != "rewards" and getattr(self, key) != plain:
                 raise ValueError(f"{key}: got {getattr(self, key)} with task={self.task}, which brings its own")
@@ -432,7 +430,7 @@ class Config(BaseModel):
                 ("adapter", "lora"), ("gradient_checkpointing", False), ("compile_rollout", None), ("shard", False),
             ):  # fmt: skip
                 if (came := getattr(self, key)) != plain:
-                    accepted = _as_written(plain)
+                    accepted = "null" if plain is None else plain
                     raise ValueError(f"cuda_graphs: got true with {key}={came}, accepted is {accepted} then")
             if self.device == "cpu":
                 raise ValueError("cuda_graphs: got true with device=cpu, accepted is a GPU")
@@ -580,9 +578,6 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
     return spec
 
 
-_REWARDS_RULE = "the task rewards needs at least one, shapes brings its own"
-
-
 class _Loader(yaml.SafeLoader):
     """YAML with the numbers of version 1.2, where 3e-4 and 010 are decimal and 1:30 is text, and a key comes once."""
 
@@ -692,11 +687,6 @@ def _override(values: dict[str, Any], item: str) -> None:
         target[_index(last) if isinstance(target, list) else last] = value
     except (AttributeError, IndexError, TypeError, ValueError):
         raise ConfigError(f"override: got {item!r}, but there is no {dotted} to set") from None
-
-
-def _as_written(value: Any) -> Any:
-    """A setting's value as a configuration has it: none is YAML's null."""
-    return "null" if value is None else value
 
 
 def _index(part: str) -> int:
