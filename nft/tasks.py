@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,9 @@ from .config import Config
 from .data import prompts
 from .rewards import registry
 from .rewards.base import Reward, check_entries, fetch_weights
-from .rewards.geneval import Verdict
 from .rewards.pool import RewardSpec, Scorer
 from .worlds.shapes.prompts import sample, split
-from .worlds.shapes.verify import verify
+from .worlds.shapes.reward import ShapesReward
 
 
 class Task(ABC):
@@ -66,10 +65,6 @@ class Task(ABC):
         self._scored.clear()
 
 
-def _table(verdicts: Iterable[Verdict]) -> Tensor:
-    return torch.tensor([(verdict.partial, verdict.strict) for verdict in verdicts])
-
-
 class Shapes(Task):
     """The bundled shapes world: trains on GenEval's partial credit, reports the strict score."""
 
@@ -82,9 +77,9 @@ class Shapes(Task):
         return sample(held_out=True, per_group=per_group)
 
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
-        """Partial and strict score of uint8 pictures (B, H, W, 3), in [0, 1]: too many objects give 0, not less."""
-        verdicts = (verify(picture.numpy(), entry) for picture, entry in zip(pictures.cpu(), entries, strict=True))
-        return _table(verdicts).clamp_min(0)
+        """Score and strict score of ``ShapesReward``, (B, 2)."""
+        scored = ShapesReward()(pictures, [entry["prompt"] for entry in entries], entries)
+        return torch.stack([scored.score, scored.details["strict"]], dim=1)
 
 
 def _prompts(train: str, held_out: str | None) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -173,16 +168,6 @@ class Rewards(Task):
 TASKS: dict[str, type[Task]] = {"shapes": Shapes}
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """What ``Rewards`` is made with."""
-    return {
-        "rewards": config.reward_specs(),
-        "train": config.prompts,
-        "held_out": config.held_out_prompts,
-        "method": config.combine,
-    }
-
-
 def build(config: Config, device: torch.device) -> Task:
     """The task of a configuration.
 
@@ -191,7 +176,8 @@ def build(config: Config, device: torch.device) -> Task:
     """
     if config.task in TASKS:
         return TASKS[config.task](device)
-    return Rewards(device, **_settings(config))
+    specs, held_out = config.reward_specs(), config.held_out_prompts
+    return Rewards(device, specs, train=config.prompts, held_out=held_out, method=config.combine)
 
 
 def check(config: Config, *, ask: bool = False) -> None:
@@ -204,9 +190,8 @@ def check(config: Config, *, ask: bool = False) -> None:
     """
     if config.task in TASKS:
         return
-    settings = _settings(config)
-    groups, kept_away = _prompts(settings["train"], settings.get("held_out"))
-    for name, spec in settings["rewards"].items():
+    groups, kept_away = _prompts(config.prompts, config.held_out_prompts)
+    for name, spec in config.reward_specs().items():
         judge = registry.examine(spec.reward, spec.options, device=spec.device, where=f"rewards.{name}", ask=ask)
         if isinstance(judge, type):
             fetch_weights(judge, spec.options)

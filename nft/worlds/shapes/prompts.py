@@ -69,9 +69,9 @@ def split(held_out: bool) -> dict[str, list[dict[str, Any]]]:
     return sides
 
 
-def sample(held_out: bool, per_group: int, seed: int = 0) -> list[dict[str, Any]]:
-    """``per_group`` prompts of each task group, drawn with ``seed``, group by group; small groups repeat theirs."""
-    rng = random.Random(seed)
+def sample(held_out: bool, per_group: int) -> list[dict[str, Any]]:
+    """``per_group`` prompts of each task group, group by group, always the same; small groups repeat theirs."""
+    rng = random.Random(0)
     chosen = []
     for entries in split(held_out).values():
         order = rng.sample(entries, len(entries))
