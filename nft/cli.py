@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from .console import bars, console, fail, quieten_libraries, say
+from .console import bars, console, fail, failing, quieten_libraries, say
 from .evaluate_cli import evaluate, pairs, sampling_settings
 from .rewards.cli import reward_server, rewards
 
@@ -108,10 +108,8 @@ def train(
     from .rewards.base import RewardError
     from .trainer import Trainer
 
-    try:
+    with failing(CheckpointError, RewardError, OSError, ValueError, TypeError):
         trainer = Trainer(settings, folder, resume=resume)
-    except (CheckpointError, RewardError, OSError, ValueError, TypeError) as error:
-        raise fail(error) from None
     main = trainer.processes.main
     console.quiet = not main
     if trainer.changes:
@@ -158,11 +156,8 @@ def train(
         finally:
             trainer.close()
     if main:
-        try:
-            page = write_report(folder)
-        except (OSError, ValueError) as error:
-            raise fail(error) from None
-        say(f"report: {page}")
+        with failing(OSError, ValueError):
+            say(f"report: {write_report(folder)}")
 
 
 @_configs.command("show")
@@ -173,10 +168,8 @@ def show(
     """Print every setting of a configuration, and what it does, as a YAML file."""
     from .config import ConfigError, load_config
 
-    try:
+    with failing(ConfigError):
         typer.echo(load_config(config, overrides).dump(explained=True), nl=False)
-    except ConfigError as error:
-        raise fail(error) from None
 
 
 @app.command()
@@ -192,18 +185,16 @@ def plan(
     """Estimate memory, evaluations, FLOPs and time of an epoch without loading anything."""
     from rich.table import Table
 
-    from .config import ConfigError, load_config
+    from .config import load_config
 
     quieten_libraries()
     from .plan import matrix_rate, plan_stages
 
-    try:
+    with failing(ValueError):
         settings = load_config(config, overrides)
         if tflops is None:
             tflops = matrix_rate(1024) if settings.device == "cpu" else 300.0
         stages = plan_stages(settings, gpus, tflops=tflops)
-    except (ConfigError, ValueError) as error:
-        raise fail(error) from None
     costs = stages[0]
     hours = sum(stage.epochs * each.seconds for stage, each in zip(settings.all_stages(), stages, strict=True)) / 3600
     what = "of the first stage " if len(stages) > 1 else ""
@@ -237,7 +228,7 @@ def export(
     from .config import read_settings, saved_settings
     from .export import export_lora, export_pipeline
 
-    try:
+    with failing(OSError, ValueError):
         if weights not in ("ema", "default"):
             raise ValueError(f"weights: got {weights!r}, accepted are ema and default")
         if pipeline is not None and not merge:
@@ -252,8 +243,6 @@ def export(
                 raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
             half = own.get("dtype") == "bfloat16"
             export_pipeline(source, output, pipeline, weights=weights, half=half)
-    except (OSError, ValueError) as error:
-        raise fail(error) from None
     say(f"exported: {output}")
     # What diffusers does unless it is told otherwise.
     say(
@@ -289,26 +278,24 @@ def compare(
     from .compare import compare as run
     from .rewards.base import RewardError
 
-    with console.status("") as status:
-        try:
-            page = run(
-                suite,
-                output or Path("comparisons") / suite,
-                objectives=None if objectives is None else objectives.split(","),
-                ablations=ablations,
-                quick=quick,
-                seeds=seeds,
-                minutes=minutes,
-                epochs=epochs,
-                target=target,
-                stop_at_target=stop_at_target,
-                tune=tune,
-                jobs=jobs,
-                overrides=overrides or [],
-                on_run=lambda done, total: status.update(f"{done} of {total} runs are done"),
-            )
-        except (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError, ValueError, TypeError) as error:
-            raise fail(error) from None
+    errors = (AlarmError, CheckpointError, KernelMismatchError, RewardError, OSError, ValueError, TypeError)
+    with failing(*errors), console.status("") as status:
+        page = run(
+            suite,
+            output or Path("comparisons") / suite,
+            objectives=None if objectives is None else objectives.split(","),
+            ablations=ablations,
+            quick=quick,
+            seeds=seeds,
+            minutes=minutes,
+            epochs=epochs,
+            target=target,
+            stop_at_target=stop_at_target,
+            tune=tune,
+            jobs=jobs,
+            overrides=overrides or [],
+            on_run=lambda done, total: status.update(f"{done} of {total} runs are done"),
+        )
     say(f"comparison: {page}")
 
 
@@ -322,15 +309,13 @@ def report(
     """Write a run's report anew, or compare runs on one page."""
     from .report import write_comparison, write_report
 
-    try:
+    with failing(OSError, ValueError):
         if output is not None and output.suffix != ".html":
             raise ValueError(f"output: got {str(output)!r}, accepted is a name that ends with .html")
         if len(runs) == 1 and output is None:
             page = write_report(runs[0])
         else:
             page = write_comparison(runs, output or Path("comparison.html"))
-    except (OSError, ValueError) as error:
-        raise fail(error) from None
     say(f"report: {page}")
 
 
@@ -362,13 +347,13 @@ def sample(
 ) -> None:
     """Draw pictures of prompts."""
     from .checkpoint import check_folder
-    from .config import ConfigError, check_float32, parsed
+    from .config import check_float32, parsed
     from .data.text import encodable, read_lines
 
     lines = [*(prompts or [])]
     numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
     output = output or next(folder for folder in numbered if not os.path.lexists(folder))
-    try:
+    with failing(OSError, ValueError):
         check_folder(output)
         if drawn := sorted(output.glob("*.png")):
             raise FileExistsError(f"output: {output} holds {drawn[0].name} already; give another folder")
@@ -398,8 +383,6 @@ def sample(
         if seed + per_prompt > 2**63:
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
         policy = load_policy(settings, checkpoint, reference=reference)
-    except (ConfigError, OSError, ValueError) as error:
-        raise fail(error) from None
     import torch
     from PIL import Image
 
@@ -417,7 +400,7 @@ def sample(
     digits = max(4, len(str(len(entries) - 1)))
     cells = shown(len(entries))
     kept: list[Tensor] = []
-    try:
+    with failing(OSError):
         output.mkdir(parents=True, exist_ok=True)
         with bars() as progress, weights:
             bar = progress.add_task("drawing", total=len(entries))
@@ -432,8 +415,6 @@ def sample(
                         kept.append(picture.clone())
                 progress.update(bar, completed=i + 1)
         save_grid(torch.stack(kept), [entries[i] for i in cells], output / "grid.png")
-    except OSError as error:
-        raise fail(error) from None
     say(f"{len(entries)} pictures: {output}")
 
 
@@ -448,10 +429,8 @@ def pretrain(
     """Make the base policy of the shapes world."""
     from .worlds.shapes.pretrain import pretrain as run
 
-    try:
+    with failing(OSError, ValueError):
         run(output, seed=seed, flow_steps=flow_steps, wrong_steps=wrong_steps, wrong_share=wrong_share)
-    except (OSError, ValueError) as error:
-        raise fail(error) from None
 
 
 @app.command()
@@ -463,10 +442,8 @@ def solvers(plugins: Annotated[list[str] | None, typer.Argument(help="modules th
 
     from .plugins import load_all
 
-    try:
+    with failing(ValueError):
         load_all(plugins or [])
-    except ValueError as error:
-        raise fail(error) from None
     listing = Table("name", "order", "evaluations per step", "stochastic", "source")
     for name, build in SOLVERS.items():
         source = (build.__doc__ or "").partition("\n")[0]

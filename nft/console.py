@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
@@ -23,6 +25,15 @@ def fail(error: Exception | str) -> typer.Exit:
     """Print what was wrong with a command, and how to end it."""
     _errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
+
+
+@contextmanager
+def failing(*errors: type[Exception]) -> Iterator[None]:
+    """End a command that raises one of these, as ``fail`` does."""
+    try:
+        yield
+    except errors as error:
+        raise fail(error) from None
 
 
 def bars() -> Progress:

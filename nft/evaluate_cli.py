@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .console import bars, console, fail, quieten_libraries, say
+from .console import bars, console, failing, quieten_libraries, say
 
 if TYPE_CHECKING:
     from .config import Config
@@ -113,7 +113,7 @@ def evaluate(
     from .rewards.cli import reward_options
 
     folder = output or Path("evals") / suite
-    try:
+    with failing(OSError, ValueError):
         files = {name: Path(path) for name, path in pairs(prompts, "--prompts").items()}
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
@@ -144,8 +144,6 @@ def evaluate(
         with console.status("") as status:
             evaluation.score(options, device=run.device, on_reward=lambda name: status.update(f"scoring: {name}"))
         results = evaluation.results(other)
-    except (OSError, ValueError) as error:
-        raise fail(error) from None
     _print(evaluation, results, options, other is not None)
     say(f"pictures, scores and results: {folder}")
 

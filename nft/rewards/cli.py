@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..console import fail, say
+from ..console import fail, failing, say
 
 
 def _interval(low: float, high: float) -> str:
@@ -106,7 +106,7 @@ def reward_server(
         from .server import build_app
     except ImportError as error:
         raise fail(f'{error.name} is not installed: pip install "diffusion-nft[server]"') from None
-    try:
+    with failing(ValueError, OSError, RewardError):
         token = read_text(token_file, "token-file").strip() if token_file else os.environ.get(TOKEN, "").strip()
         if token_file and not token:
             raise ValueError(f"token-file: {token_file} is empty, accepted is a file with the token")
@@ -120,8 +120,6 @@ def reward_server(
         served = {s: load(name, options[name], device=device) for s, name in zip(short, names, strict=True)}
         shown = token or secrets.token_urlsafe()
         app = build_app(served, shown, max_bytes=max_mib * 2**20, max_waiting=max_waiting, max_pictures=max_pictures)
-    except (ValueError, OSError, RewardError) as error:
-        raise fail(error) from None
     if not token:
         say(f"export {TOKEN}={shown}")
     say(f"serving {', '.join(f'http://{host}:{port}/{name}' for name in served)}")
