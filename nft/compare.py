@@ -274,6 +274,46 @@ def tuning_score(folder: Path) -> float:
     return float(np.mean(scores[-math.ceil(len(scores) / 3) :]))
 
 
+def _check(
+    suite: str, seeds: int, minutes: float | None, epochs: int | None, target: float | None, stop_at_target: bool
+) -> None:
+    """Raise ``ValueError`` for what no comparison can be made with."""
+    if suite not in SUITES:
+        raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
+    if minutes is not None and epochs is not None:
+        raise ValueError("minutes, epochs: got both, accepted is one of them")
+    if stop_at_target and target is None:
+        raise ValueError("stop_at_target: got no target, accepted is one with a target")
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}, accepted are positive numbers")
+    if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes: got {minutes}, accepted are finite numbers above 0")
+    if target is not None and not math.isfinite(target):
+        raise ValueError(f"target: got {target}, accepted are finite numbers")
+
+
+def _shared(
+    methods: Mapping[str, Method], overrides: Sequence[str], given: Mapping[str, str | None]
+) -> dict[str, list[str]]:
+    """The overrides of each method, whose objective may not read all of them: those are for the others.
+
+    Raises:
+        ValueError: an override of what is ``given`` otherwise, or of what no method reads.
+    """
+    idle = {name: unread(load_config(base, [*changes]).objective) for name, (base, changes) in methods.items()}
+    shared: dict[str, list[str]] = {name: [] for name in methods}
+    for item in overrides:
+        key = item.partition("=")[0]
+        if given.get(key):
+            raise ValueError(f"overrides: got {item}, accepted is none of {key}, which {given[key]} gives")
+        readers = [name for name in methods if key not in idle[name]]
+        if not readers:
+            raise ValueError(f"overrides: got {item}, accepted is what one of {', '.join(methods)} reads")
+        for name in readers:
+            shared[name].append(item)
+    return shared
+
+
 def compare(
     suite: str,
     output: Path,
@@ -319,20 +359,9 @@ def compare(
             other settings or with damaged files.
         AlarmError, CheckpointError: a run that cannot go on.
     """
-    if suite not in SUITES:
-        raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")
-    if minutes is not None and epochs is not None:
-        raise ValueError("minutes, epochs: got both, accepted is one of them")
-    if stop_at_target and target is None:
-        raise ValueError("stop_at_target: got no target, accepted is one with a target")
     if seeds is None:
         seeds = 2 if quick else 5
-    if seeds < 1:
-        raise ValueError(f"seeds: got {seeds}, accepted are positive numbers")
-    if minutes is not None and not (math.isfinite(minutes) and minutes > 0):
-        raise ValueError(f"minutes: got {minutes}, accepted are finite numbers above 0")
-    if target is not None and not math.isfinite(target):
-        raise ValueError(f"target: got {target}, accepted are finite numbers")
+    _check(suite, seeds, minutes, epochs, target, stop_at_target)
     chosen = SUITES[suite]()
     known = chosen.ablations if ablations else chosen.methods
     first = next(iter(known))
@@ -340,30 +369,21 @@ def compare(
         objectives = objectives or (known if ablations else chosen.quick)
         minutes = 1.25 if minutes is None and epochs is None else minutes
         overrides = ("eval_every=2", "eval_prompts_per_group=10", *overrides)
+    for name in objectives or ():
+        if name not in known:
+            raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
+    names = [name for name in known if objectives is None or name in objectives or name == first]
     given = {
         "seed": "seeds",
         "epochs": None if minutes is None and epochs is None else "minutes or epochs",
         "learning_rate": "tune" if tune else None,
     }
-    for item in overrides:
-        key = item.partition("=")[0]
-        if given.get(key):
-            raise ValueError(f"overrides: got {item}, accepted is none of {key}, which {given[key]} gives")
-    for name in objectives or ():
-        if name not in known:
-            raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
-    names = [name for name in known if objectives is None or name in objectives or name == first]
-    # A change of what one method's objective does not read is for the others.
-    idle = {name: unread(load_config(known[name][0], [*known[name][1]]).objective) for name in names}
-    for item in overrides:
-        if all(item.partition("=")[0] in keys for keys in idle.values()):
-            raise ValueError(f"overrides: got {item}, accepted is what one of {', '.join(names)} reads")
+    shared = _shared({name: known[name] for name in names}, overrides, given)
 
     def config(name: str, *changes: str) -> Config:
         length = 10**6 if minutes is not None else epochs
         limits = [f"epochs={length}"] if length else []
-        shared = [item for item in overrides if item.partition("=")[0] not in idle[name]]
-        return load_config(known[name][0], [*known[name][1], *limits, *shared, *changes])
+        return load_config(known[name][0], [*known[name][1], *limits, *shared[name], *changes])
 
     until = target if stop_at_target else None
     settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})
@@ -377,35 +397,27 @@ def compare(
     tuning: dict[str, dict[str, float]] = {}
     if tune:
         cheap = ["eval_every=1000000", "eval_prompts_per_group=1", f"seed={_TUNING_SEED}"]
-        trials = {
-            (name, rate): Run(
-                output / "tuning" / name / f"{rate:g}",
-                config(name, *cheap, f"learning_rate={rate}"),
-                minutes,
-            )
+        trials = [
+            Run(output / "tuning" / name / f"{rate:g}", config(name, *cheap, f"learning_rate={rate}"), minutes)
             for name in names
             for rate in chosen.rates
-        }
-        _run_all(list(trials.values()), jobs, on_run)
-        for (name, rate), run in trials.items():
-            tuning.setdefault(name, {})[f"{rate:g}"] = tuning_score(run.folder)
+        ]
+        _run_all(trials, jobs, on_run)
+        for run in trials:
+            tuning.setdefault(run.folder.parent.name, {})[run.folder.name] = tuning_score(run.folder)
         best = {name: max(scores, key=lambda rate: scores[rate]) for name, scores in tuning.items()}
         configs = {(name, seed): config(name, f"learning_rate={best[name]}", f"seed={seed}") for name, seed in configs}
     # Seed by seed, so that a comparison that is cut short has all methods.
-    todo = [
-        Run(output / "runs" / name / f"seed-{seed}", each, minutes, until, chosen.solvers)
-        for (name, seed), each in configs.items()
-    ]
-    _run_all(todo, jobs, on_run)
     runs = {
-        name: [read_run(output / "runs" / name / f"seed-{s}", configs[name, s]) for s in range(seeds)] for name in names
+        (name, seed): Run(output / "runs" / name / f"seed-{seed}", each, minutes, until, chosen.solvers)
+        for (name, seed), each in configs.items()
     }
-    results = {
-        name: [_read_result(output / "runs" / name / f"seed-{s}" / "result.json") for s in range(seeds)]
-        for name in names
-    }
+    _run_all([*runs.values()], jobs, on_run)
+    of_method = {name: [runs[name, seed] for seed in range(seeds)] for name in names}
+    curves = {name: [read_run(run.folder, run.config) for run in of_method[name]] for name in names}
+    results = {name: [_read_result(run.folder / "result.json") for run in of_method[name]] for name in names}
     base = _base_scores(output / "base", configs[first, 0], chosen.solvers)
-    found = summarise(runs, results, base, target)
+    found = summarise(curves, results, base, target)
     found |= {"tuning": tuning, **provenance(torch.device(configs[first, 0].device)), "jobs": jobs}
     return write(output, found, {name: configs[name, 0] for name in names})
 
@@ -485,8 +497,8 @@ def _json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: float, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "never" if value > 0 else "-"
+def _number(value: float) -> str:
+    return f"{value:.2f}" if math.isfinite(value) else "never" if value > 0 else "-"
 
 
 def _p_value(p: float) -> str:
