@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ def _fit(
         module.eval()
 
 
-def _train_vae(pipeline: Any, pictures: torch.Tensor, steps: int, batch: int, progress: Progress) -> None:
-    vae = pipeline.vae
-
+def _vae_loss(vae: Any, pictures: torch.Tensor, batch: int) -> Callable[[], torch.Tensor]:
     def batch_loss() -> torch.Tensor:
         x = _scaled(pictures[torch.randint(len(pictures), (batch,))])
         posterior = vae.encode(x).latent_dist
@@ -85,8 +84,7 @@ def _train_vae(pipeline: Any, pictures: torch.Tensor, steps: int, batch: int, pr
         # Strong enough that the decoder shrugs off the flow model's small errors.
         return error.square().mean() + 0.2 * error.abs().mean() + 1e-2 * posterior.kl().mean() / x[0].numel()
 
-    _fit([vae], batch_loss, name="autoencoder", steps=steps, learning_rate=2e-3, progress=progress)
-    vae.requires_grad_(False)
+    return batch_loss
 
 
 @torch.no_grad()
@@ -98,17 +96,7 @@ def _encode(pipeline: Any, pictures: torch.Tensor) -> torch.Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def _train_flow(
-    pipeline: Any,
-    latents: torch.Tensor,
-    captions: list[str],
-    *,
-    name: str,
-    steps: int,
-    learning_rate: float,
-    batch: int,
-    progress: Progress,
-) -> None:
+def _flow_loss(pipeline: Any, latents: torch.Tensor, captions: list[str], batch: int) -> Callable[[], torch.Tensor]:
     transformer = torch.compile(pipeline.transformer)
 
     def batch_loss() -> torch.Tensor:
@@ -128,8 +116,7 @@ def _train_flow(
         velocity = transformer(x_t, embeds, pooled, 1000 * t, return_dict=False)[0]
         return (velocity - (noise - x0)).square().mean()
 
-    modules = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
-    _fit(modules, batch_loss, name=name, steps=steps, learning_rate=learning_rate, progress=progress)
+    return batch_loss
 
 
 def pretrain(
@@ -177,22 +164,17 @@ def pretrain(
     pipeline, rng = build_pipeline(seed), random.Random(seed)
     data, entries = _pictures(pictures, rng)
     with Progress() as progress:
-        _train_vae(pipeline, data, vae_steps, max(1, batch // 4), progress)
+        fit = partial(_fit, progress=progress)
+        loss = _vae_loss(pipeline.vae, data, max(1, batch // 4))
+        fit([pipeline.vae], loss, name="autoencoder", steps=vae_steps, learning_rate=2e-3)
+        pipeline.vae.requires_grad_(False)
         latents = _encode(pipeline, data)
+        flow = [pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3]
         for name, share, steps, rate in (
             ("true captions", 0.0, flow_steps, 2e-3),
             ("wrong captions", wrong_share, wrong_steps, 5e-4),
         ):
-            captions = _captions(entries, share, rng)
-            _train_flow(
-                pipeline,
-                latents,
-                captions,
-                name=name,
-                steps=steps,
-                learning_rate=rate,
-                batch=batch,
-                progress=progress,
-            )
+            loss = _flow_loss(pipeline, latents, _captions(entries, share, rng), batch)
+            fit(flow, loss, name=name, steps=steps, learning_rate=rate)
     pipeline.to(torch.float16).save_pretrained(output)
     return pipeline
