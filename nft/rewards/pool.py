@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import multiprocessing
 import os
 import signal
@@ -47,8 +46,6 @@ class RewardSpec:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise ValueError(f"{key}: got {value!r}, accepted is {getattr(kind, '__name__', kind)}")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight: got {self.weight}, accepted are finite numbers")
         if self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, accepted are positive numbers")
 
@@ -260,7 +257,7 @@ class Scorer:
 
         Raises:
             ValueError: nothing was submitted.
-            RewardError: a reward failed, named. Nothing is lost: call again to score what is missing, or ``discard``.
+            RewardError: a reward failed, named. Nothing is lost: call again to score what is missing.
         """
         with self._changed:
             if not self._batches:
@@ -279,12 +276,6 @@ class Scorer:
             found = {name: join(name, [batch.scores[name] for batch in self._batches]) for name in self._workers}
             self._batches = []
         return found
-
-    def discard(self) -> None:
-        """Forget all that was submitted."""
-        with self._changed:
-            self._changed.wait_for(lambda: not any(b.running for b in self._batches))
-            self._batches, self._errors = [], {}
 
     def close(self) -> None:
         """Stop all workers, at once where they have processes of their own, and let go of all rewards."""

@@ -175,7 +175,7 @@ def test_a_reward_that_fails_is_asked_again_and_then_named(run, monkeypatch):
     monkeypatch.setattr(one.task, "gather", failing)
     with pytest.raises(RewardError, match="reward jpeg: gone"):
         one.sample()
-    one.task.scorer.discard()
+    gather()
     failures[0] = 2
     assert one.sample()["scores"].shape == (6, 3)
 
