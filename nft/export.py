@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from .checkpoint import check_folder, check_vacant, reading
 from .models.base import left_out
 from .policy import pipeline_source, unloadable
-from .weights import LORA, UP, WEIGHTS, find_weights, fitting_layers, lora_settings, lora_weights
+from .weights import LORA, WEIGHTS, check_layers, find_weights, lora_layers, lora_settings, named_weights
 
 
 @contextmanager
@@ -44,14 +44,15 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     path = find_weights(source, weights)
     if path.name == WEIGHTS:
         raise ValueError(f"source: {path.parent} holds whole weights; export them with --merge")
-    settings = lora_settings(path)
+    layers = lora_layers(path)
+    settings = lora_settings(path, layers)
     scale = settings["lora_alpha"] / settings["r"]
-    layers = {name: weight * scale if name.endswith(UP) else weight for name, weight in lora_weights(path).items()}
     settings["lora_alpha"] = settings["r"]
+    scaled = named_weights({layer: (down, up * scale) for layer, (down, up) in layers.items()})
     # The file's format is the same for every pipeline with a ``transformer``.
     with _writing(output):
         StableDiffusion3Pipeline.save_lora_weights(
-            output, transformer_lora_layers=layers, transformer_lora_adapter_metadata=settings
+            output, transformer_lora_layers=scaled, transformer_lora_adapter_metadata=settings
         )
 
 
@@ -82,8 +83,10 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         with reading(path.parent, "source"):
             whole.register_modules(transformer=type(whole.transformer).from_pretrained(path.parent, dtype=dtype))
     else:
-        settings = lora_settings(path)
-        for layer, (down, up) in fitting_layers(path, whole.transformer).items():
+        layers = lora_layers(path)
+        settings = lora_settings(path, layers)
+        check_layers(path, layers, whole.transformer)
+        for layer, (down, up) in layers.items():
             weight = whole.transformer.get_submodule(layer).weight.data
             # As in rollouts.
             weight.copy_(torch.addmm(weight.float(), up, down, alpha=settings["lora_alpha"] / settings["r"]))

@@ -16,7 +16,7 @@ from .checkpoint import reading
 from .config import Config
 from .distributed import shard, sharded_like
 from .policy import Policy
-from .weights import WEIGHTS, check_fit, find_weights, fitting_layers, lora_settings
+from .weights import WEIGHTS, check_fit, check_layers, find_weights, lora_layers, lora_settings
 
 
 class FullPolicy(Policy):
@@ -119,16 +119,19 @@ class FullPolicy(Policy):
 
 
 class _LoraPolicy(Policy):
-    """A policy whose adapters have the layers, rank and alpha of a file."""
+    """A policy whose adapters have the layers, rank and alpha of a file, and ``default`` its weights."""
 
     def __init__(self, config: Config, path: Path):
-        self._path = path
-        lora = lora_settings(path)
+        self._path, self._layers = path, lora_layers(path)
+        lora = lora_settings(path, self._layers)
         super().__init__(config.model_copy(update={"lora_rank": lora["r"], "lora_alpha": lora["lora_alpha"]}))
+        del self._layers
 
     def _add_adapters(self, config: Config) -> None:
-        self.model.targets = list(fitting_layers(self._path, self.transformer))
+        check_layers(self._path, self._layers, self.transformer)
+        self.model.targets = list(self._layers)
         super()._add_adapters(config)
+        self._set_adapter("default", self._path, self._layers)
 
 
 def load_policy(config: Config, checkpoint: Path | None, *, reference: bool = False) -> Policy:
@@ -142,13 +145,11 @@ def load_policy(config: Config, checkpoint: Path | None, *, reference: bool = Fa
     if checkpoint is None:
         return Policy(config)
     path = find_weights(checkpoint)
-    if path.name == WEIGHTS:
-        # Without what the settings refuse together with it.
-        speed = {"fused_transformer": False, "cuda_graphs": False, "float8_rollout": False}
-        full = config.model_copy(update={"adapter": "full", **speed})
-        policy: Policy = FullPolicy(full, kept=(None,) if reference else ())
-        path = path.parent
-    else:
-        policy = _LoraPolicy(config, path)
-    policy.load_adapter("default", path)
+    if path.name != WEIGHTS:
+        return _LoraPolicy(config, path)
+    # Without what the settings refuse together with it.
+    speed = {"fused_transformer": False, "cuda_graphs": False, "float8_rollout": False}
+    full = config.model_copy(update={"adapter": "full", **speed})
+    policy = FullPolicy(full, kept=(None,) if reference else ())
+    policy.load_adapter("default", path.parent)
     return policy

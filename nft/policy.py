@@ -29,7 +29,7 @@ from .graphs import Graphs
 from .models import MODELS, find
 from .models.base import Model, check_resolution
 from .surroundings import fingerprint
-from .weights import ADAPTER, check_fit, find_weights, lora_weights
+from .weights import ADAPTER, Layers, check_fit, find_weights, lora_layers, named_weights
 
 # Of embeddings that are kept: those of 600 prompts of 205 tokens for Stable Diffusion 3.5.
 KEPT_BYTES = 2**30
@@ -347,7 +347,12 @@ class Policy:
             OSError, ValueError: files that are missing or damaged, or an adapter of other layers, or of layers of
                 another size.
         """
-        state = lora_weights(path := find_weights(folder))
+        path = find_weights(folder)
+        self._set_adapter(adapter, path, lora_layers(path))
+
+    def _set_adapter(self, adapter: str, path: Path, layers: Layers) -> None:
+        """Set one adapter to the layers that a file has."""
+        state = named_weights(layers)
         shapes = {name: weight.shape for name, weight in state.items()}
         check_fit(path, shapes, get_peft_model_state_dict(self.transformer, adapter_name=adapter))
         set_peft_model_state_dict(self.transformer, state, adapter_name=adapter)

@@ -19,6 +19,7 @@ from .checkpoint import reading
 # An adapter in PEFT's format and in that of diffusers, and the whole weights in diffusers'.
 ADAPTER, LORA, WEIGHTS = "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE, "diffusion_pytorch_model.safetensors"
 DOWN, UP = "lora_A.weight", "lora_B.weight"
+Layers = Mapping[str, tuple[Tensor, Tensor]]
 # What stands in place of the transformer's and PEFT's names in files of a PeftModel, of diffusers and of others.
 _NAMES = {
     r"^(base_model\.model\.)?(transformer\.|diffusion_model\.)?": "",
@@ -53,7 +54,7 @@ def find_weights(folder: Path, kind: str = "ema") -> Path:
     )
 
 
-def lora_layers(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def lora_layers(path: Path) -> Layers:
     """A LoRA's matrices (rank, in) and (out, rank), float32, by the names of the transformer's layers. Alphas that the
     file has as tensors are multiplied into the latter, and zeros bring all ranks to the largest one.
 
@@ -83,17 +84,16 @@ def lora_layers(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def lora_weights(path: Path) -> dict[str, Tensor]:
-    """What ``lora_layers`` gives, by PEFT's names.
+def named_weights(layers: Layers) -> dict[str, Tensor]:
+    """The matrices of ``lora_layers`` by PEFT's names."""
+    return {
+        f"{layer}.{part}": weight
+        for layer, pair in layers.items()
+        for part, weight in zip((DOWN, UP), pair, strict=True)
+    }
 
-    Raises:
-        OSError, ValueError: as ``lora_layers``.
-    """
-    layers = lora_layers(path).items()
-    return {f"{layer}.{part}": weight for layer, pair in layers for part, weight in zip((DOWN, UP), pair, strict=True)}
 
-
-def _told(path: Path, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def _told(path: Path, layers: Layers) -> dict[str, Any]:
     """The settings in a file of diffusers. Without them, and where alphas stand for them, all scales are 1."""
     with safe_open(path, "pt") as file:
         settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
@@ -103,14 +103,14 @@ def _told(path: Path, layers: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, 
     return {"r": rank, "lora_alpha": rank, "target_modules": list(layers)}
 
 
-def lora_settings(path: Path) -> dict[str, Any]:
-    """The settings of a LoRA as PEFT has them, with ``r`` and ``lora_alpha``.
+def lora_settings(path: Path, layers: Layers) -> dict[str, Any]:
+    """The settings of the LoRA whose ``layers`` are those of a file, as PEFT has them, with ``r`` and ``lora_alpha``.
 
     Raises:
         OSError: a file that is missing.
-        ValueError: a file that is damaged or of other names, or a kind of LoRA that is none of ours.
+        ValueError: a file that is damaged, or a kind of LoRA that is none of ours.
     """
-    layers, beside = lora_layers(path), path.with_name("adapter_config.json")
+    beside = path.with_name("adapter_config.json")
     with reading(beside if path.name == ADAPTER else path, "checkpoint"):
         settings = json.loads(beside.read_text()) if path.name == ADAPTER else _told(path, layers)
         rank, alpha = settings["r"], settings["lora_alpha"]
@@ -121,18 +121,17 @@ def lora_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def fitting_layers(path: Path, transformer: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """What ``lora_layers`` gives of a file that fits a transformer: PEFT would leave out what does not.
+def check_layers(path: Path, layers: Layers, transformer: nn.Module) -> None:
+    """Whether the layers of a file fit a transformer: PEFT would leave out what does not.
 
     Raises:
-        OSError, ValueError: as ``lora_layers``, or a layer that the transformer lacks or has in another size.
+        ValueError: a layer that the transformer lacks or has in another size.
     """
-    layers, modules = lora_layers(path), dict(transformer.named_modules())
+    modules = dict(transformer.named_modules())
     for layer, (down, up) in layers.items():
         module, size = modules.get(layer), (len(up), down.shape[1])
         if not isinstance(module, nn.Linear) or module.weight.shape != size:
             raise ValueError(f"checkpoint: {path} does not fit the pipeline, which has no layer {layer} of size {size}")
-    return layers
 
 
 def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:
