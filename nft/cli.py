@@ -6,7 +6,6 @@ import itertools
 import os
 import shlex
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +14,14 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from .console import bars, console, fail, failing, quieten_libraries, say
-from .evaluate_cli import evaluate, pairs, sampling_settings
+from .evaluate_cli import evaluate
 from .rewards.cli import reward_server, rewards
+from .sample_cli import sample
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .config import Config
 
 # What Ctrl-C leaves of a command; ``train`` says more.
 _LEFT = {
@@ -69,8 +71,22 @@ app = typer.Typer(
 _configs = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(_configs, name="config")
 app.command("eval")(evaluate)
+app.command()(sample)
 app.command()(rewards)
 app.command()(reward_server)
+
+
+def _run_settings(name: str, folder: Path, overrides: list[str], resume: bool) -> Config:
+    """The settings of a run: those of a configuration, or of the run in the folder that is gone on with."""
+    from .config import ConfigError, load_config
+
+    saved = folder / "config.yaml"
+    # Unlike a path's own exists it says no of a name that is too long.
+    resumed = resume and os.path.exists(saved)
+    try:
+        return load_config(str(saved) if resumed else name, overrides)
+    except ConfigError as error:
+        raise fail(f"{error} (with the settings of {saved})" if resumed else error) from None
 
 
 @app.command()
@@ -85,20 +101,14 @@ def train(
     verify_kernels: Annotated[bool, typer.Option(help="compare the loss with the reference in the first steps")] = True,
 ) -> None:
     """Fine-tune a pipeline with DiffusionNFT."""
-    from .config import ConfigError, load_config
+    from .config import ConfigError
 
     extra = [] if verify_kernels else ["verify_kernels_steps=0"]
     if resume and config and output:
         raise fail(f"config: got {config} with --resume, accepted is none: {output} has the run's settings")
     name = config or "shapes"
     folder = output or Path("runs") / Path(name).stem
-    saved = folder / "config.yaml"
-    # Unlike a path's own exists it says no of a name that is too long.
-    resumed = resume and os.path.exists(saved)
-    try:
-        settings = load_config(str(saved) if resumed else name, [*(overrides or []), *extra])
-    except ConfigError as error:
-        raise fail(f"{error} (with the settings of {saved})" if resumed else error) from None
+    settings = _run_settings(name, folder, [*(overrides or []), *extra], resume)
     quieten_libraries()
     from nft_kernels.check import KernelMismatchError
 
@@ -317,105 +327,6 @@ def report(
         else:
             page = write_comparison(runs, output or Path("comparison.html"))
     say(f"report: {page}")
-
-
-@app.command()
-def sample(
-    prompts: Annotated[list[str] | None, typer.Argument(help="prompts, each of which is drawn")] = None,
-    file: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
-    config: Annotated[
-        str | None, typer.Option(help="bundled configuration or YAML file; the checkpoint's own or shapes by default")
-    ] = None,
-    override: Annotated[
-        list[str] | None, typer.Option(help="key=value of the configuration, such as device=cuda")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="run, checkpoint or folder of weights; none is the base")
-    ] = None,
-    solver: Annotated[str, typer.Option(help="see `nft solvers`")] = "dpm++2M",
-    steps: Annotated[int, typer.Option(min=1, max=1000)] = 20,
-    option: Annotated[list[str] | None, typer.Option(help="key=value option of the solver, such as eta=0.5")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
-    reference: Annotated[
-        bool, typer.Option("--reference", help="guide against the base, not the empty prompt")
-    ] = False,
-    per_prompt: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="of the first picture of every prompt")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(help="folder for the pictures and grid.png; a new samples, samples-2, ... by default")
-    ] = None,
-) -> None:
-    """Draw pictures of prompts."""
-    from .checkpoint import check_folder
-    from .config import check_float32, parsed
-    from .data.text import encodable, read_lines
-
-    lines = [*(prompts or [])]
-    numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
-    output = output or next(folder for folder in numbered if not os.path.lexists(folder))
-    with failing(OSError, ValueError):
-        check_folder(output)
-        if drawn := sorted(output.glob("*.png")):
-            raise FileExistsError(f"output: {output} holds {drawn[0].name} already; give another folder")
-        if file is not None:
-            lines += [line.strip() for _, line in read_lines(file, "file")]
-        if broken := next((line for line in lines if not encodable(line)), None):
-            raise ValueError(f"prompts: got {broken!r}, accepted is a text")
-        if not lines:
-            raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
-        if reference and (guidance is None or checkpoint is None):
-            raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
-        settings = sampling_settings(config, checkpoint, "shapes", override or [])
-        quieten_libraries()
-        from nft_kernels.solvers import SOLVERS, schedule, table
-
-        from .full import load_policy
-
-        if solver not in SOLVERS:
-            raise ValueError(f"solver: got {solver!r}, accepted are {', '.join(SOLVERS)}")
-        chosen = {key: parsed(value, f"--option {key}") for key, value in pairs(option, "--option").items()}
-        try:
-            table(solver, schedule(steps), **chosen)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"solver: {solver} cannot take {steps} steps with options {chosen}: {error}") from None
-        if guidance is not None:
-            check_float32("guidance", guidance)
-        if seed + per_prompt > 2**63:
-            raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
-        policy = load_policy(settings, checkpoint, reference=reference)
-    import torch
-    from PIL import Image
-
-    from .report import save_grid, shown
-    from .rollout import rollout
-
-    entries = [line for line in lines for _ in range(per_prompt)]
-    seeds = [seed + i for _ in lines for i in range(per_prompt)]
-    grid = policy.times(steps)
-    # The base's weights are needed as they are.
-    weights = nullcontext() if reference else policy.merged("default")
-    options: dict[str, Any] = {"guidance": guidance, "reference": reference, **chosen}
-    batch = min(settings.rollout_batch, len(entries))
-    # In the order of their names they are in that of the prompts.
-    digits = max(4, len(str(len(entries) - 1)))
-    cells = shown(len(entries))
-    kept: list[Tensor] = []
-    with failing(OSError):
-        output.mkdir(parents=True, exist_ok=True)
-        with bars() as progress, weights:
-            bar = progress.add_task("drawing", total=len(entries))
-            for start in range(0, len(entries), batch):
-                part = slice(start, start + batch)
-                x0 = rollout(policy, entries[part], seeds[part], grid, solver, batch, **options)
-                # What is drawn is kept, whatever ends the command.
-                for i, picture in enumerate(policy.decode(x0).cpu(), start):
-                    Image.fromarray(picture.numpy()).save(output / f"{i:0{digits}d}_seed{seeds[i]}.png")
-                    if i in cells:
-                        # A part of its batch would keep all of it.
-                        kept.append(picture.clone())
-                progress.update(bar, completed=i + 1)
-        save_grid(torch.stack(kept), [entries[i] for i in cells], output / "grid.png")
-    say(f"{len(entries)} pictures: {output}")
 
 
 @app.command()
