@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from rewarded import Rewarded
 
-from nft.worlds.mixture import Mixture, Rewarded
+from nft.worlds.mixture import Mixture
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from rewarded import Rewarded
 from torch.func import grad, hessian, vmap
 
-from nft.worlds.mixture import Rewarded
 from nft_kernels import solver_step
 from nft_kernels.solvers import schedule, table
 
