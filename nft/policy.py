@@ -92,6 +92,32 @@ def decoded_together(model: Model, latent_shape: Sequence[int]) -> int:
     return min(max(2**20 // pixels, 1), 16)
 
 
+def _kind(config: Config, source: str) -> type[Model]:
+    """The model of a pipeline, after its settings have told all that is wrong without its weights."""
+    kind = find(source)
+    name = kind.pipeline_class.__name__
+    for key, needed in (("fused_transformer", "fast_path"), ("cuda_graphs", "recordable")):
+        if getattr(config, key) is True and not getattr(kind, needed):
+            able = ", ".join(other for other, model in MODELS.items() if getattr(model, needed))
+            raise ValueError(f"{key}: got true for a {name}, accepted is {able}")
+    if (came := config.max_sequence_length) > kind.longest:
+        raise ValueError(f"max_sequence_length: got {came}, accepted for a {name} are 1 to {kind.longest}")
+    if config.resolution:
+        outline = kind.read_outline(source, getattr(torch, config.dtype))
+        check_resolution(config.resolution, outline.unit, outline.largest)
+    return kind
+
+
+def _device(config: Config) -> torch.device:
+    """The configuration's, on which the kernels that are asked for can run."""
+    device = usable_device(config.device)
+    try:
+        choose("auto", torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return device
+
+
 def _load(kind: type[Model], source: str, dtype: torch.dtype) -> Model:
     try:
         return kind(source, dtype)
@@ -114,23 +140,8 @@ class Policy:
         source = pipeline_source(pipeline)
         self.dtype = getattr(torch, config.dtype)
         try:
-            # The index alone tells a wrong name; the rest is checked before gigabytes are read.
-            kind = find(source)
-            for key, needed in (("fused_transformer", "fast_path"), ("cuda_graphs", "recordable")):
-                if getattr(config, key) is True and not getattr(kind, needed):
-                    able = ", ".join(name for name, other in MODELS.items() if getattr(other, needed))
-                    raise ValueError(f"{key}: got true for a {kind.pipeline_class.__name__}, accepted is {able}")
-            self.device = usable_device(config.device)
-            try:
-                choose("auto", torch.empty(0, device=self.device))
-            except RuntimeError as error:
-                raise ValueError(str(error)) from None
-            if config.max_sequence_length > kind.longest:
-                came, name = config.max_sequence_length, kind.pipeline_class.__name__
-                raise ValueError(f"max_sequence_length: got {came}, accepted for a {name} are 1 to {kind.longest}")
-            if config.resolution:
-                outline = kind.read_outline(source, self.dtype)
-                check_resolution(config.resolution, outline.unit, outline.largest)
+            # Before gigabytes are read.
+            kind, self.device = _kind(config, source), _device(config)
             self.model = _load(kind, source, self.dtype)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error!r}") from error
