@@ -17,7 +17,6 @@ from .data import prompts
 from .rewards import registry
 from .rewards.base import Reward, check_entries, fetch_weights
 from .rewards.pool import RewardSpec, Scorer
-from .worlds.shapes.prompts import sample, split
 from .worlds.shapes.reward import ShapesReward
 
 
@@ -32,16 +31,23 @@ class Task(ABC):
     method = "sum"
     """How several rewards become one, see ``nft.rewards.combine.combine``."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, train: str, held_out: str | None = None) -> None:
+        """Read the prompts to train and to report on: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a .txt or
+        .jsonl file; those to report on are the set's own by default, and needed beside a file.
+
+        Raises:
+            OSError, ValueError: prompts that cannot be had, named.
+        """
+        self._train, self._held_out = _prompts(train, held_out)
         self._scored: list[Tensor] = []
 
-    @abstractmethod
     def train_prompts(self) -> list[list[dict[str, Any]]]:
         """Training prompts by task group."""
+        return self._train
 
-    @abstractmethod
     def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
-        """A fixed set of prompts that are never trained on."""
+        """A fixed set of prompts that are never trained on, whatever becomes of their file while a run goes on."""
+        return prompts.first(self._held_out, per_group)
 
     @abstractmethod
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
@@ -68,13 +74,8 @@ class Task(ABC):
 class Shapes(Task):
     """The bundled shapes world: trains on GenEval's partial credit, reports the strict score."""
 
-    def train_prompts(self) -> list[list[dict[str, Any]]]:
-        """Training prompts by task group."""
-        return list(split(held_out=False).values())
-
-    def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
-        """A fixed set of prompts that are never trained on."""
-        return sample(held_out=True, per_group=per_group)
+    def __init__(self, device: torch.device) -> None:
+        super().__init__("shapes")
 
     def score(self, pictures: Tensor, entries: list[dict[str, Any]]) -> Tensor:
         """Score and strict score of ``ShapesReward``, (B, 2)."""
@@ -116,16 +117,14 @@ class Rewards(Task):
         Args:
             device: of rewards that use one and whose spec names none.
             rewards: by the name they are logged under; the first one's score is reported, or its detail ``strict``.
-            train: prompts to train on: ``shapes``, ``geneval``, ``ocr``, ``preference``, or a .txt or .jsonl file.
-            held_out: prompts to report on, of the same kinds; by default the set's own, and needed beside a file.
+            train, held_out: prompts to train and to report on, see ``Task``.
             method: how several rewards become one, see ``nft.rewards.combine.combine``.
 
         Raises:
             OSError, ValueError, RewardError: prompts or a reward that cannot be had, or prompts without what a reward
             needs, named.
         """
-        super().__init__(device)
-        self._train, self._held_out = _prompts(train, held_out)
+        super().__init__(train, held_out)
         self.weights = {name: spec.weight for name, spec in rewards.items()}
         self.method = method
         self.scorer = Scorer(rewards, device=str(device))
@@ -135,14 +134,6 @@ class Rewards(Task):
         except ValueError:
             self.close()
             raise
-
-    def train_prompts(self) -> list[list[dict[str, Any]]]:
-        """Training prompts by task group."""
-        return self._train
-
-    def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
-        """A fixed set of prompts that are never trained on, whatever becomes of their file while a run goes on."""
-        return prompts.first(self._held_out, per_group)
 
     def submit(self, pictures: Tensor, entries: list[dict[str, Any]]) -> None:
         """Start to score uint8 pictures (B, H, W, 3); see ``Scorer.submit``."""
