@@ -5,7 +5,6 @@ Every one loads by hub name or folder. Pictures go through the checkpoint's own 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -154,13 +153,12 @@ def linear_head(state: dict[str, Tensor], device: torch.device) -> Callable[[Ten
     return head
 
 
-class HPSv2(CLIP):
+class HPSv2(CLIPScore):
     """HPS v2.1 (Wu et al., arXiv 2306.09341): the cosine similarity in a fine-tuned CLIP ViT-H/14.
 
     For pictures that are not square its authors pad where this reward crops the centre.
     """
 
-    range = (-1.0, 1.0)
     weights = MappingProxyType({HPS: HPS_FILE, CLIP_H: "config.json"})
 
     def __init__(
@@ -180,9 +178,6 @@ class HPSv2(CLIP):
         state = torch.load(checkpoint_file(model, filename), map_location="cpu", weights_only=True)["state_dict"]
         self.model.load_state_dict(convert_open_clip(state))
 
-    def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
-        return Scored(self.cosine(pictures, prompts), {})
-
 
 class Aesthetic(CLIP):
     """A linear head on the unit embedding of CLIP ViT-L/14 (LAION's improved aesthetic predictor), about 1 to 10.
@@ -190,7 +185,6 @@ class Aesthetic(CLIP):
     The published head is five linear layers without activations between them; one layer is as good.
     """
 
-    range = (-math.inf, math.inf)
     files = MappingProxyType({AESTHETIC_HEAD: AESTHETIC_SOURCE})
 
     def __init__(self, head: str = AESTHETIC_HEAD, model: str = CLIP_L, *, device: str | torch.device = "cpu"):

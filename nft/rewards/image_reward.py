@@ -44,7 +44,6 @@ def _rename(name: str) -> str:
 class ImageReward(Reward):
     """ImageReward: a head on the text's first token, read with cross-attention to the picture; standardised."""
 
-    range = (-math.inf, math.inf)
     packages = ("transformers",)
     extra = "train"
     uses_device = threaded = True
