@@ -7,7 +7,7 @@ import html
 import io
 import textwrap
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -131,6 +131,10 @@ def _embedded(data: bytes) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}">'
 
 
+def _row(cells: Iterable[object], tag: str = "td") -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+
 def _page(title: str, body: str) -> str:
     head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en">{head}<h1>{title}</h1>{body}</html>'
@@ -163,14 +167,13 @@ def write_report(folder: Path) -> Path:
     # Another stage's scores are of other rewards.
     first, last = next(line for line in scores if run.stage(line) == run.stage(scores[-1])), scores[-1]
     rows = "".join(
-        f"<tr><td>{html.escape(name.removeprefix('eval_'))}</td>"
-        f"<td>{_score(first[name]) if name in first else ''}</td><td>{_score(value)}</td></tr>"
+        _row([name.removeprefix("eval_"), _score(first[name]) if name in first else "", _score(value)])
         for name, value in last.items()
         if name.startswith("eval_") and not name.endswith("_std")
     )
     config = html.escape(yaml.safe_dump(run.settings, sort_keys=False))
     body = f"""<p>{run.lines[-1]["epoch"]} epochs, {run.lines[-1]["step"]} optimizer steps.</p>
-<h2>Held-out prompts</h2><table><tr><th>group</th><th>before</th><th>now</th></tr>{rows}</table>
+<h2>Held-out prompts</h2><table>{_row(("group", "before", "now"), "th")}{rows}</table>
 <h2>Reward</h2>{picture("reward.png")}
 <h2>Alarms</h2><ul>{_alarms(run.lines) or "<li>none</li>"}</ul>
 <h2>Curves</h2>{_curves({"": run})}
@@ -196,32 +199,24 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         values = [line[key] for line in lines if key in line]
         return _score(values[-1]) if values else ""
 
-    scores = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{run.lines[-1]['epoch']}</td>"
-        + "".join(f"<td>{final(run.lines, key)}</td>" for key, _, _ in _SCORES)
-        + f"<td>{sum(line.get('seconds', 0) for line in run.lines):.0f}</td></tr>"
-        for name, run in runs.items()
-    )
+    scores = _row(["run", "epochs", *(label for _, label, _ in _SCORES), "seconds"], "th")
+    for name, run in runs.items():
+        seconds = sum(line.get("seconds", 0) for line in run.lines)
+        ends = (final(run.lines, key) for key, _, _ in _SCORES)
+        scores += _row([name, run.lines[-1]["epoch"], *ends, f"{seconds:.0f}"])
     settings = [run.settings for run in runs.values()]
     keys = [
         key for key in dict.fromkeys(k for s in settings for k in s) if len({str(s.get(key)) for s in settings}) > 1
     ]
-    differences = "".join(
-        f"<tr><td>{html.escape(str(key))}</td>"
-        + "".join(f"<td>{html.escape(str(s.get(key)))}</td>" for s in settings)
-        + "</tr>"
-        for key in keys
-    )
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in runs)
+    differences = "".join(_row([key, *(s.get(key) for s in settings)]) for key in keys)
     pictures = "".join(
         f"<h3>{html.escape(str(folder))}</h3>{_embedded((folder / 'after.png').read_bytes())}"
         for folder in folders
         if (folder / "after.png").is_file()
     )
-    columns = "".join(f"<th>{label}</th>" for _, label, _ in _SCORES)
-    body = f"""<table><tr><th>run</th><th>epochs</th>{columns}<th>seconds</th></tr>{scores}</table>
+    body = f"""<table>{scores}</table>
 <h2>Curves</h2>{_curves(runs)}
-<h2>Settings that differ</h2><table><tr><th></th>{heads}</tr>{differences}</table>
+<h2>Settings that differ</h2><table>{_row(["", *runs], "th")}{differences}</table>
 <h2>Pictures at the end</h2>{pictures}"""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(_page("DiffusionNFT runs", body), encoding="utf-8")
