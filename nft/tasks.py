@@ -39,6 +39,7 @@ class Task(ABC):
             OSError, ValueError: prompts that cannot be had, named.
         """
         self._train, self._held_out = _prompts(train, held_out)
+        self._source = held_out or train
         self._scored: list[Tensor] = []
 
     def train_prompts(self) -> list[list[dict[str, Any]]]:
@@ -47,6 +48,9 @@ class Task(ABC):
 
     def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
         """A fixed set of prompts that are never trained on, whatever becomes of their file while a run goes on."""
+        if self._source in prompts.SETS:
+            # Of the shapes world's small groups more than there are, some of them again.
+            return prompts.held_out(self._source, per_group)
         return prompts.first(self._held_out, per_group)
 
     @abstractmethod

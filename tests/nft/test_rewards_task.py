@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from nft.config import load_config
 from nft.data import geneval, prompts
-from nft.data.geneval import POSITIONS
+from nft.data.geneval import GROUPS, POSITIONS
 from nft.evaluate import SUITES
 from nft.rewards.detector import GenEvalReward
 from nft.rewards.geneval import Verdict
@@ -257,6 +258,13 @@ def test_held_out_prompts_stay_what_they_were_when_the_run_began(tmp_path, monke
     held.unlink()
     assert [entry["prompt"] for entry in task.held_out_prompts(1)] == ["a fox", "an owl"]
     assert [entry["prompt"] for entry in task.held_out_prompts(2)] == ["a fox", "b", "an owl"]
+
+
+def test_small_groups_of_the_shapes_world_repeat_their_held_out_prompts(monkeypatch):
+    monkeypatch.setattr("nft.tasks.Scorer", lambda rewards, device: SimpleNamespace(judges={}))
+    for task in (Shapes(torch.device("cpu")), Rewards(torch.device("cpu"), {}, train="shapes")):
+        assert task.held_out_prompts(60) == prompts.held_out("shapes", 60)
+        assert Counter(entry["tag"] for entry in task.held_out_prompts(60)) == dict.fromkeys(GROUPS, 60)
 
 
 @pytest.mark.parametrize(
