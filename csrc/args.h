@@ -68,7 +68,7 @@ struct LossArgs {
   // Sample b is [offsets[b], offsets[b + 1]) times `elements` of packed tensors, seen as one sample; null without.
   const int64_t* offsets;
   Vector t, r, beta;
-  Vector outer;  // what a sample counts in the loss, in float64
+  Vector loss_weight;  // what a sample counts in the loss, in float64
   double adv_clip_max, kl_weight;
   // With a weight per token, on the CPU only: a token's channels lie `inner` elements of a sample apart. Else 0 of them.
   int64_t channels, inner;

@@ -80,9 +80,9 @@ NFT_HD void normals(uint64_t seed, uint64_t sample, uint64_t block, float out[4]
 // NaN for what is not within [0, 1]: where nobody has looked at a number, only the result can tell that it is wrong.
 NFT_HD double unit(double x) { return x >= 0 && x <= 1 ? x : NAN; }
 
-// One sample's numbers: `outer` is what it counts in the loss.
+// One sample's numbers: `loss_weight` is what it counts in the loss.
 struct Sample {
-  double t, r, beta, outer;
+  double t, r, beta, loss_weight;
 };
 
 // x0_hat = keep x_t + push p for what the model predicts, p; step = push beta.
@@ -231,9 +231,9 @@ NFT_HD Coefficients finish(const LossArgs& a, const Sample& sample, const Weight
   details[5] = a.has_ref ? kl * s.kl * share : 0.0;
   details[6] = s.d_abs * share;
   details[7] = s.d_max;
-  const double common = factor * affine<double>(a.prediction, sample.t, sample.beta).push * sample.outer;
-  Coefficients c{2 * common * over_positive, -2 * common * over_negative, 2 * a.kl_weight * kl * sample.outer * share,
-                 0, 0};
+  const double common = factor * affine<double>(a.prediction, sample.t, sample.beta).push * sample.loss_weight;
+  Coefficients c{2 * common * over_positive, -2 * common * over_negative,
+                 2 * a.kl_weight * kl * sample.loss_weight * share, 0, 0};
   if (!a.detach_weight) {
     // The clamped weight is a constant.
     if (w_positive == positive_mean) c.positive_sign = -common * sums.positive * share * over_positive * over_positive;

@@ -28,7 +28,7 @@ struct Buffers {
 };
 
 Sample sample_of(const LossArgs& a, int64_t b) {
-  return {unit(value(a.t, b)), a.r_per_element ? 0.0 : unit(value(a.r, b)), value(a.beta, b), value(a.outer, b)};
+  return {unit(value(a.t, b)), a.r_per_element ? 0.0 : unit(value(a.r, b)), value(a.beta, b), value(a.loss_weight, b)};
 }
 
 // The tensors in a chunk of sample b, kept as S; mask and r only where elements do not count alike.
@@ -200,7 +200,7 @@ void reduce(const LossArgs& a) {
   const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
   double sum = 0;
   for (int64_t b = 0; b < a.batch; ++b)
-    sum += (static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b])) * value(a.outer, b);
+    sum += (static_cast<double>(policy[b]) + a.kl_weight * static_cast<double>(kl[b])) * value(a.loss_weight, b);
   *static_cast<T*>(a.loss) = static_cast<T>(sum);
 }
 
@@ -284,7 +284,7 @@ struct Tokens {
     load_rows(a.x0, b, start, count, buf.x0);
     if (kRef) load_rows(a.v_ref, b, start, count, buf.v_ref);
     Sample sample = sample_of(a, b);
-    sample.outer *= share;
+    sample.loss_weight *= share;
     const Affine<T> f = affine<T>(a.prediction, sample.t, sample.beta);
     for (int64_t k = 0; k < count; k += kLanes) {
       T lane[kKl + 1][kLanes] = {{0}}, d_max[kLanes] = {0};

@@ -39,7 +39,7 @@ __device__ void load_weights(const LossArgs& a, int64_t b, const Place& place, E
 }
 
 __device__ Sample sample_of(const LossArgs& a, int64_t b) {
-  return {unit(value(a.t, b)), unit(value(a.r, b)), value(a.beta, b), value(a.outer, b)};
+  return {unit(value(a.t, b)), unit(value(a.r, b)), value(a.beta, b), value(a.loss_weight, b)};
 }
 
 template <typename T>
@@ -127,24 +127,24 @@ template <typename T>
 __device__ void add_losses(const LossArgs& a) {
   __shared__ Sum<double> warps[kWarps];
   const T *policy = static_cast<const T*>(a.details), *kl = policy + 5 * a.batch;
-  const double* outer = static_cast<const double*>(a.outer.data);
+  const double* weight = static_cast<const double*>(a.loss_weight.data);
   Sum<double> sum{};
   // Tokens may be many samples, whose loads should not wait for each other.
   for (int64_t first = threadIdx.x; first < a.batch; first += 4 * blockDim.x) {
     T losses[4], kls[4];
-    double outers[4];
+    double weights[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int64_t b = first + k * blockDim.x, here = b < a.batch ? b : first;
       // Past the first-level cache, which knows nothing of what other blocks wrote.
       losses[k] = __ldcg(policy + here);
       kls[k] = __ldcg(kl + here);
-      outers[k] = outer ? outer[here * a.outer.stride] : a.outer.constant;
+      weights[k] = weight ? weight[here * a.loss_weight.stride] : a.loss_weight.constant;
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (first + k * blockDim.x < a.batch)
-        sum.value += (static_cast<double>(losses[k]) + a.kl_weight * static_cast<double>(kls[k])) * outers[k];
+        sum.value += (static_cast<double>(losses[k]) + a.kl_weight * static_cast<double>(kls[k])) * weights[k];
   }
   sum = block_total(sum, warps);
   if (threadIdx.x == 0) *static_cast<T*>(a.loss) = static_cast<T>(sum.value);

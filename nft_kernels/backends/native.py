@@ -100,7 +100,7 @@ def nft_loss(
     inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
-    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer = inputs
+    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     batch, device = t.shape[0], x0.device
     loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
@@ -122,7 +122,7 @@ def nft_loss(
         _per_sample(t),
         _per_sample(t if r_elements is not None else r),
         _per_sample(beta, options.beta),
-        _per_sample(outer, 1 / batch),
+        _per_sample(loss_weight, 1 / batch),
         options.adv_clip_max,
         options.kl_weight,
         WEIGHTINGS.index(options.weighting),
@@ -145,9 +145,9 @@ def nft_loss_gradient(
 ) -> Tensor:
     """d loss / d v_theta times the scalar ``grad_loss``. The values in ``details`` are computed anew on the way."""
     batch = len(inputs.t)
-    outer = grad_loss.double().expand(batch)
-    outer = outer / batch if inputs.outer is None else outer * inputs.outer
-    grad = nft_loss(inputs._replace(outer=outer), options, grad_dtype=grad_dtype)[2]
+    loss_weight = grad_loss.double().expand(batch)
+    loss_weight = loss_weight / batch if inputs.loss_weight is None else loss_weight * inputs.loss_weight
+    grad = nft_loss(inputs._replace(loss_weight=loss_weight), options, grad_dtype=grad_dtype)[2]
     assert grad is not None
     return grad
 

@@ -104,7 +104,7 @@ def _op(
     v_ref: Tensor | None,
     mask: Tensor | None,
     segments: Tensor | None,
-    outer: Tensor | None,
+    loss_weight: Tensor | None,
     adv_clip_max: float,
     kl_weight: float,
     weighting: str,
@@ -120,18 +120,18 @@ def _op(
     options = Options(
         adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight, constant_beta, channels, inner
     )
-    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer)
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight)
     if segments is not None:
         # What torch.compile traced had no values to look at.
         _validate.offsets("segments", segments, x0)
     grad_dtype = _unscaled_dtype(v_theta) if want_grad else None
     _, details, grad = load(backend).nft_loss(inputs, options, grad_dtype=grad_dtype)
-    losses = reference.counted(details[0] + kl_weight * details[5], outer)
+    losses = reference.weighted(details[0] + kl_weight * details[5], loss_weight)
     return losses, details[:8], grad if grad is not None else v_theta.new_empty(0)
 
 
 @_op.register_fake
-def _fake(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer, *options):
+def _fake(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight, *options):
     *_, want_grad, _ = options
     details = x0.new_empty((8, t.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
     grad = torch.empty_like(v_theta, dtype=_unscaled_dtype(v_theta)) if want_grad else v_theta.new_empty(0)
@@ -210,8 +210,9 @@ def _per_token(
         mask = rows(inputs.mask)
         size = mask.sum(1, dtype=torch.float64)
     share = size / spread(gather(size).clamp_min(torch.finfo(torch.float64).tiny))
-    batch = len(inputs.t)
-    outer = torch.full_like(inputs.t, 1 / batch, dtype=torch.float64) if inputs.outer is None else inputs.outer
+    loss_weight = inputs.loss_weight
+    if loss_weight is None:
+        loss_weight = torch.full_like(inputs.t, 1 / len(inputs.t), dtype=torch.float64)
     tensors = LossInputs(
         v_theta=rows(inputs.v_theta),
         v_old=rows(inputs.v_old),
@@ -223,7 +224,7 @@ def _per_token(
         beta=None if inputs.beta is None else spread(inputs.beta),
         mask=mask,
         segments=None,
-        outer=spread(outer) * share,
+        loss_weight=spread(loss_weight) * share,
     )
     loss, details = _run(tensors, options, backend, per_sample)
     details = torch.cat([gather(details[:7] * share.to(details.dtype)), _largest(details[7], lengths, len(x0))[None]])
@@ -402,21 +403,22 @@ def nft_loss(
     if mask is not None:
         _validate.broadcastable("mask", mask, x0, 0, math.inf)
         mask = _narrow(mask, wide)
-    outer = None
+    loss_weight = None
     if sample_weight is not None:
         _validate.per_sample("sample_weight", sample_weight, samples, 0, math.inf, below=True)
-        outer = sample_weight.detach().double()
-        # Where no sample counts the loss is 0.
-        outer = outer / outer.sum().clamp_min(torch.finfo(torch.float64).tiny) if reduction == "mean" else outer
+        loss_weight = sample_weight.detach().double()
+        if reduction == "mean":
+            # Where no sample counts the loss is 0.
+            loss_weight = loss_weight / loss_weight.sum().clamp_min(torch.finfo(torch.float64).tiny)
     elif reduction != "mean":
-        outer = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
+        loss_weight = torch.ones(samples.shape[:1], dtype=torch.float64, device=x0.device)
     if right is not None:
         equal = torch.full(samples.shape[:1], 1 / len(samples), dtype=torch.float64, device=x0.device)
-        outer = (equal if outer is None else outer).where(right, math.nan)
+        loss_weight = (equal if loss_weight is None else loss_weight).where(right, math.nan)
     options = Options(
         float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight, constant_beta
     )
-    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, segments, outer)
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, segments, loss_weight)
     chosen = choose(backend, x0)
     if weight_per == "token":
         channels = _validate.dimension("channel_dim", channel_dim, x0.ndim)

@@ -43,7 +43,7 @@ class LossInputs(NamedTuple):
     """Weights of the elements that broadcast to x0's shape."""
     segments: Tensor | None = None
     """(S + 1,) int64 offsets into the first dimension of packed tensors."""
-    outer: Tensor | None = None
+    loss_weight: Tensor | None = None
     """(S,), what a sample counts in the loss; None is 1 / S."""
 
 
@@ -85,16 +85,16 @@ def kl_factor(t: Tensor, prediction: str, space: str) -> Tensor:
     return factors[prediction, space].square()
 
 
-def counted(losses: Tensor, outer: Tensor | None) -> Tensor:
+def weighted(losses: Tensor, loss_weight: Tensor | None) -> Tensor:
     """What samples of these losses add to the loss."""
-    return losses / len(losses) if outer is None else losses * outer.to(losses.dtype)
+    return losses / len(losses) if loss_weight is None else losses * loss_weight.to(losses.dtype)
 
 
 def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
     """What every sample adds to the loss, and its eight values in the order of ``NFTLossOutput``, (S,) each; only the
     first has a graph. Computes in float64 if any tensor is float64, else in float32.
     """
-    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, outer = inputs
+    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     v_theta, v_old, x_t, x0 = (x.to(dtype) for x in (v_theta, v_old, x_t, x0))
     v_old, x_t, x0 = v_old.detach(), x_t.detach(), x0.detach()
@@ -161,4 +161,4 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
         mean(deviation),
         largest,
     )
-    return (counted(loss, outer), *(x.detach() for x in details))
+    return (weighted(loss, loss_weight), *(x.detach() for x in details))

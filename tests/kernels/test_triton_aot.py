@@ -56,7 +56,7 @@ def launch_all(backend, dtype, strided):
     mask, segments = torch.ones(24, 1, 64, 64), torch.tensor([0, 1, 24])
     for inputs, options in (
         (plain, Options(kl_weight=0.1)),
-        (plain._replace(outer=t.double()), Options(prediction="eps", weighting="t")),
+        (plain._replace(loss_weight=t.double()), Options(prediction="eps", weighting="t")),
         (plain._replace(r=mask, mask=mask), Options(kl_weight=0.1, detach_weight=False)),
         (plain._replace(t=t[:2], r=x.float(), beta=t[:2], mask=mask, segments=segments), Options(detach_weight=False)),
     ):
@@ -75,7 +75,7 @@ def launch_every_combination(backend):
     dense = [torch.zeros(shape) for shape in ((1, 2, 1), (1, 16, 16), (3, 2, 5))]
     # Five layouts, so that neighbours in the product below do not always have the same. The last are windows.
     layouts = itertools.cycle([*dense, dense[2].transpose(1, 2), torch.zeros(16).as_strided((3, 2, 5), (1, 8, 1))])
-    for outer, masked, each, reference, packed in itertools.product((False, True), repeat=5):
+    for loss_weight, masked, each, reference, packed in itertools.product((False, True), repeat=5):
         x = next(layouts)
         t = torch.ones(1 if packed else len(x))
         inputs = LossInputs(
@@ -86,7 +86,7 @@ def launch_every_combination(backend):
             v_ref=x if reference else None,
             mask=x[:, :1] if masked else None,
             segments=torch.tensor([0, len(x)]) if packed else None,
-            outer=t.double() if outer else None,
+            loss_weight=t.double() if loss_weight else None,
         )
         options = Options(kl_weight=0.1 if reference else 0.0, detach_weight=not masked)
         loss, details, _ = backend.nft_loss(inputs, options)

@@ -63,7 +63,7 @@ class _Views(NamedTuple):
     v_ref: View | None
     mask: View | None
     segments: Tensor | None
-    outer: View | None
+    loss_weight: View | None
     end: int = 1
     """As in ``View``."""
 
@@ -106,12 +106,12 @@ def _beta(inputs, sample, dtype: tl.constexpr):
 
 
 @triton.jit
-def _outer(inputs, sample, batch):
+def _loss_weight(inputs, sample, batch):
     """What a sample counts in the loss."""
-    if inputs.outer is None:
+    if inputs.loss_weight is None:
         return tl.full(sample.shape, 1, tl.float64) / batch
     else:
-        return scalar(inputs.outer, sample, tl.float64)
+        return scalar(inputs.loss_weight, sample, tl.float64)
 
 
 @triton.jit
@@ -349,7 +349,8 @@ def _finish(
         tl.store(details + 5 * batch + row, mean_kl.to(dtype), wanted)
         tl.store(details + 6 * batch + row, mean_deviation.to(dtype), wanted)
         tl.store(details + 7 * batch + row, maximum.to(dtype), wanted)
-        total += tl.where(wanted, (policy + number(kl_weight, tl.float64) * mean_kl) * _outer(inputs, sample, batch), 0)
+        value = policy + number(kl_weight, tl.float64) * mean_kl
+        total += tl.where(wanted, value * _loss_weight(inputs, sample, batch), 0)
     tl.store(loss, tl.sum(total, 0).to(dtype))
 
 
@@ -380,16 +381,16 @@ def _coefficients(
     dtype: tl.constexpr,
 ):
     """Factors in one sample's gradient: of e+ and e-, before r if GENERAL; of v_theta - v_ref; of the errors' signs."""
-    outer = _outer(inputs, sample, batch)
+    loss_weight = _loss_weight(inputs, sample, batch)
     if grad_loss is not None:
-        outer *= tl.load(grad_loss)
-    outer = outer.to(dtype)
+        loss_weight *= tl.load(grad_loss)
+    loss_weight = loss_weight.to(dtype)
     t = unit(inputs.t, sample, dtype)
     _, push = _affine(t, PREDICTION)
     positive_weight = tl.load(details + 3 * batch + sample)
     negative_weight = tl.load(details + 4 * batch + sample)
-    factor = outer * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
-    kl = outer * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE)
+    factor = loss_weight * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
+    kl = loss_weight * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE)
     if GENERAL:
         n = tl.load(details + 8 * batch + sample)
         factor = _divide(factor, n)
@@ -522,7 +523,7 @@ def _views(inputs: LossInputs, options: Options, v_ref: Tensor | None) -> _Views
         None if v_ref is None else _view(v_ref, inputs),
         None if inputs.mask is None else _view(inputs.mask.expand(inputs.x0.shape), inputs),
         inputs.segments,
-        maybe(inputs.outer),
+        maybe(inputs.loss_weight),
     )
 
 
