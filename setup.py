@@ -16,7 +16,7 @@ from sysconfig import get_paths
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent.resolve()
+CSRC = Path(__file__).parent.resolve() / "csrc"
 X86_ISAS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
@@ -109,8 +109,8 @@ class NinjaBuild(build_ext):
         ]
         objects = []
 
-        def compile_to(name: str, rule: str, source: str, extra: str = "") -> None:
-            rules.extend([f"build {name}: {rule} {ROOT / 'csrc' / source}", f"  extra = {extra}"])
+        def compile_to(name: str, rule: str, source: Path, extra: str = "") -> None:
+            rules.extend([f"build {name}: {rule} {source}", f"  extra = {extra}"])
             objects.append(name)
 
         has = "".join(f" -DNFT_HAS_{n.upper()}" for n in names)
@@ -129,8 +129,8 @@ class NinjaBuild(build_ext):
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
-            for source in ("nft_loss", "add_noise", "solver_step"):
-                compile_to(f"{source}_cuda.o", "nvcc", f"cuda/{source}.cu")
+            for source in sorted(CSRC.glob("cuda/*.cu")):
+                compile_to(f"{source.stem}_cuda.o", "nvcc", source)
             toolkit = Path(nvcc).resolve().parent.parent
             # Of its own places first: a toolkit may be a whole environment, with other versions in it.
             folders = [
@@ -140,10 +140,10 @@ class NinjaBuild(build_ext):
                 for library in sorted(root.glob(f"{pattern}/libcudart_static.a"))
             ]
             libraries = " ".join([*(f"-L{folder}" for folder in folders[:1]), "-lcudart_static -ldl -lrt -lpthread"])
-        compile_to("bindings.o", "cxx", "bindings.cpp", has)
+        compile_to("bindings.o", "cxx", CSRC / "bindings.cpp", has)
         for isa, flags in isas.items():
-            for source in ("kernels", "solver", "rows", "group_norm", "attention"):
-                compile_to(f"{source}_{isa}.o", "cxx", f"cpu/{source}.cpp", f"-DNFT_ISA={isa} {flags}")
+            for source in sorted(CSRC.glob("cpu/*.cpp")):
+                compile_to(f"{source.stem}_{isa}.o", "cxx", source, f"-DNFT_ISA={isa} {flags}")
         rules += [
             "rule link",
             f"  command = $cxx {sanitize} -shared -fopenmp $in -o $out $libraries",

@@ -1,7 +1,5 @@
 // Normalizations and activations of a transformer's rows on the CPU, compiled once per instruction set (NFT_ISA names
 // the namespace). A row is computed by one thread from its own elements alone, so its bits depend on nothing else.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <memory>

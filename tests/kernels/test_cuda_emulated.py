@@ -59,11 +59,7 @@ def module(tmp_path_factory):
     sources = {
         "kernels": [HERE / "emulator" / "kernels.cpp"],
         "bindings": [CSRC / "bindings.cpp", '-DNFT_CUDA_ARCHS="emulated"'],
-        "cpu": [CSRC / "cpu" / "kernels.cpp", "-DNFT_ISA=baseline"],
-        "cpu_rows": [CSRC / "cpu" / "rows.cpp", "-DNFT_ISA=baseline"],
-        "cpu_group_norm": [CSRC / "cpu" / "group_norm.cpp", "-DNFT_ISA=baseline"],
-        "cpu_attention": [CSRC / "cpu" / "attention.cpp", "-DNFT_ISA=baseline"],
-        "cpu_solver": [CSRC / "cpu" / "solver.cpp", "-DNFT_ISA=baseline"],
+        **{f"cpu_{source.stem}": [source, "-DNFT_ISA=baseline"] for source in CSRC.glob("cpu/*.cpp")},
     }
     objects = [folder / f"{name}.o" for name in sources]
     with ThreadPoolExecutor() as pool:

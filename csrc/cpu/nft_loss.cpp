@@ -1,4 +1,4 @@
-// The loss and the forward process on the CPU, compiled once per instruction set (NFT_ISA names the namespace).
+// The loss and its gradient on the CPU, compiled once per instruction set (NFT_ISA names the namespace).
 #include <omp.h>
 
 #include <algorithm>
@@ -378,31 +378,6 @@ void token_loss(const LossArgs& a) {
   a.has_ref ? token_loss<T, true>(a) : token_loss<T, false>(a);
 }
 
-template <typename T>
-void noise(const NoiseArgs& a) {
-  const int64_t chunks = (a.elements + kChunk - 1) / kChunk;
-#pragma omp parallel
-  {
-    Buffers<T> buf;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < a.batch * chunks; ++item) {
-      const int64_t b = item / chunks, start = item % chunks * kChunk, count = std::min(kChunk, a.elements - start);
-      const T* x0 = load(a.x0, b, start, count, buf.x0);
-      const T* eps = buf.v_ref;
-      if (a.has_noise) {
-        eps = load(a.noise, b, start, count, buf.v_ref);
-      } else {
-        draw(a.seed[b], a.sample[b], start, count, buf.v_ref);
-      }
-      const double time = unit(value(a.t, b));
-      const T t = static_cast<T>(time), keep = static_cast<T>(1 - time);
-      for (int64_t k = 0; k < count; ++k) buf.grad[k] = keep * x0[k] + t * eps[k];
-      store(a.out, b, start, count, buf.grad);
-      if (a.want_wide) store(a.wide, b, start, count, buf.grad);
-    }
-  }
-}
-
 // Whether the tensors can be read, and the gradient written, without buffers.
 bool all_bf16(const LossArgs& a) {
   return plain_bf16(a.v_theta) && plain_bf16(a.v_old) && plain_bf16(a.x_t) && plain_bf16(a.x0) &&
@@ -421,11 +396,6 @@ void nft_loss(const LossArgs& args) {
     weighted ? loss<float, uint16_t, true>(args) : loss<float, uint16_t, false>(args);
   else
     weighted ? loss<float, float, true>(args) : loss<float, float, false>(args);
-}
-
-void add_noise(const NoiseArgs& args) {
-  expect_writes(args.out, args.batch, args.elements);
-  args.double_math ? noise<double>(args) : noise<float>(args);
 }
 
 }  // namespace NFT_ISA

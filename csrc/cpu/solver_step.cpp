@@ -1,4 +1,5 @@
-// One row of a solver's table, applied in one pass over memory.
+// One row of a solver's table on the CPU, applied in one pass over memory; compiled once per instruction set (NFT_ISA
+// names the namespace).
 #include <algorithm>
 #include <vector>
 
