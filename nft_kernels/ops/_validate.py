@@ -63,12 +63,19 @@ def tensor_like(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
     shaped(name, x, x0.shape, f"the shape of {like}", x0, like)
 
 
-def latents(name: str, x0: Tensor) -> None:
-    """``x0`` must be (B, ...) with at least one element."""
+def latents(name: str, x0: Tensor, described: str = "(B, ...)", ndims: Sequence[int] = ()) -> None:
+    """``x0`` must be floating, of a shape that is ``described``, and have at least one element and, if they are given,
+    so many dimensions."""
     tensor(name, x0)
     floating(name, x0.dtype)
-    if x0.ndim == 0 or x0.numel() == 0:
-        raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is (B, ...) with at least one element")
+    if x0.ndim == 0 or x0.numel() == 0 or (ndims and x0.ndim not in ndims):
+        raise ValueError(f"{name}: got shape {tuple(x0.shape)}, accepted is {described} with at least one element")
+
+
+def both_or_neither(names: str, one: object, other: object) -> None:
+    """Of two arguments either both must be given or none."""
+    if (one is None) != (other is None):
+        raise ValueError(f"{names}: got one of them, accepted are both or neither")
 
 
 def _within(name: str, x: Tensor, low: float, high: float, above: bool = False, below: bool = False) -> None:

@@ -73,9 +73,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> Tens
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
         RuntimeError: an explicit backend that cannot run.
     """
-    _validate.latents("q", q)
-    if q.ndim != 4:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, accepted is (B, S, H, d)")
+    _validate.latents("q", q, "(B, S, H, d)", (4,))
     for name, x in (("k", k), ("v", v)):
         _validate.tensor_like(name, x, q, "q")
         if x.dtype != q.dtype:

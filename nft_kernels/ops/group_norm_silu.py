@@ -50,9 +50,7 @@ def group_norm_silu(
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
         RuntimeError: an explicit backend that cannot run, as ``native`` where a gradient is needed.
     """
-    _validate.latents("x", x)
-    if x.ndim != 4:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is (B, C, H, W)")
+    _validate.latents("x", x, "(B, C, H, W)", (4,))
     channels = x.shape[1]
     for name, vector in (("weight", weight), ("bias", bias)):
         _validate.shaped(name, vector, (channels,), "(C,)", x, "x")

@@ -155,18 +155,13 @@ def layer_norm_modulate(
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
         RuntimeError: an explicit backend that cannot run.
     """
-    _validate.latents("x", x)
-    if x.ndim != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is (B, S, D)")
-    if (y is None) != (gate is None):
-        raise ValueError("y, gate: got one of them, accepted are both or neither")
-    if (y2 is None) != (gate2 is None):
-        raise ValueError("y2, gate2: got one of them, accepted are both or neither")
+    _validate.latents("x", x, "(B, S, D)", (3,))
+    _validate.both_or_neither("y, gate", y, gate)
+    _validate.both_or_neither("y2, gate2", y2, gate2)
+    _validate.both_or_neither("scale2, shift2", scale2, shift2)
     for name, addition in (("y_bias", y_bias), ("y2", y2)):
         if addition is not None and y is None:
             raise ValueError(f"{name}: got one without y, accepted is one with y and gate")
-    if (scale2 is None) != (shift2 is None):
-        raise ValueError("scale2, shift2: got one of them, accepted are both or neither")
     _validate.number("eps", eps, positive=True)
     for name, residual in (("y", y), ("y2", y2)):
         if residual is not None:

@@ -149,9 +149,7 @@ def qk_norm(
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
         RuntimeError: an explicit backend that cannot run.
     """
-    _validate.latents("q", q)
-    if q.ndim != 4:
-        raise ValueError(f"q: got shape {tuple(q.shape)}, accepted is (B, S, H, d)")
+    _validate.latents("q", q, "(B, S, H, d)", (4,))
     _validate.tensor_like("k", k, q, "q")
     context = context_q, context_k, context_weight_q, context_weight_k
     given = sum(x is not None for x in context)

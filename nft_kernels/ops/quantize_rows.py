@@ -37,9 +37,7 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tu
         ValueError, TypeError: an argument that does not fit, named, with what is accepted.
         RuntimeError: a GPU without float8, or an explicit backend that cannot run.
     """
-    _validate.latents("x", x)
-    if x.ndim not in (2, 3):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, accepted is (N, D) or (B, S, D)")
+    _validate.latents("x", x, "(N, D) or (B, S, D)", (2, 3))
     if reason := why_not(x.device):
         raise RuntimeError(f"quantize_rows: cannot run: {reason}")
     x = x.detach()

@@ -144,8 +144,7 @@ def solver_step(
         _validate.tensor_like(f"history[{j}]", h, x, "x")
     _validate.flag("x0", x0)
     _validate.flag("log_prob", log_prob)
-    if (v_uncond is None) != (guidance is None):
-        raise ValueError("v_uncond, guidance: got one of them, accepted are both or neither")
+    _validate.both_or_neither("v_uncond, guidance", v_uncond, guidance)
     if v_uncond is not None and guidance is not None:
         _validate.tensor_like("v_uncond", v_uncond, x, "x")
         _validate.number("guidance", guidance, positive=False)
