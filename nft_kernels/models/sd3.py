@@ -19,11 +19,10 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends import BACKENDS
 from ..ops import _validate
-from ..ops._autograd import once_differentiable
 from ..ops._rows import backend_of
 from ..ops.gelu import unchecked as gelu
 from ..ops.layer_norm_modulate import unchecked as layer_norm_modulate
@@ -32,22 +31,11 @@ from ..ops.quantize_rows import quantize_rows
 from . import attention as attention_kernels
 from . import float8
 from ._linear import linear
+from ._lora import LINEAR, known, plain, project
 from ._modules import transformed, untouched
-
-# What may stand where the transformer has a linear layer.
-_LINEAR: tuple[type, ...] = (nn.Linear,)
-try:
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    _LINEAR = (nn.Linear, BaseTunerLayer)
-except ImportError:
-    LoraLinear = None  # type: ignore[assignment, misc]
 
 QKV = ("to_q", "to_k", "to_v")
 CONTEXT_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
-
-
 # Devices on which the GELU in a product's epilogue is the tanh form that the model was trained with.
 _TANH_EPILOGUE = ("cuda",)
 
@@ -145,196 +133,6 @@ class FastPath:
         return attention_kernels.attend(chosen, q, k, v, force=force).flatten(2)
 
 
-def _one_after_another(parameters: Sequence[Tensor]) -> bool:
-    """Whether they lie in one storage as a single tensor of all their rows would."""
-    # Asked at every forward: these are faster than the storage itself, whose address they tell.
-    address, offset = parameters[0].data_ptr(), parameters[0].storage_offset()
-    for p in parameters:
-        if p.data_ptr() != address or p.storage_offset() != offset or not p.is_contiguous():
-            return False
-        elements = p.numel()
-        address, offset = address + elements * p.itemsize, offset + elements
-    return True
-
-
-def _joined(parameters: Sequence[Tensor]) -> Tensor:
-    """One tensor of the rows of all parameters, which share its memory: whoever changes a parameter in place changes it
-    too, and parameters that were given other memory since, as by a merge of adapters, are moved together anew."""
-    first = parameters[0]
-    if len(parameters) == 1:
-        return first.detach()
-    if not _one_after_another(parameters):
-        # The parameters may outlive a caller's inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            together = torch.cat(list(parameters))
-        for p, part in zip(parameters, together.split([len(p) for p in parameters]), strict=True):
-            p.data = part
-    return first.as_strided((sum(p.shape[0] for p in parameters), *first.shape[1:]), first.stride())
-
-
-@dataclass(slots=True)
-class _Layer:
-    """A frozen nn.Linear, and the low-rank products (A, B, scaling) that are added to it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    adapters: list[tuple[Tensor, Tensor, float]]
-
-
-def _plain(layer: Any) -> bool:
-    """Whether it is an nn.Linear that does nothing else."""
-    return type(layer) is nn.Linear and untouched(layer)
-
-
-def _known(layer: Any) -> _Layer | None:
-    """What a layer computes; None if it is not a frozen nn.Linear with or without plain LoRA around it."""
-    wrapped = LoraLinear is not None and type(layer) is LoraLinear
-    linear = layer.base_layer if wrapped else layer
-    if not _plain(linear):
-        return None
-    # Asked of every layer at every forward: a module's attributes take many times as long as these.
-    weight, bias = map(linear._parameters.get, ("weight", "bias"))
-    if type(weight) is not nn.Parameter or weight.requires_grad:
-        return None
-    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
-        return None
-    if not wrapped:
-        return _Layer(weight, bias, [])
-    if not untouched(layer):
-        return None
-    merged = layer.merged
-    if merged or layer.disable_adapters:
-        # PEFT takes a merged adapter out of the weights when it is disabled.
-        return None if merged and layer.disable_adapters else _Layer(weight, bias, [])
-    adapters = []
-    downs, ups = layer.lora_A, layer.lora_B
-    for name in layer.active_adapters:
-        if name not in downs:
-            continue
-        down, up = downs[name], ups[name]
-        identity = type(layer.lora_dropout[name]) is nn.Identity and name not in layer.lora_variant
-        if not (identity and _plain(down) and _plain(up) and up.bias is None):
-            return None
-        adapters.append((down.weight, up.weight, layer.scaling[name]))
-    return _Layer(weight, bias, adapters)
-
-
-class _Adapted(torch.autograd.Function):
-    """A product with the weights of several layers, and the low-rank products of their adapters added to it in place.
-
-    It is computed in one dtype, that of the product, to which a single launch casts the adapters' own weights, and by
-    the same kernels whether or not a gradient is wanted. Of the sizes of activations only x is kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        product: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        sizes: list[int],
-        places: list[tuple[int, float]],
-        *masters: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The outputs of every layer.
-
-        Args:
-            sizes: numbers of outputs of the layers.
-            places: which layer each adapter belongs to, and its scaling.
-            masters: the A of all adapters, then every B.
-        """
-        rows = x.reshape(-1, x.shape[-1])
-        out = product(rows, weight, bias)
-        rows = rows.to(out.dtype)
-        ranks = [a.shape[0] for a in masters[: len(places)]]
-        down = rows.new_empty(sum(ranks), rows.shape[1])
-        ups = [rows.new_empty(b.shape) for b in masters[len(places) :]]
-        torch._foreach_copy_([*down.split_with_sizes(ranks), *ups], masters)
-        low = torch.mm(rows, down.t())
-        outs, lows = out.split_with_sizes(sizes, 1), low.split_with_sizes(ranks, 1)
-        for (i, scaling), part, up in zip(places, lows, ups, strict=True):
-            outs[i].addmm_(part, up.t(), alpha=scaling)
-        ctx.save_for_backward(rows, weight, low, down, *ups)
-        ctx.sizes, ctx.places, ctx.ranks = sizes, places, ranks
-        ctx.shape, ctx.dtype, ctx.masters_dtype = x.shape, x.dtype, masters[0].dtype
-        return out.view(*x.shape[:-1], -1).split_with_sizes(sizes, -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        rows, weight, low, down, *ups = ctx.saved_tensors
-        outs = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_low = torch.empty_like(low)
-        for (i, scaling), part, up in zip(ctx.places, grad_low.split_with_sizes(ctx.ranks, 1), ups, strict=True):
-            part.addmm_(outs[i], up, beta=0, alpha=scaling)
-        grad_x: Tensor | None = None
-        grad_masters: tuple[Tensor | None, ...] = (None,) * (2 * len(ups))
-        if ctx.needs_input_grad[1]:
-            grad_x = torch.mm(grad_low, down)
-            for out, part in zip(outs, weight.to(rows.dtype).split_with_sizes(ctx.sizes), strict=True):
-                grad_x.addmm_(out, part)
-            grad_x = grad_x.view(ctx.shape).to(ctx.dtype)
-        if any(ctx.needs_input_grad[6:]):
-            lows = low.split_with_sizes(ctx.ranks, 1)
-            narrow = [
-                torch.mm(grad_low.t(), rows),
-                *(
-                    torch.empty_like(up).addmm_(outs[i].t(), part, beta=0, alpha=scaling)
-                    for (i, scaling), part, up in zip(ctx.places, lows, ups, strict=True)
-                ),
-            ]
-            wide = [torch.empty_like(grad, dtype=ctx.masters_dtype) for grad in narrow]
-            torch._foreach_copy_(wide, narrow)
-            grad_masters = (*wide[0].split_with_sizes(ctx.ranks), *wide[1:])
-        return None, grad_x, None, None, None, None, *grad_masters
-
-
-def _worth_adding(layers: Sequence[_Layer], x: Tensor) -> bool:
-    """Whether the adapters of layers are better added to their weights: where nothing is rounded away, as it would be
-    of float32 adapters in a bfloat16 weight or under autocast, and the gradients of the whole weights take no more
-    multiplications than the products of the adapters beside them, forward and backward. How many rows there are does
-    not count, so that a sample's result does not depend on its batch."""
-    # First what settles it in half precision, where time is short.
-    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
-        return False
-    for layer in layers:
-        masters = [master for down, up, _ in layer.adapters for master in (down, up)]
-        if any(tensor.dtype != x.dtype for tensor in (layer.weight, *masters)):
-            return False
-        (outputs, inputs), rank = layer.weight.shape, sum(len(down) for down, _, _ in layer.adapters)
-        if rank and inputs * outputs > 2 * rank * (inputs + outputs):
-            return False
-    return True
-
-
-def _project(layers: Sequence[Any], x: Tensor, product: Any) -> Sequence[Tensor]:
-    """What each layer makes of x, with one matrix product for all weights and one for all LoRA down projections.
-
-    Layers of another kind are called one by one, and so are all while weights must not be moved.
-    """
-    known = [] if transformed() else [_known(layer) for layer in layers]
-    found = [layer for layer in known if layer is not None]
-    kinds = {(layer.weight.dtype, layer.weight.device, layer.bias is None) for layer in found}
-    if len(found) < len(layers) or len(kinds) > 1:
-        return [layer(x) for layer in layers]
-    weight = _joined([layer.weight for layer in found])
-    biases = [layer.bias for layer in found if layer.bias is not None]
-    bias = _joined(biases) if biases else None
-    sizes = [layer.weight.shape[0] for layer in found]
-    adapters = [(i, *adapter) for i, layer in enumerate(found) for adapter in layer.adapters]
-    if adapters and _worth_adding(found, x):
-        parts = list(weight.split_with_sizes(sizes))
-        for i, down, up, scaling in adapters:
-            parts[i] = torch.addmm(parts[i], up, down, alpha=scaling)
-        weight = torch.cat(parts)
-    elif adapters:
-        places, downs, ups = zip(*(((i, scaling), down, up) for i, down, up, scaling in adapters), strict=True)
-        return _Adapted.apply(product, x, weight, bias, sizes, places, *downs, *ups)
-    out = product(x, weight, bias)
-    return [out] if len(layers) == 1 else out.split_with_sizes(sizes, -1)
-
-
 Unbiased = tuple[Tensor, Tensor | None]
 """What a layer makes of its input without its bias, and that bias; None where it is in the first or there is none."""
 
@@ -347,7 +145,7 @@ def _unbiased(path: FastPath, layer: Any, x: Tensor) -> Unbiased:
         return path.product(x, weight, None)
 
     # Only a layer that is not called as it is comes to the product, so only its bias is left.
-    (y,) = _project([layer], x, product)
+    (y,) = project([layer], x, product)
     return y, biases[0] if biases else None
 
 
@@ -357,7 +155,7 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
     def qkv(names: tuple[str, ...], stream: Tensor) -> list[Tensor]:
         return [
             y.unflatten(-1, (attn.heads, -1))
-            for y in _project([getattr(attn, name) for name in names], stream, path.product)
+            for y in project([getattr(attn, name) for name in names], stream, path.product)
         ]
 
     q, k, v = qkv(QKV, x)
@@ -379,7 +177,7 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
         q, k, v = (torch.cat(pair, 1) for pair in zip((q, k, v), joined, strict=True))
     out = path.attend(q, k, v)
     if context is None:
-        (y,) = _project([attn.to_out[0]], out, path.product)
+        (y,) = project([attn.to_out[0]], out, path.product)
         return [(y, None)]
     # A product of rows that are not contiguous has no epilogue, and would add its bias in a pass of its own.
     results = [_unbiased(path, attn.to_out[0], out[:, : x.shape[1]])]
@@ -390,15 +188,15 @@ def _attention(path: FastPath, attn: Any, x: Tensor, context: Tensor | None = No
 
 def _feed_forward(path: FastPath, ff: Any, x: Tensor) -> Tensor:
     first, last = ff.net[0].proj, ff.net[2]
-    plain = _plain(first) and path._quantized is None
-    if path._in_rollout and plain and x.device.type in _TANH_EPILOGUE:
+    fits = plain(first) and path._quantized is None
+    if path._in_rollout and fits and x.device.type in _TANH_EPILOGUE:
         hidden = torch._addmm_activation(first.bias, x.flatten(0, 1), first.weight.T, use_gelu=True)
-        return _project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
-    (hidden,) = _project([first], x, path.product)
-    if path._quantized is not None and (known := _known(last)) is not None and not known.adapters:
-        return _project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
+        return project([last], hidden.unflatten(0, x.shape[:2]), path.product)[0]
+    (hidden,) = project([first], x, path.product)
+    if path._quantized is not None and (found := known(last)) is not None and not found.adapters:
+        return project([last], hidden, functools.partial(path.float8_product, gelu=True))[0]
     # Adapters, and layers that are called as they are, take the GELU itself.
-    return _project([last], path.gelu(hidden), path.product)[0]
+    return project([last], path.gelu(hidden), path.product)[0]
 
 
 class Stream(NamedTuple):
@@ -435,7 +233,7 @@ def _block(
 def _modulations(path: FastPath, transformer: Any, temb: Tensor) -> list[tuple[Tensor, ...]]:
     """All modulations of one timestep: of the blocks' samples and contexts in turn, and of the output."""
     norms = [norm for block in transformer.transformer_blocks for norm in (block.norm1, block.norm1_context)]
-    outs = _project([norm.linear for norm in (*norms, transformer.norm_out)], F.silu(temb), path.linear)
+    outs = project([norm.linear for norm in (*norms, transformer.norm_out)], F.silu(temb), path.linear)
     return [out.split(temb.shape[-1], -1) for out in outs]
 
 
@@ -469,7 +267,7 @@ def _forward(
     path.begin(hidden_states)
     height, width = hidden_states.shape[-2:]
     sample = Stream(self.pos_embed(hidden_states).contiguous())
-    context = Stream(*_project([self.context_embedder], encoder_hidden_states, path.linear))
+    context = Stream(*project([self.context_embedder], encoder_hidden_states, path.linear))
     *mods, out_mod = _modulations(path, self, self.time_text_embed(timestep, pooled_projections))
     for block, mod, context_mod in zip(self.transformer_blocks, mods[::2], mods[1::2], strict=True):
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -480,7 +278,7 @@ def _forward(
     scale, shift = out_mod
     _, x = layer_norm_modulate(x, scale, shift, y=y, gate=gate, eps=self.norm_out.norm.eps, backend=path._chosen)
     p = self.config.patch_size
-    (patches,) = _project([self.proj_out], x, path.linear)
+    (patches,) = project([self.proj_out], x, path.linear)
     patches = patches.unflatten(-1, (p, p, self.out_channels)).unflatten(1, (height // p, width // p))
     out = torch.einsum("bhwpqc->bchpwq", patches).flatten(4).flatten(2, 3)
     return Transformer2DModelOutput(sample=out) if return_dict else (out,)
@@ -501,7 +299,7 @@ def _check(transformer: SD3Transformer2DModel) -> None:
     for part in ("transformer_blocks", "norm_out"):
         for name, module in getattr(transformer, part).named_modules(prefix=part):
             # Linear layers that have hooks are called, the modules around them are not.
-            if not isinstance(module, _LINEAR) and not untouched(module):
+            if not isinstance(module, LINEAR) and not untouched(module):
                 raise ValueError(f"transformer: got hooks on {name}, accepted are those of linear layers")
     if any(block._chunk_size is not None for block in transformer.transformer_blocks):
         raise ValueError("transformer: got forward chunking, accepted is none: call disable_forward_chunking() first")
