@@ -4,9 +4,7 @@ Both decode the same latents, sixteen at a time, and take turns.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from diffusers import AutoencoderKL
 
 from nft.policy import SHAPES_PIPELINE
 from nft_kernels.models.vae import accelerate
-from nft_kernels.provenance import provenance
+from nft_kernels.provenance import write_report
 
 
 def load() -> AutoencoderKL:
@@ -44,17 +42,11 @@ def main() -> None:
             if turn:
                 taken[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in taken.items()}
-    report = {
-        "command": " ".join(["python benchmarks/decode.py", *sys.argv[1:]]),
-        **provenance(torch.device("cpu")),
-        "pictures": options.pictures,
-        "medians": medians,
-        "speed_up": medians["diffusers"] / medians["nft"],
-        "seconds": taken,
-    }
-    print(f"diffusers {medians['diffusers']:.3f} s, nft {medians['nft']:.3f} s: {report['speed_up']:.2f}x")
+    speed_up = medians["diffusers"] / medians["nft"]
+    print(f"diffusers {medians['diffusers']:.3f} s, nft {medians['nft']:.3f} s: {speed_up:.2f}x")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        figures = {"pictures": options.pictures, "medians": medians, "speed_up": speed_up, "seconds": taken}
+        write_report(options.json, "python benchmarks/decode.py", torch.device("cpu"), figures)
 
 
 if __name__ == "__main__":

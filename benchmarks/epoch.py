@@ -6,10 +6,8 @@ train on as many pictures, and take turns.
 """
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,7 +22,7 @@ from nft.console import quieten_libraries
 from nft.policy import Policy
 from nft.trainer import Trainer
 from nft_kernels.models.vae import restore
-from nft_kernels.provenance import provenance
+from nft_kernels.provenance import write_report
 
 
 class PlainPolicy(Policy):
@@ -73,18 +71,13 @@ def main() -> None:
         name: {part: statistics.median(values) for part, values in parts.items()} for name, parts in taken.items()
     }
     seconds = {name: sum(parts.values()) for name, parts in medians.items()}
-    report = {
-        "command": " ".join(["python benchmarks/epoch.py", *sys.argv[1:]]),
-        **provenance(trainers["nft"].policy.device),
-        "medians": medians,
-        "speed_up": seconds["plain"] / seconds["nft"],
-        "seconds": taken,
-    }
+    speed_up = seconds["plain"] / seconds["nft"]
     for name, parts in medians.items():
         print(f"{name}: " + ", ".join(f"{part} {value:.2f} s" for part, value in parts.items()))
-    print(f"an epoch: {seconds['plain']:.2f} s and {seconds['nft']:.2f} s, {report['speed_up']:.2f}x")
+    print(f"an epoch: {seconds['plain']:.2f} s and {seconds['nft']:.2f} s, {speed_up:.2f}x")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        figures = {"medians": medians, "speed_up": speed_up, "seconds": taken}
+        write_report(options.json, "python benchmarks/epoch.py", trainers["nft"].policy.device, figures)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ FLOPs and evaluations are compared in ``tests/nft/test_plan.py``.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,7 @@ from nft.console import quieten_libraries
 from nft.plan import matrix_rate, plan
 from nft.trainer import Trainer
 from nft_kernels.bench import peak_and_launches
-from nft_kernels.provenance import provenance
+from nft_kernels.provenance import write_report
 
 CASES = {
     "lora": [],
@@ -65,13 +64,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON file")] = Path("benchma
         with TemporaryDirectory() as folder:
             results[name] = measure(overrides, Path(folder) / "run", rate)
         print(name, {key: f"{value:.4g}" for key, value in results[name].items()}, flush=True)
-    report = {
-        "command": "python -m benchmarks.plan",
-        **provenance(torch.device("cpu")),
-        "tflops": rate,
-        "cases": results,
-    }
-    output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(output, "python -m benchmarks.plan", torch.device("cpu"), {"tflops": rate, "cases": results})
 
 
 if __name__ == "__main__":

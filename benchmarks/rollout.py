@@ -7,9 +7,7 @@ them before every turn.
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from nft.policy import Policy
 from nft.rollout import rollout
 from nft.worlds.shapes.prompts import sample
 from nft_kernels.models.vae import restore
-from nft_kernels.provenance import provenance
+from nft_kernels.provenance import write_report
 
 
 def main() -> None:
@@ -70,9 +68,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             taken[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in taken.items()}
-    report = {
-        "command": " ".join(["python benchmarks/rollout.py", *sys.argv[1:]]),
-        **provenance(policy.device),
+    figures = {
         "pictures": options.pictures,
         "steps": options.steps,
         "fresh": options.fresh,
@@ -80,9 +76,9 @@ def main() -> None:
         "speed_up": medians["diffusers"] / medians["nft"],
         "seconds": taken,
     }
-    print(f"diffusers {medians['diffusers']:.3f} s, nft {medians['nft']:.3f} s: {report['speed_up']:.2f}x")
+    print(f"diffusers {medians['diffusers']:.3f} s, nft {medians['nft']:.3f} s: {figures['speed_up']:.2f}x")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, "python benchmarks/rollout.py", policy.device, figures)
 
 
 if __name__ == "__main__":

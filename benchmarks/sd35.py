@@ -15,9 +15,7 @@ in it. What is compiled is every block by itself, as diffusers advises: a block 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +41,7 @@ from nft.rollout import rollout
 from nft_kernels import add_noise, nft_loss
 from nft_kernels.bench import plain_loss
 from nft_kernels.models import attention, float8
-from nft_kernels.provenance import provenance
+from nft_kernels.provenance import write_report
 
 KL_WEIGHT = 1e-4
 LOSSES = 100
@@ -323,8 +321,6 @@ def main() -> None:
     size = 8192 if device.type == "cuda" else 1024
     evaluation, rate = flops(fused), 1e12 * matrix_rate(size, torch.bfloat16, device)
     report: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.sd35", *sys.argv[1:]]),
-        **provenance(device),
         **{key: getattr(options, key) for key in ("layers", "heads", "resolution", "steps", "micro_batch")},
         "flops_per_evaluation": evaluation,
         "matrix_flops_per_second": rate,
@@ -360,7 +356,7 @@ def main() -> None:
     share = results[f"nft: {LOSSES} losses"]["median"] / LOSSES / results["nft"]["median"]
     print(f"  the loss is {share:.2%} of nft's step")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(options.json, "python -m benchmarks.sd35", device, report)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ with the bundled base policy or ``--checkpoint``). Writes solvers.json and solve
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +18,7 @@ from scipy.stats import norm
 
 from nft.worlds.mixture import Mixture
 from nft_kernels import solver_step
-from nft_kernels.provenance import provenance
+from nft_kernels.provenance import write_report
 from nft_kernels.solvers import SOLVERS, schedule, table
 
 MIXTURE = Mixture(
@@ -90,12 +88,8 @@ def main():
                              "error": error(name, steps)})  # fmt: skip
                 print(*rows[-1].values(), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    report = {
-        "command": " ".join(["python benchmarks/solvers.py", *sys.argv[1:]]),
-        **provenance(torch.device("cpu")),
-        "results": rows,
-    }
-    (options.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
+    path = options.output / "solvers.json"
+    write_report(path, "python benchmarks/solvers.py", torch.device("cpu"), {"results": rows})
     # More solvers than the default cycle has colours.
     plt.rcParams["axes.prop_cycle"] = plt.cycler(color=plt.colormaps["tab20"].colors)
     figure, axes = plt.subplots(1, len(errors), figsize=(6.5 * len(errors), 4.5), squeeze=False)

@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import __version__, add_noise, backends, nft_loss, solver_step
 from .backends import _memory
-from .provenance import provenance
+from .provenance import write_report
 from .reference import add_noise as noise_reference
 from .solvers import schedule, table
 
@@ -44,6 +44,7 @@ OPTIONS = ("none", "mask", "r_per_element", "weight_per_token", "segments")
 """Of the loss: a mask per token, an r and a weight for each of these, and packed sequences of different lengths."""
 PROVIDERS = ("eager", "compile", "reference", "native", "triton")
 _FLUSH_BYTES = 2**28
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,27 +58,6 @@ class Case:
     batch: int
     cache: str
     option: str = "none"
-
-
-@dataclass
-class Result:
-    """One provider in one case; times are in microseconds, ``gigabytes`` is the least that has to be moved."""
-
-    provider: str
-    check: bool
-    median: float
-    p20: float
-    p80: float
-    gigabytes: float
-    gigabytes_per_second: float
-    share_of_copy: float
-    copy_gigabytes_per_second: float
-    peak_megabytes: float
-    launches: int | None
-    graph: bool
-    """Whether replays of a CUDA graph were timed, and not calls from Python."""
-    over_eager: float | None = None
-    over_compile: float | None = None
 
 
 def plain_loss(v_theta, v_old, x_t, x0, t, r, beta=1.0, M=5.0):
@@ -171,11 +151,10 @@ def _inputs(case: Case, device: torch.device, count: int) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(count)]
 
 
-def _fused(device: torch.device, wanted: Sequence[str]) -> list[str]:
-    empty = torch.empty(0, device=device)
-    names = [n for n in ("native", "triton") if n in wanted and backends.load(n).why_not(empty) is None]
-    # On the CPU Triton only interprets.
-    return [n for n in names if n != "triton" or device.type == "cuda"]
+def _fused(device: torch.device) -> list[str]:
+    """The backends with kernels for the device; on the CPU Triton only interprets."""
+    names = ("native",) if device.type == "cpu" else ("native", "triton")
+    return [name for name in names if backends.load(name).why_not(torch.empty(0, device=device)) is None]
 
 
 class Work(NamedTuple):
@@ -195,7 +174,7 @@ def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(formula, dynamic=False, fullgraph=True)
 
 
-def _noise_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
+def _noise_work(case: Case, device: torch.device) -> Work:
     (x0,) = _inputs(case, device, 1)
     t, seeds = torch.linspace(0.1, 0.9, case.batch, device=device), torch.arange(case.batch, device=device)
     noise = noise_reference.normals(seeds, torch.zeros_like(seeds), x0[0].numel()).view_as(x0)
@@ -205,14 +184,14 @@ def _noise_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work
     for name, formula in (("eager", _plain_noise), ("compile", _compiled(_plain_noise))):
         calls[name] = partial(lambda formula: formula(x0, t, torch.randn_like(x0)), formula)
         checked[name] = partial(formula, x0, t, noise.to(x0.dtype))
-    for name in ("reference", *_fused(device, wanted)):
+    for name in ("reference", *_fused(device)):
         calls[name] = partial(add_noise, x0, t, seed=seeds, backend=name)
         checked[name] = calls[name]
     exact = noise_reference.add_noise(x0.double(), t, noise.double(), torch.float64)
     return Work(calls, checked, exact, exact.abs().max().item(), 2 * x0.nbytes / 1e9)
 
 
-def _step_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
+def _step_work(case: Case, device: torch.device) -> Work:
     x, v, older, oldest = _inputs(case, device, 4)
     solver = table("dpm++3M", schedule(10, shift=3.0))
     i = next(i for i, row in enumerate(solver.rows) if solver.depth(i) == 2 and len(row.b) == 3)
@@ -222,7 +201,7 @@ def _step_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
         name: partial(formula, x, v, older, oldest, *numbers)
         for name, formula in (("eager", _plain_step), ("compile", _compiled(_plain_step)))
     }
-    for name in ("reference", *_fused(device, wanted)):
+    for name in ("reference", *_fused(device)):
         calls[name] = partial(solver_step, solver, i, x, v, (older, oldest), backend=name)
     checked: dict[str, Callable[[], Tensor]] = {
         name: partial(lambda call: call()[0], call) for name, call in calls.items()
@@ -231,7 +210,7 @@ def _step_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
     return Work(calls, checked, exact, exact.abs().max().item(), 6 * x.nbytes / 1e9)
 
 
-def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
+def _loss_work(case: Case, device: torch.device) -> Work:
     leaf, *others = _inputs(case, device, 4)
     t, r = (torch.linspace(0.1, 0.9, case.batch, device=device) for _ in range(2))
     if case.option == "segments":
@@ -241,7 +220,7 @@ def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
     fixed = (*others, t, r)
     formula, options = _optional_loss(case, device)
     losses: dict[str, Callable[..., Tensor]] = {"eager": formula, "compile": _compiled(formula)}
-    for name in ("reference", *_fused(device, wanted)):
+    for name in ("reference", *_fused(device)):
         losses[name] = partial(lambda name, *tensors: nft_loss(*tensors, backend=name, **options).loss, name)
     leaf.requires_grad_(case.mode != "no_grad")
 
@@ -254,13 +233,14 @@ def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
             return lambda: loss(leaf, *fixed)
         if case.mode == "both":
             return lambda: torch.autograd.grad(loss(leaf, *fixed), leaf)
-        held = loss(leaf, *fixed)
-        return lambda: torch.autograd.grad(held, leaf, retain_graph=True)
+        # Made by the first call, which is not timed.
+        held = cache(partial(loss, leaf, *fixed))
+        return lambda: torch.autograd.grad(held(), leaf, retain_graph=True)
 
     exact = gradient(formula, leaf.double(), [y.double() for y in fixed])
     tensors = 4 if case.mode in ("forward", "no_grad") else 5
     return Work(
-        {name: timed(losses[name]) for name in losses if name in wanted},
+        {name: timed(loss) for name, loss in losses.items()},
         {name: partial(gradient, loss, leaf, fixed) for name, loss in losses.items()},
         exact,
         exact.abs().max().item(),
@@ -268,10 +248,12 @@ def _loss_work(case: Case, device: torch.device, wanted: Sequence[str]) -> Work:
     )
 
 
+_WORK = {"nft_loss": _loss_work, "add_noise": _noise_work, "solver_step": _step_work}
+
+
 def build(case: Case, device: torch.device, wanted: Sequence[str] = PROVIDERS) -> Work:
     """Inputs and calls of one case, for those of the wanted providers that run on the device."""
-    make = {"nft_loss": _loss_work, "add_noise": _noise_work, "solver_step": _step_work}[case.op]
-    work = make(case, device, wanted)
+    work = _WORK[case.op](case, device)
     calls = {name: call for name, call in work.calls.items() if name in wanted}
     if not calls:
         raise ValueError(f"providers: got {', '.join(wanted)}, none of which runs {case.op} on {device}")
@@ -380,49 +362,50 @@ def peak_and_launches(call: Callable[[], Any], device: torch.device) -> tuple[fl
     return (max(held, default=0) + lent) / 1e6, None
 
 
-def measure(case: Case, device: torch.device, seconds: float, wanted: Sequence[str] = PROVIDERS) -> list[Result]:
-    """Check and time every provider of one case, and a copy between them."""
+def measure(case: Case, device: torch.device, seconds: float, wanted: Sequence[str] = PROVIDERS) -> list[Row]:
+    """Check and time every provider of one case, and a copy between them.
+
+    Returns:
+        A row of results for each provider: ``median``, ``p20`` and ``p80`` in microseconds, ``gigabytes`` that have to
+        be moved at least, ``graph`` where replays of a CUDA graph were timed and not calls from Python.
+    """
     work = build(case, device, wanted)
     moved, eps = work.gigabytes, torch.finfo(getattr(torch, case.dtype)).eps
     passed = {
         name: (work.checked[name]().double() - work.exact).abs().max().item() <= 16 * eps * work.size
         for name in work.calls
     }
-    calls, graphed = dict(work.calls), {}
+    graphed: dict[str, Callable[[], Any]] = {}
     # A backward runs on the stream of its forward, which was not captured.
     if device.type == "cuda" and case.mode != "backward":
-        graphed = {name: replay for name, call in calls.items() if (replay := _replayed(name, call)) is not None}
-        calls |= graphed
+        graphed = {name: replay for name, call in work.calls.items() if (replay := _replayed(name, call)) is not None}
     copy, copied = _copy(device)
-    times = _time(calls | {"copy": copy}, device, seconds, cold=case.cache == "cold")
-    bandwidth = copied / statistics.median(times.pop("copy"))
-    results = []
-    for name, values in times.items():
-        values = sorted(values)
-        median = statistics.median(values)
+    times = _time(work.calls | graphed | {"copy": copy}, device, seconds, cold=case.cache == "cold")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    bandwidth = copied / medians["copy"]
+
+    def row(name: str) -> Row:
+        values, median = sorted(times[name]), medians[name]
         peak, launches = peak_and_launches(work.calls[name], device)
-        results.append(
-            Result(
-                name,
-                passed[name],
-                median * 1e6,
-                values[len(values) // 5] * 1e6,
-                values[len(values) * 4 // 5] * 1e6,
-                moved,
-                moved / median,
-                moved / median / bandwidth,
-                bandwidth,
-                peak,
-                launches,
-                name in graphed,
-            )
-        )
-    medians = {result.provider: result.median for result in results}
-    for result in results:
-        if result.check:
-            result.over_eager = medians["eager"] / result.median if "eager" in medians else None
-            result.over_compile = medians["compile"] / result.median if "compile" in medians else None
-    return results
+        over = {other: medians[other] / median for other in ("eager", "compile") if other in medians and passed[name]}
+        return asdict(case) | {
+            "provider": name,
+            "check": passed[name],
+            "median": median * 1e6,
+            "p20": values[len(values) // 5] * 1e6,
+            "p80": values[len(values) * 4 // 5] * 1e6,
+            "gigabytes": moved,
+            "gigabytes_per_second": moved / median,
+            "share_of_copy": moved / median / bandwidth,
+            "copy_gigabytes_per_second": bandwidth,
+            "peak_megabytes": peak,
+            "launches": launches,
+            "graph": name in graphed,
+            "over_eager": over.get("eager"),
+            "over_compile": over.get("compile"),
+        }
+
+    return [row(name) for name in work.calls]
 
 
 def compare(old: Path, new: Path, threshold: float) -> list[str]:
@@ -433,7 +416,7 @@ def compare(old: Path, new: Path, threshold: float) -> list[str]:
         ValueError: a file without results.
     """
 
-    def rows(path: Path) -> dict[str, dict[str, Any]]:
+    def rows(path: Path) -> dict[str, Row]:
         try:
             found = list(json.loads(path.read_text())["results"])
             if not all({"median", "check", "provider"} <= row.keys() for row in found):
@@ -446,7 +429,7 @@ def compare(old: Path, new: Path, threshold: float) -> list[str]:
         keys = (*Case.__dataclass_fields__, "provider")
         return {" ".join(str(row.get(key, "none")) for key in keys): row for row in found}
 
-    def said(before: float, after: dict[str, Any] | None) -> str | None:
+    def said(before: float, after: Row | None) -> str | None:
         if after is None:
             return "is missing"
         if not after["check"]:
@@ -459,7 +442,7 @@ def compare(old: Path, new: Path, threshold: float) -> list[str]:
     return [f"{key}: {what}" for key, what in lines if what]
 
 
-def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+def _plot(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -482,12 +465,12 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _markdown(rows: list[dict[str, Any]]) -> str:
+def _markdown(rows: list[Row]) -> str:
     columns = ("op", "mode", "option", "dtype", "shape", "B", "cache", "provider", "median", "of copy", "peak",
                "over eager", "over torch.compile")  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
 
-    def times(row: dict[str, Any], key: str) -> str:
+    def times(row: Row, key: str) -> str:
         if not row["check"]:
             return "check failed"
         return "" if row[key] is None else f"{row[key]:.2f}x"
@@ -533,9 +516,9 @@ def _plot_file(text: str) -> Path:
     return path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nft_kernels.bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=["nft_loss", "add_noise", "solver_step"])
+    parser.add_argument("--ops", nargs="+", default=["nft_loss"], choices=list(_WORK))
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="by default all that run here")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="of the loss; both by default")
     parser.add_argument("--options", nargs="+", choices=OPTIONS, help="of the loss; none by default")
@@ -547,11 +530,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=_positive(float), default=4.0, help="for each case")
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=_positive(int), help="of the CPU; as many as there are by default")
-    for name in ("json", "csv", "plot"):
-        kind = _plot_file if name == "plot" else _new_file
+    for name, kind in (("json", _new_file), ("csv", _new_file), ("plot", _plot_file)):
         parser.add_argument(f"--{name}", type=kind, help=f"file to write the results to as {name}")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of --json")
     parser.add_argument("--threshold", type=_positive(float), default=1.1, help="of --compare")
+    return parser
+
+
+def _cases(options: argparse.Namespace) -> Iterator[Case]:
+    for op in options.ops:
+        of_loss = op == "nft_loss"
+        modes, extras = (options.modes or ["both"], options.options or ["none"]) if of_loss else (["forward"], ["none"])
+        for case in itertools.product(modes, options.dtypes, options.shapes, options.batches, options.caches, extras):
+            yield Case(op, *case)
+
+
+def _write(rows: list[Row], options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    copies = [row["copy_gigabytes_per_second"] for row in rows]
+    print(f"copy bandwidth {min(copies):.1f} to {max(copies):.1f} GB/s")
+    print(_markdown(rows))
+    if options.json:
+        command, figures = "python -m nft_kernels.bench", {"results": rows}
+        write_report(options.json, command, options.device, figures, arguments, nft_kernels=__version__)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.plot:
+        _plot(rows, options.plot)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
     if options.compare:
         old, new = options.compare
@@ -567,52 +578,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         # Streams, events, graphs and the memory in use are those of the current one.
         torch.cuda.set_device(device)
-    absent = {"native", "triton"}.intersection(options.providers or ()) - set(_fused(device, wanted))
+    absent = {"native", "triton"}.intersection(options.providers or ()) - set(_fused(device))
     if absent:
         parser.error(f"--providers: got {', '.join(sorted(absent))}, which cannot run on {device}")
     if "nft_loss" not in options.ops and (options.modes or options.options):
         parser.error(f"--modes, --options: are of nft_loss, got --ops {' '.join(options.ops)}")
-    of_loss = options.modes or ["both"], options.options or ["none"]
-    cases = [
-        Case(*case)
-        for op in options.ops
-        for modes, extras in [of_loss if op == "nft_loss" else (["forward"], ["none"])]
-        for case in itertools.product(
-            [op], modes, options.dtypes, options.shapes, options.batches, options.caches, extras
-        )
-    ]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     stopped = False
     try:
-        for case in cases:
+        for case in _cases(options):
             print("measuring", *asdict(case).values(), file=sys.stderr, flush=True)
-            try:
-                found = measure(case, device, options.seconds, wanted)
-            except ValueError as error:
-                parser.error(str(error))
-            rows += [asdict(case) | asdict(result) for result in found]
+            rows += measure(case, device, options.seconds, wanted)
+    except ValueError as error:
+        parser.error(str(error))
     except KeyboardInterrupt:
         if not rows:
             return 130
         stopped = True
         print("stopped: what was measured is kept", file=sys.stderr)
-    copies = [row["copy_gigabytes_per_second"] for row in rows]
-    print(f"copy bandwidth {min(copies):.1f} to {max(copies):.1f} GB/s")
-    print(_markdown(rows))
-    if options.json:
-        report = {
-            "command": " ".join(["python -m nft_kernels.bench", *(arguments or sys.argv[1:])]),
-            **provenance(device, nft_kernels=__version__),
-            "results": rows,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.csv:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    if options.plot:
-        _plot(rows, options.plot)
+    _write(rows, options, arguments or sys.argv[1:])
     if stopped:
         return 130
     return 0 if all(row["check"] for row in rows) else 1

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,17 @@ def provenance(device: torch.device, **packages: str) -> dict[str, Any]:
         "device": name,
         "versions": {**packages, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def write_report(
+    path: Path,
+    command: str,
+    device: torch.device,
+    figures: dict[str, Any],
+    arguments: Sequence[str] | None = None,
+    **packages: str,
+) -> None:
+    """``figures`` as JSON with their provenance and the command; its ``arguments`` are by default this process'."""
+    line = " ".join([command, *(sys.argv[1:] if arguments is None else arguments)])
+    report = {"command": line, **provenance(device, **packages), **figures}
+    path.write_text(json.dumps(report, indent=1) + "\n")
