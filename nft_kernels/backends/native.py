@@ -96,6 +96,10 @@ def _rows(x: Tensor | None, start: int = 0) -> tuple[int, ...] | None:
     return x.data_ptr() + start * strides[1] * x.itemsize, CODES[x.dtype], *strides[:3]
 
 
+def _many(tensors: Sequence[Tensor], start: int = 0) -> list[tuple[int, ...] | None]:
+    return [_rows(x, start) for x in tensors]
+
+
 def nft_loss(
     inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -225,18 +229,18 @@ def solver_step(
     )
 
 
-def layer_norm_modulate(x: Tensor, *others: Any) -> None:
-    """``others`` are the tensors that follow x, at last h, out and out2, and eps. Writes the last three, but those
-    that are empty. Rows are dense."""
-    *tensors, eps = others
-    _C.layer_norm_modulate(isa(), _rows(x), *map(_rows, tensors), *x.shape, eps)
+def layer_norm_modulate(*args: Any) -> None:
+    """``args`` are the tensors from x on, at last h, out and out2, and eps. Writes the last three, but those that are
+    empty. Rows are dense."""
+    *tensors, eps = args
+    _C.layer_norm_modulate(isa(), *map(_rows, tensors), *tensors[0].shape, eps)
 
 
-def layer_norm_modulate_gradient(h: Tensor, *others: Any) -> None:
-    """``others`` are the tensors that follow h, at last the gradients of x, y and y2, and eps. Writes the last three,
-    but those that are empty. Rows are dense."""
-    *tensors, eps = others
-    _C.layer_norm_modulate_gradient(isa(), _rows(h), *map(_rows, tensors), *h.shape, eps)
+def layer_norm_modulate_gradient(*args: Any) -> None:
+    """``args`` are the tensors from h on, at last the gradients of x, y and y2, and eps. Writes the last three, but
+    those that are empty. Rows are dense."""
+    *tensors, eps = args
+    _C.layer_norm_modulate_gradient(isa(), *map(_rows, tensors), *tensors[0].shape, eps)
 
 
 def qk_norm(
@@ -244,15 +248,7 @@ def qk_norm(
 ) -> None:
     """Write each of the ``inputs`` (B, S, H, d), normalized with its weight (d,), into its output from position
     ``start`` on; unchanged those beyond the weights."""
-    _C.qk_norm(
-        isa(),
-        [_rows(x) for x in inputs],
-        [_rows(weight) for weight in weights],
-        [],
-        [_rows(out, start) for out in outputs],
-        *inputs[0].shape,
-        eps,
-    )
+    _C.qk_norm(isa(), _many(inputs), _many(weights), [], _many(outputs, start), *inputs[0].shape, eps)
 
 
 def qk_norm_gradient(
@@ -265,15 +261,7 @@ def qk_norm_gradient(
 ) -> None:
     """Write the gradient of each of the ``inputs`` into its output, given those of what ``qk_norm`` wrote, in which
     they begin at position ``start``."""
-    _C.qk_norm(
-        isa(),
-        [_rows(x) for x in inputs],
-        [_rows(weight) for weight in weights],
-        [_rows(grad, start) for grad in grads],
-        [_rows(out) for out in outputs],
-        *inputs[0].shape,
-        eps,
-    )
+    _C.qk_norm(isa(), _many(inputs), _many(weights), _many(grads, start), _many(outputs), *inputs[0].shape, eps)
 
 
 def gelu(x: Tensor, grad: Tensor | None, out: Tensor) -> None:

@@ -176,12 +176,16 @@ def load(view, sample, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store(view, sample, start, inside, value, BLOCK: tl.constexpr):
-    target: tl.constexpr = view.data.dtype.element_ty
+def rounded(value, target: tl.constexpr):
     if target != tl.float64:
         # There is no conversion from float64 to bfloat16.
         value = value.to(tl.float32)
-    tl.store(view.data + offsets(view, sample, start, BLOCK), value.to(target), inside)
+    return value.to(target)
+
+
+@triton.jit
+def store(view, sample, start, inside, value, BLOCK: tl.constexpr):
+    tl.store(view.data + offsets(view, sample, start, BLOCK), rounded(value, view.data.dtype.element_ty), inside)
 
 
 @triton.jit

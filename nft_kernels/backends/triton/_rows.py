@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import rounded
+
 
 class Rows(NamedTuple):
     """A (B, S, D) tensor whose rows are dense, (B, D), which is the same row for all of a sample, or (D,), for all."""
@@ -39,14 +41,6 @@ def row_of(length):
 def load_row(tensor, sample, position, lane, inside, dtype: tl.constexpr):
     start = sample * tensor.batch_stride + position * tensor.row_stride
     return tl.load(tensor.data + start + lane, inside, other=0).to(dtype)
-
-
-@triton.jit
-def rounded(value, target: tl.constexpr):
-    if target != tl.float64:
-        # There is no conversion from float64 to bfloat16.
-        value = value.to(tl.float32)
-    return value.to(target)
 
 
 @triton.jit

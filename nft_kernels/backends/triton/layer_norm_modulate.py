@@ -1,13 +1,14 @@
 """Gated residuals, layer normalization and one or two modulations in one pass over each row."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...reference import compute_dtype
-from ._common import OPTIONS, compute, exact, next_power_of_2, number
-from ._rows import load_row, rounded, row_of, rows, store_row, warps
+from ._common import OPTIONS, compute, exact, next_power_of_2, number, rounded
+from ._rows import load_row, row_of, rows, store_row, warps
 
 
 @triton.jit
@@ -110,51 +111,24 @@ def _differentiate(
         store_row(grad_y2, sample, position, lane, inside, opened2 * grad)
 
 
-def _launch(kernel, x: Tensor, tensors: tuple[Tensor | None, ...], eps: float) -> None:
-    batch, length, width = x.shape
+def _launch(kernel, *args: Any) -> None:
+    *tensors, eps = args
+    batch, length, width = tensors[0].shape
     block = next_power_of_2(width)
     dtype = compute(compute_dtype(*tensors))
-    with torch.cuda.device_of(x):
+    with torch.cuda.device_of(tensors[0]):
         kernel[(batch * length,)](
             *map(rows, tensors), exact(eps), length, width, dtype, block, num_warps=warps(block), **OPTIONS
         )
 
 
-def layer_norm_modulate(
-    x: Tensor,
-    y: Tensor | None,
-    y2: Tensor | None,
-    y_bias: Tensor | None,
-    gate: Tensor | None,
-    gate2: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    scale2: Tensor | None,
-    shift2: Tensor | None,
-    h: Tensor,
-    out: Tensor,
-    out2: Tensor,
-    eps: float,
-) -> None:
-    """Write ``out``, and those of ``h`` and ``out2`` that are not empty. Rows are dense."""
-    tensors = (x, y, y2, y_bias, gate, gate2, scale, shift, scale2, shift2, h, out, out2)
-    _launch(_layer_norm_modulate, x, tensors, eps)
+def layer_norm_modulate(*args: Any) -> None:
+    """``args`` are the tensors from x on, at last h, out and out2, and eps. Writes the last three, but those that are
+    empty. Rows are dense."""
+    _launch(_layer_norm_modulate, *args)
 
 
-def layer_norm_modulate_gradient(
-    h: Tensor,
-    gate: Tensor | None,
-    gate2: Tensor | None,
-    scale: Tensor,
-    scale2: Tensor | None,
-    grad_h: Tensor | None,
-    grad_out: Tensor | None,
-    grad_out2: Tensor | None,
-    grad_x: Tensor,
-    grad_y: Tensor,
-    grad_y2: Tensor,
-    eps: float,
-) -> None:
-    """Write ``grad_x``, and those of ``grad_y`` and ``grad_y2`` that are not empty. Rows are dense."""
-    tensors = (h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, grad_x, grad_y, grad_y2)
-    _launch(_differentiate, h, tensors, eps)
+def layer_norm_modulate_gradient(*args: Any) -> None:
+    """``args`` are the tensors from h on, at last the gradients of x, y and y2, and eps. Writes the last three, but
+    those that are empty. Rows are dense."""
+    _launch(_differentiate, *args)
