@@ -1,4 +1,8 @@
-"""Fused kernels for DiffusionNFT (Zheng et al., arXiv 2509.16117). Public are these and ``nft_kernels.models``."""
+"""Fused kernels for DiffusionNFT (Zheng et al., arXiv 2509.16117). Public are these and ``nft_kernels.models``.
+
+An op has the same name all the way out: ``reference`` holds its mathematics in plain PyTorch, ``ops`` what callers give
+and how it is differentiated, ``backends`` its kernels, in C++ and CUDA (``csrc``) and in Triton.
+"""
 
 from . import solvers
 from .loss import NFTLoss, nft_loss_from_rewards
