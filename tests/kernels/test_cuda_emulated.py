@@ -120,6 +120,30 @@ def test_options(shape):
     compare_nft_loss(*x[:4], t[:1], r[:1], segments=torch.tensor([0, shape[0]]), **common)
 
 
+# The same values elsewhere: channels last, off a word, samples apart, elements apart, one sample for all.
+LAYOUTS = [
+    lambda x: x.transpose(1, -1).contiguous().transpose(1, -1),
+    lambda x: torch.empty(x.numel() + 1)[1:].view(x.shape).copy_(x),
+    lambda x: torch.empty(len(x), x[0].numel() + 1)[:, :-1].unflatten(1, x.shape[1:]).copy_(x),
+    lambda x: torch.empty(*x.shape, 2)[..., 0].copy_(x),
+    lambda x: x[:1].expand_as(x),
+]
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 16), (2, 4, 32, 96)], ids=str)
+def test_any_strides_and_alignment(shape):
+    x, t, r = inputs(shape)
+    for k in range(len(LAYOUTS)):
+        y = [layout(a) for layout, a in zip(LAYOUTS[k:] + LAYOUTS[:k], x, strict=True)]
+        common = {"v_ref": y[4], "kl_weight": 0.1, "backend": "native"}
+        compare_nft_loss(*y[:4], t, r, **common)
+        segments = torch.tensor([0, 1, len(t)])
+        compare_nft_loss(*y[:4], t[:2], r[:2], mask=y[4].abs(), segments=segments, **common)
+        compare_steps(table("dpm++3M", schedule(4)), y)
+        x_t, expected = (add_noise(y[0], t, noise=y[1], backend=backend) for backend in ("native", "reference"))
+        torch.testing.assert_close(x_t, expected)
+
+
 @pytest.mark.parametrize("shape", [(3, 4, 32, 96), (3, 30_000), (2, 50_000)], ids=str)
 def test_reruns_give_the_same_bits(shape):
     x, t, r = inputs(shape)
