@@ -71,7 +71,7 @@ class Trainer:
         Raises:
             FileExistsError: a file, or without ``resume`` a folder that holds a run or what one would overwrite.
             FileNotFoundError: ``resume`` without a run, or a pipeline that cannot be loaded.
-            CheckpointError: a damaged checkpoint.
+            CheckpointError: a damaged checkpoint, or not the same one for all processes.
             ConfigError: with ``resume`` damaged settings in the folder.
             ValueError, TypeError: a device, resolution, tracker or solver option that cannot be used, or with
                 ``resume`` a pipeline of other weights or another adapter than the run's, fewer epochs than are
@@ -124,6 +124,15 @@ class Trainer:
         self.task: tasks.Task | None = None
         if done:
             self._load(done[-1], about)
+        if resume:
+            # A network file system may show one machine later than another what was written last.
+            epochs = self.processes.gather(torch.tensor([self.epoch]), self.processes.count).tolist()
+            if len(set(epochs)) > 1:
+                found = ", ".join(map(str, epochs))
+                raise checkpoint.CheckpointError(
+                    f"resume: the processes found {folder} after epochs {found}, accepted is a folder that is the same "
+                    "for all; try again, or look at what each machine has there"
+                )
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:

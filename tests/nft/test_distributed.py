@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,8 +17,11 @@ pytest.importorskip("diffusers")
 import distributed_worker
 from distributed_worker import LOCAL, by_fork
 
+from nft.checkpoint import CheckpointError
+from nft.config import load_config
 from nft.distributed import Processes
 from nft.tasks import TASKS
+from nft.trainer import Trainer
 from nft.worlds.shapes.tiny import build_pipeline
 
 pytestmark = pytest.mark.forks
@@ -119,6 +123,23 @@ def test_one_process_writes(runs):
             assert one.keys() == many.keys()
             for key in one.keys() & {"reward", "loss", "grad_norm", "kl", "velocity_rms", "eval_strict"}:
                 assert one[key] == pytest.approx(many[key], rel=1e-3, abs=1e-7), key
+
+
+def test_processes_that_see_other_checkpoints_do_not_go_on(runs, tmp_path):
+    """As on two machines, one of which is shown late what was written last."""
+    folder, _ = runs
+    for name in ("0", "1"):
+        shutil.copytree(folder / "run2", tmp_path / name, symlinks=True)
+    shutil.rmtree(tmp_path / "1" / "checkpoints")
+
+    def work():
+        own = tmp_path / os.environ["RANK"]
+        with pytest.raises(CheckpointError, match=r"resume: the processes found .* after epochs 2, 0, accepted"):
+            Trainer(load_config(str(own / "config.yaml")), own, resume=True)
+
+    before = (tmp_path / "1" / "metrics.jsonl").read_text()
+    by_fork(2, work)
+    assert (tmp_path / "1" / "metrics.jsonl").read_text() == before
 
 
 def test_a_process_may_have_no_picture(tmp_path, monkeypatch):
