@@ -25,9 +25,9 @@ from scipy.stats import ttest_1samp, ttest_rel
 from nft_kernels.provenance import provenance
 
 from . import plugins
-from .checkpoint import check_folder, read_metrics, reading, replace_text
 from .config import Config, load_config
 from .console import quieten_libraries
+from .files import check_folder, read_metrics, reading, replace_text
 from .objectives import unread
 from .plan import evaluations
 from .rewards.pool import end_with_parent

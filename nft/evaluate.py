@@ -21,11 +21,11 @@ from PIL import Image
 from scipy.stats import bootstrap, permutation_test
 from torch import Tensor
 
-from .checkpoint import beside, check_folder, check_vacant, reading, replace_text
 from .data import geneval, prompts
 from .data.prompts import Entry
 from .data.text import parse_json
 from .distributed import Processes
+from .files import beside, check_folder, check_vacant, reading, replace_text
 from .rewards import registry
 from .rewards.base import RewardError, check_entries, score
 from .rewards.ocr import OCR

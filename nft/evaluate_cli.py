@@ -150,7 +150,7 @@ def evaluate(
 
 def _subject(pipeline: str, checkpoint: Path | None) -> str:
     """What is evaluated, by content: a run's checkpoint changes as it is trained on."""
-    from .checkpoint import checksum
+    from .files import checksum
     from .weights import find_weights
 
     if checkpoint is None:

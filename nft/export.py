@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from .checkpoint import check_folder, check_vacant, reading
+from .files import check_folder, check_vacant, reading
 from .models.base import left_out
 from .policy import pipeline_source, unloadable
 from .weights import LORA, WEIGHTS, check_layers, find_weights, lora_layers, lora_settings, named_weights

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from .checkpoint import reading
 from .config import Config
 from .distributed import shard, sharded_like
+from .files import reading
 from .policy import Policy
 from .weights import WEIGHTS, check_fit, check_layers, find_weights, lora_layers, lora_settings
 

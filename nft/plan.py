@@ -32,9 +32,9 @@ from torch.utils.flop_counter import flop_registry
 
 from nft_kernels.solvers import schedule, table
 
-from .checkpoint import reading
 from .config import Config, ConfigError
 from .distributed import repeated_blocks
+from .files import reading
 from .models import find
 from .models.base import Model, check_resolution
 from .models.flux import Flux

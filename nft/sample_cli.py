@@ -71,8 +71,8 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures of prompts."""
-    from .checkpoint import check_folder, check_vacant
     from .config import check_float32
+    from .files import check_folder, check_vacant
 
     numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
     output = output or next(folder for folder in numbered if not os.path.lexists(folder))

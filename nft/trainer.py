@@ -25,7 +25,7 @@ from torch import Tensor
 from nft_kernels import add_noise
 from nft_kernels.solvers import Row, table
 
-from . import checkpoint, tasks
+from . import checkpoint, files, tasks
 from .alarms import Alarms, distribution, preflight
 from .config import Config, ConfigError, load_config
 from .distributed import Processes, sharded_like, whole
@@ -77,20 +77,20 @@ class Trainer:
                 ``resume`` a pipeline of other weights or another adapter than the run's, fewer epochs than are
                 finished, or a damaged log.
         """
-        checkpoint.check_folder(folder)
+        files.check_folder(folder)
         if resume and not (folder / "config.yaml").is_file():
             raise FileNotFoundError(f"resume: {folder} holds no config.yaml, accepted is the folder of a run")
         if not resume and ((folder / "metrics.jsonl").exists() or checkpoint.existing(folder / "checkpoints")):
             raise FileExistsError(f"output: {folder} holds a run already; give another folder or --resume")
         if not resume:
-            checkpoint.check_vacant(folder, _WRITTEN - ({"config.yaml"} if _begun(folder / "config.yaml") else set()))
+            files.check_vacant(folder, _WRITTEN - ({"config.yaml"} if _begun(folder / "config.yaml") else set()))
         kept = folder / "checkpoints"
         if resume and os.path.lexists(kept) and not (kept.is_dir() and os.access(kept, os.R_OK | os.X_OK)):
             # As on a disk that is not mounted: to begin anew would forget what was logged.
             raise FileNotFoundError(
                 f"resume: {kept} is no folder that can be read, accepted is that of the checkpoints"
             )
-        logged, finished = checkpoint.read_metrics(folder, required=False) if resume else [], 0
+        logged, finished = files.read_metrics(folder, required=False) if resume else [], 0
         done = checkpoint.existing(kept) if resume else []
         if done:
             about = checkpoint.verify(done[-1])
@@ -136,13 +136,13 @@ class Trainer:
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
-            checkpoint.lock(folder)
+            files.lock(folder)
             if done:
                 # A kill may have come before the links were set.
                 self._tidy()
             if resume:
                 self._forget_later(logged)
-            checkpoint.replace_text(folder / "config.yaml", config.dump())
+            files.replace_text(folder / "config.yaml", config.dump())
             self.tracker.start()
 
     def _enter_stage(self, epoch: int) -> None:
@@ -561,7 +561,7 @@ class Trainer:
         for adapter in ("default", "old"):
             self.policy.load_adapter(adapter, folder / adapter)
         self.policy.old_is_current = all(map(torch.equal, self.policy.trained, self.policy._old))
-        with checkpoint.reading(folder / "state.pt", "checkpoint"):
+        with files.reading(folder / "state.pt", "checkpoint"):
             state = torch.load(folder / "state.pt", weights_only=True)
             for i, moments in state["optimizer"]["state"].items():
                 parameter = self.policy.trained[i]
@@ -590,7 +590,7 @@ class Trainer:
             again = self.evaluation_due and values["epoch"] == self.epoch and "eval_strict" in values
             if values["epoch"] <= self.epoch and self.epoch > 0 and not again:
                 kept.append(json.dumps(values) + "\n")
-        checkpoint.replace_text(self.folder / "metrics.jsonl", "".join(kept))
+        files.replace_text(self.folder / "metrics.jsonl", "".join(kept))
 
     def train(
         self,
@@ -613,13 +613,13 @@ class Trainer:
         """
         if self.processes.main:
             # Once more where an interrupt has ended it.
-            checkpoint.lock(self.folder)
+            files.lock(self.folder)
         try:
             self._train(on_epoch, on_eval)
         finally:
             self.tracker.finish()
             if self.processes.main:
-                checkpoint.unlock(self.folder)
+                files.unlock(self.folder)
 
     def _train(
         self, on_epoch: Callable[[dict[str, Any]], None], on_eval: Callable[[int, Tensor, list[str]], None]
@@ -649,7 +649,7 @@ class Trainer:
         """Stop the processes of the task's rewards, after which nothing is scored any more."""
         self.task.close()
         if self.processes.main:
-            checkpoint.unlock(self.folder)
+            files.unlock(self.folder)
 
     @property
     def evaluation_due(self) -> bool:

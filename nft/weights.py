@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .checkpoint import reading
+from .files import reading
 
 # An adapter in PEFT's format and in that of diffusers, and the whole weights in diffusers'.
 ADAPTER, LORA, WEIGHTS = "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE, "diffusion_pytorch_model.safetensors"

@@ -21,7 +21,7 @@ pytest.importorskip("diffusers")
 from distributed_worker import Brightness, train_until
 from typer.testing import CliRunner
 
-from nft import checkpoint
+from nft import checkpoint, files
 from nft.alarms import Alarms
 from nft.checkpoint import CheckpointError
 from nft.cli import app
@@ -73,7 +73,7 @@ def in_child(config, folder, *, dies_at=None, dies_after=None):
     if not child:
         torch.set_num_threads(1)
         count = 0
-        flush, rmtree, link = checkpoint._flush, checkpoint.shutil.rmtree, checkpoint.link
+        flush, rmtree, link = files.flush, checkpoint.shutil.rmtree, checkpoint.link
 
         def fatal(function):
             def wrapped(*args, **kwargs):
@@ -85,7 +85,7 @@ def in_child(config, folder, *, dies_at=None, dies_after=None):
 
             return wrapped
 
-        checkpoint._flush, checkpoint.shutil.rmtree, checkpoint.link = map(fatal, (flush, rmtree, link))
+        files.flush, checkpoint.shutil.rmtree, checkpoint.link = map(fatal, (flush, rmtree, link))
         try:
             Trainer(config, folder, resume=(folder / "config.yaml").exists()).train()
         except BaseException as error:
@@ -382,7 +382,7 @@ def test_a_state_that_lacks_its_optimizer_is_named(pipeline, tmp_path):
     Trainer(settings(pipeline, "epochs=1", "preflight=false"), tmp_path).train()
     state = (folder := (tmp_path / "checkpoint").resolve()) / "state.pt"
     torch.save({"epoch": 1}, state)
-    sums = checkpoint.manifest(folder)["sha256"] | {"state.pt": checkpoint.checksum(state)}
+    sums = checkpoint.manifest(folder)["sha256"] | {"state.pt": files.checksum(state)}
     checkpoint.amend(folder, sha256=sums)
     with pytest.raises(ValueError, match=r"checkpoint: .*state\.pt is damaged: KeyError\('optimizer'\)"):
         Trainer(settings(pipeline, "epochs=2"), tmp_path, resume=True)
@@ -415,10 +415,10 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, mo
     def full(path):
         raise OSError(28, "No space left on device")
 
-    checkpoint.replace_text(tmp_path / "a", "old")
-    monkeypatch.setattr(checkpoint, "_flush", full)
+    files.replace_text(tmp_path / "a", "old")
+    monkeypatch.setattr(files, "flush", full)
     with pytest.raises(OSError, match=r"a could not be written: No space left"):
-        checkpoint.replace_text(tmp_path / "a", "new")
+        files.replace_text(tmp_path / "a", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
 
 
@@ -426,8 +426,8 @@ def test_a_folder_within_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for name, message in (("file", "file is a file"), ("file/a/b", "which is a file")):
         with pytest.raises(FileExistsError, match=f"^output: .*{message}"):
-            checkpoint.check_folder(tmp_path / name)
-    checkpoint.check_folder(tmp_path / "new" / "run")
+            files.check_folder(tmp_path / name)
+    files.check_folder(tmp_path / "new" / "run")
     assert not (tmp_path / "new").exists()
 
 
@@ -523,23 +523,23 @@ def test_a_folder_that_has_lost_its_log_is_no_place_for_another_run(finished, pi
 
 
 def test_a_locked_folder_is_closed_to_other_processes_until_it_is_unlocked(tmp_path):
-    code = "import sys; from pathlib import Path; from nft.checkpoint import lock; lock(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from nft.files import lock; lock(Path(sys.argv[1]))"
 
     def other():
         return subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True)
 
     # Of the process, which may begin a run anew, and lose what held the first one.
     for _ in range(2):
-        checkpoint.lock(tmp_path / "run")
+        files.lock(tmp_path / "run")
         gc.collect()
     assert "another process trains in" in other().stderr
-    checkpoint.unlock(tmp_path / "run")
+    files.unlock(tmp_path / "run")
     assert other().returncode == 0
 
 
 def test_a_folder_that_was_deleted_is_locked_anew(tmp_path):
     for _ in range(2):
-        checkpoint.lock(tmp_path / "run")
+        files.lock(tmp_path / "run")
         assert (tmp_path / "run" / ".lock").is_file()
         shutil.rmtree(tmp_path / "run")
-    checkpoint.unlock(tmp_path / "run")
+    files.unlock(tmp_path / "run")

@@ -205,7 +205,7 @@ def test_checkpoints_that_cannot_be_seen_do_not_begin_a_run_anew(pipeline, tmp_p
 
 def test_a_folder_is_one_processs(pipeline, tmp_path):
     trainer = Trainer(settings(pipeline, "epochs=1"), tmp_path)
-    code = f"from nft.checkpoint import lock; from pathlib import Path; lock(Path({str(tmp_path)!r}))"
+    code = f"from nft.files import lock; from pathlib import Path; lock(Path({str(tmp_path)!r}))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert other.returncode == 1 and "another process trains in" in other.stderr
     trainer.train()

@@ -19,7 +19,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from rich.progress import Progress
 
-from nft.checkpoint import check_folder, check_vacant
+from nft.files import check_folder, check_vacant
 
 from .prompts import GROUPS, split
 from .render import render
