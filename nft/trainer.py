@@ -106,6 +106,15 @@ class Trainer:
             tasks.check(stage, ask=stage is config.at(finished))
         self.config, self.folder = config, folder
         self.processes = Processes(config.device)
+        if resume:
+            # A network file system may show one machine later than another what was written last.
+            epochs = self.processes.gather(torch.tensor([finished]), self.processes.count).tolist()
+            if len(set(epochs)) > 1:
+                found = ", ".join(map(str, epochs))
+                raise checkpoint.CheckpointError(
+                    f"resume: the processes found {folder} after epochs {found}, accepted is a folder that is the same "
+                    "for all; try again, or look at what each machine has there"
+                )
         self.tracker = Tracker(config, folder)
         torch.manual_seed(config.seed)
         self.policy = (FullPolicy if config.adapter == "full" else Policy)(config)
@@ -124,15 +133,6 @@ class Trainer:
         self.task: tasks.Task | None = None
         if done:
             self._load(done[-1], about)
-        if resume:
-            # A network file system may show one machine later than another what was written last.
-            epochs = self.processes.gather(torch.tensor([self.epoch]), self.processes.count).tolist()
-            if len(set(epochs)) > 1:
-                found = ", ".join(map(str, epochs))
-                raise checkpoint.CheckpointError(
-                    f"resume: the processes found {folder} after epochs {found}, accepted is a folder that is the same "
-                    "for all; try again, or look at what each machine has there"
-                )
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
