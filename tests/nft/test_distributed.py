@@ -161,9 +161,11 @@ def test_a_process_may_have_no_picture(tmp_path, monkeypatch):
 
 def test_processes_wait_for_a_checkpoint_or_a_reward_that_takes_longer_than_nccls_ten_minutes():
     def work():
-        Processes("cpu")
+        processes = Processes("cpu")
         group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
         assert group.options._timeout >= timedelta(hours=1)
+        # The first one has what the other joins by.
+        processes.wait()
 
     by_fork(2, work)
 
