@@ -235,8 +235,8 @@ def export(
 ) -> None:
     """Write a LoRA that diffusers loads, or a whole pipeline."""
     quieten_libraries()
-    from .config import read_settings, saved_settings
     from .export import export_lora, export_pipeline
+    from .settings import read_settings, saved_settings
 
     with failing(OSError, ValueError):
         if weights not in ("ema", "default"):

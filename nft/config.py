@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import textwrap
 from bisect import bisect
 from collections.abc import Collection, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -34,8 +32,8 @@ from .alarms import SHARES, THRESHOLDS
 from .objectives import OBJECTIVES, Objective, unread
 from .rewards import registry
 from .rewards.pool import RewardSpec
+from .settings import ConfigError, Dumper, override, read_based
 
-_BUNDLED = Path(__file__).parent / "configs"
 # What policy, optimizer and run are built with once: a stage cannot change it.
 _FIXED = {
     "plugins", "stages", "pipeline", "seed", "device", "dtype", "resolution", "gradient_checkpointing", "offload",
@@ -84,10 +82,6 @@ _PARTNERS = {
     "window_order": "window",
     "window_epochs": "window",
 }
-
-
-class ConfigError(ValueError, TypeError):
-    """A configuration that cannot be used; the message names the key, what came and what is accepted."""
 
 
 class Config(BaseModel):
@@ -526,7 +520,7 @@ class Config(BaseModel):
         # What nobody set follows from each stage's own epoch.
         derived = {"epochs", *({"micro_batch", "updates_per_epoch"} - self.model_fields_set)} if self._stages else set()
         values = self.model_dump(exclude=derived)
-        dump = partial(yaml.dump, Dumper=_Dumper, sort_keys=False)
+        dump = partial(yaml.dump, Dumper=Dumper, sort_keys=False)
         if not explained:
             return dump(values)
         return "".join(_comment(key) + dump({key: value}) for key, value in values.items())
@@ -578,123 +572,6 @@ def _reward_spec(name: str, value: Any) -> RewardSpec:
     return spec
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with the numbers of version 1.2, where 3e-4 and 010 are decimal and 1:30 is text, and a key comes once."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for key, _ in reversed(node.value):
-            if (times := keys.count(key.value)) > 1:
-                problem = f"{key.value}: comes {times} times, accepted is once"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what is a number in either version of YAML."""
-
-
-_INT, _FLOAT, _TIME = (f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp"))
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIME)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind in (_Loader, _Dumper):
-    for _tag, _pattern in (
-        (_INT, r"[-+]?[0-9]+$"),
-        (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-        (_FLOAT, r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
-    ):
-        _kind.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
-_Loader.add_constructor(_INT, lambda loader, node: int(loader.construct_scalar(node)))
-
-
-def parsed(text: str, where: str) -> Any:
-    """A value in YAML; ``where`` it comes from begins the message.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{where}: is not YAML: {problem}") from None
-    except Exception as error:
-        # What Python raises for text that is not of its tag, a number that is too long or too deep a list.
-        raise ConfigError(f"{where}: cannot be read: {error!r}") from None
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """What a file of settings says itself, not checked.
-
-    Raises:
-        ConfigError: a file that cannot be read, or no YAML mapping.
-    """
-    try:
-        values = parsed(path.read_text(encoding="utf-8-sig"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config: {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: {path} holds {type(values).__name__}, accepted are key: value pairs")
-    return values
-
-
-def saved_settings(checkpoint: Path) -> Path | None:
-    """The settings of the run that a checkpoint, or an adapter in it, belongs to, or that it is; None of others."""
-    for folder in (checkpoint, *checkpoint.resolve().parents[:3]):
-        if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-            return folder / "config.yaml"
-    return None
-
-
-def _read(name: str, beside: Path, seen: tuple[Path, ...] = (), key: str = "config") -> dict[str, Any]:
-    """The values of a file over those of its ``base``, a name or list of names, of which later ones win."""
-    path = beside / name if name.endswith((".yaml", ".yml")) else _BUNDLED / f"{name}.yaml"
-    if not os.path.isfile(path):  # which is false, too, for a name that no file can have
-        known = sorted(p.stem for p in _BUNDLED.glob("*.yaml"))
-        near = get_close_matches(path.stem.lower(), known, n=1)
-        missing = "but there is no such file; " if path.parent != _BUNDLED else ""
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"{key}: got {name!r}, {missing}{hint}accepted are {', '.join(known)} or the path of a YAML file"
-        )
-    if path.resolve() in seen:
-        raise ConfigError(f"base: {path.name} is its own base")
-    values = read_settings(path)
-    bases = values.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise ConfigError(f"base: got {bases!r}, accepted is the name of a configuration or a list of names")
-    inherited: dict[str, Any] = {}
-    for base in bases:
-        inherited |= _read(base, path.parent, (*seen, path.resolve()), f"base of {path}")
-    return inherited | values
-
-
-def _override(values: dict[str, Any], item: str) -> None:
-    """Set ``a.b=value`` in nested values; a part of the key is a name or the index of a list."""
-    dotted, separator, text = item.partition("=")
-    *path, last = dotted.split(".")
-    if not separator or not all([*path, last]):
-        raise ConfigError(f"override: got {item!r}, accepted is key=value")
-    value = parsed(text, dotted)
-    target: Any = values
-    try:
-        for part in path:
-            target = target[_index(part)] if isinstance(target, list) else target.setdefault(part, {})
-        target[_index(last) if isinstance(target, list) else last] = value
-    except (AttributeError, IndexError, TypeError, ValueError):
-        raise ConfigError(f"override: got {item!r}, but there is no {dotted} to set") from None
-
-
-def _index(part: str) -> int:
-    if not part.isdecimal():
-        raise ValueError(part)
-    return int(part)
-
-
 def _unknown(key: str) -> str:
     name = key.rpartition(".")[2].lower()
     if name in _NOT_HERE:
@@ -738,9 +615,9 @@ def load_config(name: str | Path, overrides: Sequence[str] | None = None) -> Con
         raise ConfigError(f"config: got {name!r}, accepted is the name of a configuration or the path of a YAML file")
     if isinstance(overrides, str) or not all(isinstance(item, str) for item in overrides or []):
         raise ConfigError(f"overrides: got {overrides!r}, accepted is a list of key=value texts")
-    values = _read(str(name), Path())
+    values = read_based(str(name), Path())
     for item in overrides or []:
-        _override(values, item)
+        override(values, item)
     return _validated(values)
 
 

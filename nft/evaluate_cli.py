@@ -29,7 +29,8 @@ def sampling_settings(config: str | None, checkpoint: Path | None, default: str,
     Raises:
         ValueError: an override of a setting that only training reads, or one that ``load_config`` refuses.
     """
-    from .config import Config, load_config, saved_settings
+    from .config import Config, load_config
+    from .settings import saved_settings
 
     for override in overrides:
         key = override.partition("=")[0].partition(".")[0]

@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import yaml
 from torch import Tensor
 
-from .config import read_settings
 from .files import read_metrics, reading
+from .settings import read_settings
 
 _STYLE = """body{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}
 td,th{padding:.2rem 1rem;text-align:left}"""

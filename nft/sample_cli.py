@@ -33,7 +33,7 @@ def _solver_options(solver: str, steps: int, settings: list[str] | None) -> dict
     """The options of a solver, which takes them and so many steps."""
     from nft_kernels.solvers import SOLVERS, schedule, table
 
-    from .config import parsed
+    from .settings import parsed
 
     if solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}, accepted are {', '.join(SOLVERS)}")

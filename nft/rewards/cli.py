@@ -52,7 +52,7 @@ def rewards() -> None:
 
 def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str, Any]]:
     """``NAME.KEY=VALUE`` settings by reward."""
-    from ..config import parsed
+    from ..settings import parsed
 
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     for setting in settings:

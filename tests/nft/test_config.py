@@ -6,8 +6,9 @@ pytest.importorskip("pydantic")
 
 import yaml
 
-from nft.config import _BUNDLED, _ELSEWHERE, _NOT_HERE, Config, ConfigError, load_config
+from nft.config import _ELSEWHERE, _NOT_HERE, Config, ConfigError, load_config
 from nft.objectives import unread
+from nft.settings import _BUNDLED
 
 BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
 BASELINES = {f"shapes_{name}" for name in ("sft", "rwr", "flow_grpo", "flow_grpo_fast", "mix_grpo", "dance_grpo", "awm",

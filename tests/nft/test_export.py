@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nft.cli import app
-from nft.config import load_config, saved_settings
+from nft.config import load_config
 from nft.export import export_lora, export_pipeline
 from nft.full import load_policy
 from nft.models.flux import Flux
+from nft.settings import saved_settings
 from nft.tasks import TASKS
 from nft.trainer import Trainer
 from nft.weights import find_weights
