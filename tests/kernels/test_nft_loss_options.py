@@ -583,6 +583,21 @@ def test_the_gradient_keeps_its_bound_where_a_weight_is_of_few_errors(backend, s
     assert worst <= 1
 
 
+@pytest.mark.parametrize("left_by", ["mask", "segments"])
+def test_the_gradient_keeps_its_bound_where_a_mask_or_a_segment_leaves_few_errors(backend, left_by):
+    g = torch.Generator().manual_seed(0)
+    v, v_old, x_t = (torch.randn(24, 1, generator=g) for _ in range(3))
+    t, r = torch.rand(2, 24, generator=g)
+    # e+ is small beside its terms.
+    tensors = [v, v_old, x_t, x_t - t[:, None] * v - 1e-3]
+    options = {"segments": torch.arange(25)}
+    if left_by == "mask":
+        tensors = [x.expand(24, 12) for x in tensors]
+        options = {"mask": torch.arange(12) == 7}
+    place = torch.get_default_device()
+    check.compare_nft_loss(*(x.to(place) for x in (*tensors, t, r)), backend=backend, **options)
+
+
 def test_a_weight_per_token_reads_any_strides(tokens):
     """As the same values in dense memory; tokens beyond a tile, and rows that are shorter than a vector."""
     g = torch.Generator().manual_seed(0)

@@ -421,13 +421,13 @@ def _gradient(
     BLOCK: tl.constexpr,
 ):
     positive, negative, kl, positive_sign, negative_sign = coefficients
+    v_theta, _, base, step = _errors(inputs, sample, row, start, inside, dtype, PREDICTION, BLOCK)
+    # A weight of few errors, as a mask or a segment may leave them, nearly cancels with each of them, which is lost if
+    # they are taken apart again.
     if GENERAL:
         weight, r = _weights(inputs, sample, row, start, inside, dtype, BLOCK)
-        positive *= r
-        negative *= 1 - r
-    v_theta, _, base, step = _errors(inputs, sample, row, start, inside, dtype, PREDICTION, BLOCK)
-    if FEW:
-        # A weight of few errors nearly cancels with each of them, which is lost if they are taken apart again.
+        value = r * (positive * (base + step)) - (1 - r) * (negative * (base - step))
+    elif FEW:
         value = positive * (base + step) - negative * (base - step)
     else:
         # The same in a form that is exactly 0 where r = 1/2 and d = 0.
@@ -627,7 +627,7 @@ def nft_loss_gradient(
             options.kl_space,
             general,
             options.detach_weight,
-            elements <= _FEW and inputs.segments is None,
+            elements <= _FEW,
             elements,
             _bytes(inputs, v_ref, grad),
             compute(details.dtype),
