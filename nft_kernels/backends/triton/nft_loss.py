@@ -84,16 +84,16 @@ def _affine(t, PREDICTION: tl.constexpr):
 def _kl_factor(t, PREDICTION: tl.constexpr, KL_SPACE: tl.constexpr):
     """Turns a difference of predictions, squared, into that of the velocities or of the x0 predictions."""
     one = tl.full(t.shape, 1, t.dtype)
-    factor = one
-    if PREDICTION != KL_SPACE:
-        if PREDICTION == "v":
-            factor = t
-        elif PREDICTION == "x0":
-            factor = _divide(one, t)
-        elif KL_SPACE == "x0":
-            factor = _divide(t, one - t)
-        else:
-            factor = _divide(one, one - t)
+    if PREDICTION == KL_SPACE:
+        factor = one
+    elif PREDICTION == "v":
+        factor = t
+    elif PREDICTION == "x0":
+        factor = _divide(one, t)
+    elif KL_SPACE == "x0":
+        factor = _divide(t, one - t)
+    else:
+        factor = _divide(one, one - t)
     return factor * factor
 
 
@@ -366,46 +366,6 @@ def _through_weight(factor, share, weight):
 
 
 @triton.jit
-def _coefficients(
-    inputs,
-    details,
-    grad_loss,
-    policy_factor,
-    kl_factor,
-    batch,
-    sample,
-    WEIGHTING: tl.constexpr,
-    PREDICTION: tl.constexpr,
-    KL_SPACE: tl.constexpr,
-    GENERAL: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """Factors in one sample's gradient: of e+ and e-, before r if GENERAL; of v_theta - v_ref; of the errors' signs."""
-    loss_weight = _loss_weight(inputs, sample, batch)
-    if grad_loss is not None:
-        loss_weight *= tl.load(grad_loss)
-    loss_weight = loss_weight.to(dtype)
-    t = unit(inputs.t, sample, dtype)
-    _, push = _affine(t, PREDICTION)
-    positive_weight = tl.load(details + 3 * batch + sample)
-    negative_weight = tl.load(details + 4 * batch + sample)
-    factor = loss_weight * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
-    kl = loss_weight * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE)
-    if GENERAL:
-        n = tl.load(details + 8 * batch + sample)
-        factor = _divide(factor, n)
-        positive_sign = _through_weight(factor, tl.load(details + 9 * batch + sample), positive_weight)
-        negative_sign = _through_weight(factor, tl.load(details + 10 * batch + sample), negative_weight)
-        positive, negative = _divide(factor, positive_weight), _divide(factor, negative_weight)
-        return positive, negative, _divide(kl, n), positive_sign, negative_sign
-    else:
-        r = unit(inputs.r, sample, dtype)
-        positive = _divide(factor * r, positive_weight)
-        negative = _divide(factor * (1 - r), negative_weight)
-        return positive, negative, kl, factor * 0, factor * 0
-
-
-@triton.jit
 def _gradient(
     inputs,
     coefficients,
@@ -420,6 +380,7 @@ def _gradient(
     dtype: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """d loss / d v_theta by factors of e+ and e-, before r if GENERAL; of v_theta - v_ref; of the errors' signs."""
     positive, negative, kl, positive_sign, negative_sign = coefficients
     v_theta, _, base, step = _errors(inputs, sample, row, start, inside, dtype, PREDICTION, BLOCK)
     # A weight of few errors, as a mask or a segment may leave them, nearly cancels with each of them, which is lost if
@@ -474,20 +435,27 @@ def _differentiate(
         row = sample
     else:
         sample, row, first, end = _slice(inputs, program, slices, 0, elements)
-    coefficients = _coefficients(
-        inputs,
-        details,
-        grad_loss,
-        policy_factor,
-        kl_factor,
-        batch,
-        sample,
-        WEIGHTING,
-        PREDICTION,
-        KL_SPACE,
-        GENERAL,
-        dtype,
-    )
+    loss_weight = _loss_weight(inputs, sample, batch)
+    if grad_loss is not None:
+        loss_weight *= tl.load(grad_loss)
+    loss_weight = loss_weight.to(dtype)
+    t = unit(inputs.t, sample, dtype)
+    _, push = _affine(t, PREDICTION)
+    positive_weight = tl.load(details + 3 * batch + sample)
+    negative_weight = tl.load(details + 4 * batch + sample)
+    factor = loss_weight * number(policy_factor, dtype) * push * _time_weighting(t, WEIGHTING)
+    kl = loss_weight * number(kl_factor, dtype) * _kl_factor(t, PREDICTION, KL_SPACE)
+    if GENERAL:
+        n = tl.load(details + 8 * batch + sample)
+        factor = _divide(factor, n)
+        positive_sign = _through_weight(factor, tl.load(details + 9 * batch + sample), positive_weight)
+        negative_sign = _through_weight(factor, tl.load(details + 10 * batch + sample), negative_weight)
+        positive, negative = _divide(factor, positive_weight), _divide(factor, negative_weight)
+        coefficients = positive, negative, _divide(kl, n), positive_sign, negative_sign
+    else:
+        r = unit(inputs.r, sample, dtype)
+        positive, negative = _divide(factor * r, positive_weight), _divide(factor * (1 - r), negative_weight)
+        coefficients = positive, negative, kl, factor * 0, factor * 0
     if inputs.segments is None:
         value = _gradient(
             inputs, coefficients, sample, row, first, inside, PREDICTION, GENERAL, DETACHED, FEW, dtype, BLOCK
