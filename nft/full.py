@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,7 +130,8 @@ class _LoraPolicy(Policy):
 
     def _add_adapters(self, config: Config) -> None:
         check_layers(self._path, self._layers, self.transformer)
-        self.model.targets = list(self._layers)
+        # A list would be of the ends of names: an adapted proj_out would adapt every block's, too.
+        self.model.targets = "|".join(map(re.escape, self._layers))
         super()._add_adapters(config)
         self._set_adapter("default", self._path, self._layers)
 

@@ -49,8 +49,8 @@ class Model(ABC):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     transformer_class: ClassVar[type[nn.Module]]
-    targets: ClassVar[list[str]] = JOINT_ATTENTION
-    """Ends of the names of the layers that LoRA adapts."""
+    targets: ClassVar[list[str] | str] = JOINT_ATTENTION
+    """Ends of the names of the layers that LoRA adapts, or a pattern of whole names."""
     fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
     """What ``fused_transformer`` puts in place of the transformer's forward."""
     guide: ClassVar[Callable[[Tensor, Tensor, Any], Tensor] | None] = None

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from distributed_worker import Brightness
+from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +35,7 @@ from transformers import (
 
 from nft.config import load_config
 from nft.export import export_lora, export_pipeline
-from nft.full import FullPolicy
+from nft.full import FullPolicy, load_policy
 from nft.models import MODELS, find
 from nft.plan import _KNOWN, plan
 from nft.policy import Policy
@@ -261,6 +262,19 @@ def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path
     export_pipeline(tmp_path / "whole", tmp_path / "merged", pipeline, weights="default")
     merged = find(pipeline).pipeline_class.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(velocity(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lora_of_a_layer_whose_name_ends_others_adapts_it_alone(tmp_path):
+    """FLUX has a proj_out at the end, and one in every block."""
+    build_flux(distilled=True).save_pretrained(tmp_path / "flux")
+    transformer = FluxPipeline.from_pretrained(tmp_path / "flux").transformer
+    assert sum(name.endswith("proj_out") for name, _ in transformer.named_modules()) > 1
+    down, up = (torch.randn(size) for size in ((2, transformer.proj_out.in_features), (64, 2)))
+    save_file({"transformer.proj_out.lora_A.weight": down, "transformer.proj_out.lora_B.weight": up},
+              tmp_path / "lora.safetensors")  # fmt: skip
+    policy = load_policy(settings(str(tmp_path / "flux")), tmp_path / "lora.safetensors")
+    assert [tuple(weight.shape) for weight in policy.trained] == [down.shape, up.shape]
+    assert torch.equal(policy.trained[1], up)
 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
