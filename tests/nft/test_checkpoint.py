@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from distributed_worker import Brightness, train_until
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 from nft import checkpoint, files
@@ -72,6 +73,8 @@ def in_child(config, folder, *, dies_at=None, dies_after=None):
     child = os.fork()
     if not child:
         torch.set_num_threads(1)
+        # Processes share the one of loading bars, which one that is killed while it holds it keeps for ever.
+        tqdm.set_lock(threading.RLock())
         count = 0
         flush, rmtree, link = files.flush, checkpoint.shutil.rmtree, checkpoint.link
 
