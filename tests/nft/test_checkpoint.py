@@ -511,8 +511,8 @@ def test_a_damaged_file_of_a_run_is_named_in_one_line(
 
 def test_files_that_may_be_many_gigabytes_are_read_for_their_checksums_once(finished, pipeline, tmp_path, monkeypatch):
     shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
-    read, checksum = [], checkpoint.checksum
-    monkeypatch.setattr(checkpoint, "checksum", lambda path: read.append(path.name) or checksum(path))
+    read, checksum = [], files.checksum
+    monkeypatch.setattr(files, "checksum", lambda path: read.append(path.name) or checksum(path))
     Trainer(settings(pipeline, "epochs=2"), tmp_path / "run", resume=True).close()
     assert read.count("state.pt") == 1
 
