@@ -48,8 +48,8 @@ class Task(ABC):
 
     def held_out_prompts(self, per_group: int) -> list[dict[str, Any]]:
         """A fixed set of prompts that are never trained on, whatever becomes of their file while a run goes on."""
-        if self._source in prompts.SETS:
-            # Of the shapes world's small groups more than there are, some of them again.
+        if self._source == "shapes":
+            # Of its small groups more than there are, some of them again.
             return prompts.held_out(self._source, per_group)
         return prompts.first(self._held_out, per_group)
 

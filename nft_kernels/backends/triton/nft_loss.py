@@ -595,7 +595,7 @@ def nft_loss_gradient(
             options.kl_space,
             general,
             options.detach_weight,
-            elements <= _FEW,
+            not general and elements <= _FEW,
             elements,
             _bytes(inputs, v_ref, grad),
             compute(details.dtype),
