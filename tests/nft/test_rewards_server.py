@@ -398,13 +398,14 @@ def test_a_token_is_stripped_and_must_fit_a_header(server, monkeypatch):
     monkeypatch.setattr("uvicorn.run", lambda served, **options: served)
     built = []
     monkeypatch.setattr("nft.rewards.server.build_app", lambda rewards, token, **limits: built.append(token))
-    assert CliRunner().invoke(app, ["reward-server", "jpeg"]).exit_code == 0 and built == [TOKEN]
+    command = ["reward-server", "jpeg", "--port", str(free_port())]
+    assert CliRunner().invoke(app, command).exit_code == 0 and built == [TOKEN]
     monkeypatch.undo()
     for token in ("gepäck", "a\nb"):
         monkeypatch.setenv("NFT_REWARD_TOKEN", token)
         with pytest.raises(RewardError, match=f"{server.url}: NFT_REWARD_TOKEN is not text in printable ASCII"):
             RemoteReward(f"{server.url}/Number")
-        served = CliRunner().invoke(app, ["reward-server", "jpeg"])
+        served = CliRunner().invoke(app, command)
         assert served.exit_code == 2 and "token: got other characters" in served.output
 
 

@@ -13,7 +13,10 @@ struct cluster_group {
   // Nobody arrives again before all have arrived as often.
   void barrier_wait() const {
     const uint64_t all = emulator::block->arrivals[threadIdx.x] * blockDim.x * num_blocks();
-    while (emulator::block->cluster->arrivals < all) emulator::yield();
+    while (emulator::block->cluster->arrivals < all) {
+      emulator::block->waits_for_others = true;
+      emulator::yield();
+    }
   }
   void sync() const {
     barrier_arrive();
