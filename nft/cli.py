@@ -35,7 +35,7 @@ _NAMED = {"--output": "a path", "--checkpoint": "a path", "--config": "a name or
 
 
 class _Commands(TyperGroup):
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         # An unset variable, which would be the current folder, any address or what is taken by default.
         for option, accepted in _NAMED.items():
             if f"{option}=" in args or (option, "") in itertools.pairwise(args):
@@ -44,7 +44,7 @@ class _Commands(TyperGroup):
             raise typer.BadParameter("got an empty name, accepted is a path", ctx=ctx)
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Run a command, and say what Ctrl-C leaves of it and what needs less where memory is not enough."""
         try:
             return super().invoke(ctx)

@@ -366,7 +366,7 @@ def compare(
     known = chosen.ablations if ablations else chosen.methods
     first = next(iter(known))
     if quick:
-        objectives = objectives or (known if ablations else chosen.quick)
+        objectives = objectives or [*(known if ablations else chosen.quick)]
         minutes = 1.25 if minutes is None and epochs is None else minutes
         overrides = ("eval_every=2", "eval_prompts_per_group=10", *overrides)
     for name in objectives or ():

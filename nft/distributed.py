@@ -41,20 +41,22 @@ def shard(transformer: nn.Module, device: torch.device, ignored: Iterable[nn.Par
     """
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise ValueError(f"shard: got true with torch {torch.__version__}, accepted is 2.9 or later")
-    options = {
-        "mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)),
-        "ignored_params": {*ignored},
-    }
+    mesh, kept = init_device_mesh(device.type, (torch.distributed.get_world_size(),)), {*ignored}
     for module in (*repeated_blocks(transformer), transformer):
-        fully_shard(module, reshard_after_forward=True, **options)
+        sharded: FSDPModule = fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
         # Not the mean: losses are normalised by the pairs of all processes. Gloo has no scaled sum.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
 
 def whole(x: Tensor) -> Tensor:
     """A sharded tensor put together, in which all processes take part; any other as it is."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x: Tensor) -> Tensor:
+    """This process' part of a sharded tensor; any other as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def sharded_like(x: Tensor, like: Tensor) -> Tensor:

@@ -447,8 +447,7 @@ class Evaluation:
             lines = self.read_scores(column.prompts, column.reward)
             if unanswered := sum(line.get("answered", 1) == 0 for line in lines):
                 found[column.title]["unanswered"] = unanswered
-            other = None if baseline is None else baseline.column(column)
-            if other is not None:
+            if baseline is not None and (other := baseline.column(column)) is not None:
                 where = column.prompts, column.reward
                 baseline._check_spec(*where, self._judged_by(*where), "baseline")
                 found[column.title] |= comparison(groups, other)

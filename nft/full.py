@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from .config import Config
-from .distributed import shard, sharded_like
+from .distributed import local, shard, sharded_like
 from .files import reading
 from .policy import Policy
 from .weights import WEIGHTS, check_fit, check_layers, find_weights, lora_layers, lora_settings
@@ -69,7 +70,7 @@ class FullPolicy(Policy):
         if adapter == "default":
             return
         for parameter, weight in zip(self.trained, self._weights[adapter], strict=True):
-            here, there = parameter.to_local(), weight.to_local()
+            here, there = local(parameter), local(weight)
             held = here.clone()
             here.copy_(there)
             there.copy_(held)
@@ -93,7 +94,7 @@ class FullPolicy(Policy):
         """Write the weights as diffusers' transformers are stored."""
         self.use(adapter)
         # Put together one by one, and kept by the first process alone.
-        state = get_model_state_dict(
+        state: dict[str, Any] = get_model_state_dict(
             self.transformer, options=StateDictOptions(full_state_dict=True, cpu_offload=self.sharded)
         )
         if folder is not None:

@@ -194,7 +194,7 @@ class Policy:
         for name in ("default", "old"):
             self.transformer.add_adapter(self.lora, adapter_name=name)
         self.trained = self._adapter_parameters("default")
-        self._old = self._adapter_parameters("old")
+        self._old: Sequence[Tensor] = self._adapter_parameters("old")
         # Small updates would vanish in half-precision weights.
         for parameter in (*self.trained, *self._old):
             parameter.data = parameter.data.to(self.device, torch.float32)
@@ -217,8 +217,8 @@ class Policy:
         # Only ``default`` is ever trained.
         for parameter in self.trained:
             parameter.requires_grad_(adapter == "default")
-        for parameter in self._old:
-            parameter.requires_grad_(False)
+        for old in self._old:
+            old.requires_grad_(False)
 
     @contextmanager
     def merged(self, adapter: str, *, float8: bool = False) -> Iterator[None]:
@@ -282,8 +282,8 @@ class Policy:
             part = [missing[i] for i in index]
             conditions = self.model.encode(part, self._max_sequence_length)
             # Copies: a row of a block would keep the whole block, and all but one of its rows may be to fill it up.
-            rows = (tuple(x.clone() for x in row) for row in zip(*conditions, strict=True))
-            self._conditions.update(zip(part, rows, strict=True))
+            copies = (tuple(x.clone() for x in row) for row in zip(*conditions, strict=True))
+            self._conditions.update(zip(part, copies, strict=True))
         if missing:
             self._put_aside()
             self._warn_of_cut(missing)

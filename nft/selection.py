@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -32,7 +33,7 @@ def extremes(rewards: Tensor, count: int) -> Tensor:
     order = rewards.argsort(dim=1, descending=True, stable=True)
     worst = count // 2
     middle = order[:, count - worst : rewards.shape[1] - worst]
-    kept = rewards.new_ones(rewards.shape, dtype=bool).scatter(1, middle, False)
+    kept = rewards.new_ones(rewards.shape, dtype=torch.bool).scatter(1, middle, False)
     return kept.nonzero()[:, 1].view(-1, count)
 
 

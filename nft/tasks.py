@@ -160,7 +160,7 @@ class Rewards(Task):
         self.scorer.close()
 
 
-TASKS: dict[str, type[Task]] = {"shapes": Shapes}
+TASKS = {"shapes": Shapes}
 
 
 def build(config: Config, device: torch.device) -> Task:
@@ -169,7 +169,7 @@ def build(config: Config, device: torch.device) -> Task:
     Raises:
         OSError, ValueError, RewardError: prompts or a reward that cannot be had, named.
     """
-    if config.task in TASKS:
+    if config.prompts is None:
         return TASKS[config.task](device)
     specs, held_out = config.reward_specs(), config.held_out_prompts
     return Rewards(device, specs, train=config.prompts, held_out=held_out, method=config.combine)
@@ -183,7 +183,8 @@ def check(config: Config, *, ask: bool = False) -> None:
     Raises:
         OSError, ValueError, RewardError: as ``build``.
     """
-    if config.task in TASKS:
+    if config.prompts is None:
+        # A task that brings its own, and its reward.
         return
     groups, kept_away = _prompts(config.prompts, config.held_out_prompts)
     for name, spec in config.reward_specs().items():

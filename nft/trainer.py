@@ -130,7 +130,6 @@ class Trainer:
         self._surroundings = surroundings(self.policy.device, self.processes.count)
         self.changes: list[str] = []
         """What is not as it was when the checkpoint was written that this run goes on from: it rounds otherwise."""
-        self.task: tasks.Task | None = None
         if done:
             self._load(done[-1], about)
         # An evaluation that an interrupt cut off belongs to the stage that has ended.
@@ -155,11 +154,9 @@ class Trainer:
         self.objective = OBJECTIVES[c.objective]
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = c.learning_rate, c.weight_decay
-        if self.task is not None:
-            self.task.close()
         try:
             table(c.rollout_solver, self.grid.tolist(), **solver_options(c, epoch))
-            self.task = tasks.build(c, self.policy.device)
+            self.task: tasks.Task = tasks.build(c, self.policy.device)
         except (ValueError, TypeError) as error:
             # In the middle of a run as at its start, and unlike others of these types, it is the user's.
             raise ConfigError(str(error)) from error
@@ -229,7 +226,7 @@ class Trainer:
         explored: dict[str, Any] = {}
         if c.explore:
             with self.policy.merged("old", float8=c.explore_float8):
-                index, explored = self._explore(entries, seeds)
+                index, explored = self._explore(entries, seeds, c.explore)
             entries, seeds = [entries[i] for i in index], [seeds[i] for i in index]
         with self.policy.merged("old"):
             x0, scores = self._draw(entries, seeds, self.grid, c.rollout_solver, **options)
@@ -262,15 +259,16 @@ class Trainer:
             "measured": measured,
         }
 
-    def _explore(self, entries: list[dict[str, Any]], seeds: list[int]) -> tuple[list[int], dict[str, Any]]:
-        """Which of an epoch's candidates to draw exactly, by how they score drawn cheaply, and what was measured."""
+    def _explore(self, entries: list[dict[str, Any]], seeds: list[int], size: int) -> tuple[list[int], dict[str, Any]]:
+        """Which of an epoch's candidates, ``size`` per prompt, to draw exactly, by how they score drawn cheaply, and
+        what was measured."""
         c, options = self.stage, solver_options(self.stage, self.epoch)
         grid = self.policy.times(c.explore_steps or c.rollout_steps)
         _, scores = self._draw(entries, seeds, grid, c.rollout_solver, **options)
         scores = self.processes.gather(scores, len(entries))
-        combined, measured = self._combine(scores, c.explore)
-        kept = extremes(combined.advantages.view(-1, c.explore), c.group_size)
-        first = torch.arange(0, len(entries), c.explore, device=kept.device)
+        combined, measured = self._combine(scores, size)
+        kept = extremes(combined.advantages.view(-1, size), c.group_size)
+        first = torch.arange(0, len(entries), size, device=kept.device)
         reward = weighted_sum(self._by_reward(scores), self.task.weights).mean().item()
         return (first[:, None] + kept).flatten().tolist(), {
             "explore_reward": reward,
@@ -504,8 +502,8 @@ class Trainer:
         if self.processes.main:
             stage = self.config.stage_index(self.epoch - 1)
             about = {"epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
-            about["pipeline"] = self.policy.fingerprint
-            checkpoint.write(self._checkpoint, self._fill, {**about, "surroundings": self._surroundings})
+            made = {"pipeline": self.policy.fingerprint, "surroundings": self._surroundings}
+            checkpoint.write(self._checkpoint, self._fill, {**about, **made})
             self._tidy()
         elif self.policy.sharded:
             self._fill(None)
@@ -630,6 +628,7 @@ class Trainer:
             on_epoch(self._evaluate(on_eval))
         while self.epoch < self.config.epochs:
             if self.config.at(self.epoch) is not self.stage:
+                self.task.close()
                 self._enter_stage(self.epoch)
             self.score = None
             begin = time.perf_counter()
@@ -667,7 +666,7 @@ class Trainer:
         self.score = scores["eval_strict"]
         watched = ["strict", *(f"reward_{name}" for name, weight in self.task.weights.items() if not weight)]
         held_out = {name: (scores[f"eval_{name}"], scores[f"eval_{name}_std"]) for name in watched}
-        metrics = {**scores, "alarms": self.alarms.evaluation(held_out, scores["nonfinite_scores"])}
+        metrics = {**scores, "alarms": self.alarms.evaluation(held_out, int(scores["nonfinite_scores"]))}
         self.log(metrics)
         if self.processes.main and self.epoch:
             checkpoint.amend(self._checkpoint, score=self.score, held_out=held_out)

@@ -70,8 +70,8 @@ def lora_layers(path: Path) -> Layers:
     for layer in sorted({re.sub(rf"\.({DOWN}|{UP}|alpha)$", "", name) for name in found}) or ["nothing"]:
         down, up, alpha = (found.get(f"{layer}.{part}") for part in (DOWN, UP, "alpha"))
         # kohya's names have underscores for dots.
-        unknown = down is None or up is None or layer.startswith("lora_")
-        if unknown or down.ndim != 2 or up.shape[1:] != down.shape[:1]:
+        kohya = layer.startswith("lora_")
+        if kohya or down is None or up is None or down.ndim != 2 or up.shape[1:] != down.shape[:1]:
             raise ValueError(
                 f"checkpoint: got {layer} in {path}, accepted are layers by their names in diffusers, each with {DOWN} "
                 f"and {UP}, or lora.down.weight and lora.up.weight, of one rank"

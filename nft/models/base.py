@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -48,12 +48,12 @@ class Model(ABC):
     v = eps - x0."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    transformer_class: ClassVar[type[nn.Module]]
-    targets: ClassVar[list[str] | str] = JOINT_ATTENTION
+    transformer_class: ClassVar[type[ModelMixin]]
+    targets: list[str] | str = JOINT_ATTENTION
     """Ends of the names of the layers that LoRA adapts, or a pattern of whole names."""
-    fast_path: ClassVar[Callable[[nn.Module], Any] | None] = None
+    fast_path: ClassVar[Callable[..., Any] | None] = None
     """What ``fused_transformer`` puts in place of the transformer's forward."""
-    guide: ClassVar[Callable[[Tensor, Tensor, Any], Tensor] | None] = None
+    guide: ClassVar[Callable[..., Tensor] | None] = None
     """The velocity that classifier-free guidance makes of a conditional one, an unconditional one and a scale, where
     that is not v_u + scale (v_c - v_u)."""
     tokenizer: ClassVar[str] = "tokenizer"

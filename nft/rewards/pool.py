@@ -136,7 +136,7 @@ class _Here:
     """A reward in this process, for those that wait for a device or a server."""
 
     def __init__(self, spec: RewardSpec, device: str):
-        self.reward: Reward | None = registry.load(spec.reward, spec.options, device=spec.device or device)
+        self.reward: Any = registry.load(spec.reward, spec.options, device=spec.device or device)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         return score(self.reward, pictures, prompts, metadata, all_finite=False)
@@ -196,10 +196,12 @@ class Scorer:
     def _load(self, name: str, spec: RewardSpec, device: str) -> None:
         try:
             kind = None if spec.reward.startswith(registry.REMOTE) else registry.find(spec.reward)
-            here = kind is None or kind.threaded or kind.uses_device
-            worker = self._workers[name] = _Here(spec, device) if here else _Processes(spec)
-            # What a server's reward needs is known by its instance only.
-            self.judges[name] = worker.reward if isinstance(worker, _Here) else kind
+            if kind is None or kind.threaded or kind.uses_device:
+                worker = self._workers[name] = _Here(spec, device)
+                # What a server's reward needs is known by its instance only.
+                self.judges[name] = worker.reward
+            else:
+                self._workers[name], self.judges[name] = _Processes(spec), kind
             # Two calls at a time of a model on one device would only share it.
             count = 1 if kind is not None and kind.uses_device else spec.workers
             self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")

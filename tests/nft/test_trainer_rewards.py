@@ -75,7 +75,7 @@ def test_candidates_are_kept_by_all_rewards_and_their_weights(run, monkeypatch):
     first, second = [0.0, 1.0, 2.0, 3.0, 3.0, 2.5, 2.0, 1.0], [0.0, 10.0, 0.0, -4.0, 12.0, 10.0, 0.0, 4.0]
     scores = torch.stack([torch.tensor(column) for column in (first, second, first)], 1)
     monkeypatch.setattr(one, "_draw", lambda *_, **__: (None, scores))
-    index, measured = one._explore([{}] * 8, [0] * 8)
+    index, measured = one._explore([{}] * 8, [0] * 8, 4)
     assert index == [0, 1, 4, 6]
     assert measured["explore_reward"] == pytest.approx((0 + 6 + 2 + 1 + 9 + 7.5 + 2 + 3) / 8)
 

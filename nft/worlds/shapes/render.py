@@ -20,11 +20,11 @@ _STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0,
 def outline(shape: str, left: float, top: float, right: float, bottom: float) -> list[tuple[float, float]]:
     """Corners of a ``square`` or ``triangle`` that fills the box."""
     width, height = right - left, bottom - top
-    unit = {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
-    }[shape]
-    return [(left + x * width, top + y * height) for x, y in unit]
+    }
+    return [(left + x * width, top + y * height) for x, y in corners[shape]]
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], fill: Any) -> None:
