@@ -50,6 +50,8 @@ def write(folder: Path, fill: Callable[[Path], None], about: dict[str, Any]) -> 
         fresh.mkdir(parents=True)
         fill(fresh)
         written = sorted(path for path in fresh.rglob("*") if path.is_file())
+        for path in written:
+            files.give_usual_mode(path)
         checksums = {path.relative_to(fresh).as_posix(): files.checksum(path) for path in written}
         (fresh / MANIFEST).write_text(_manifest_text({**about, "sha256": checksums}))
         for path in (fresh, *fresh.rglob("*")):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from .files import check_folder, check_vacant, reading
+from .files import check_folder, check_vacant, give_usual_mode, reading
 from .models.base import left_out
 from .policy import pipeline_source, unloadable
 from .weights import LORA, WEIGHTS, check_layers, find_weights, lora_layers, lora_settings, named_weights
@@ -54,6 +54,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         StableDiffusion3Pipeline.save_lora_weights(
             output, transformer_lora_layers=scaled, transformer_lora_adapter_metadata=settings
         )
+    give_usual_mode(output / LORA)
 
 
 def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str = "ema", half: bool = False) -> None:
@@ -92,3 +93,5 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
             weight.copy_(torch.addmm(weight.float(), up, down, alpha=settings["lora_alpha"] / settings["r"]))
     with _writing(output):
         whole.save_pretrained(output)
+    for path in output.rglob("*.safetensors"):
+        give_usual_mode(path)

@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -85,6 +85,15 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def give_usual_mode(path: Path) -> None:
+    """Let the umask say who may read a file: safetensors 0.8 writes them for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    # Not every file system has modes.
+    with suppress(OSError):
+        path.chmod(0o666 & ~umask)
 
 
 def check_folder(output: Path) -> None:

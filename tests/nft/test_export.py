@@ -53,6 +53,14 @@ def velocities(transformer):
         return transformer(x, embeds, pooled, torch.tensor([300.0, 800.0]), return_dict=False)[0]
 
 
+def test_whoever_may_read_a_new_file_may_read_the_weights(trainer, tmp_path):
+    export_lora(trainer.folder, tmp_path / "lora")
+    export_pipeline(trainer.folder, tmp_path / "merged", trainer.config.pipeline)
+    (plain := tmp_path / "plain").touch()
+    found = [path for folder in (trainer.folder, tmp_path) for path in folder.rglob("*.safetensors")]
+    assert len(found) > 4 and {path.stat().st_mode for path in found} == {plain.stat().st_mode}
+
+
 @pytest.mark.parametrize("weights", ["ema", "default"])
 def test_lora_and_merged_pipeline_are_the_policy(trainer, tmp_path, weights):
     base = StableDiffusion3Pipeline.from_pretrained(trainer.config.pipeline)
