@@ -118,8 +118,13 @@ def read_based(name: str, beside: Path, seen: tuple[Path, ...] = (), key: str = 
         raise ConfigError(f"base: got {bases!r}, accepted is the name of a configuration or a list of names")
     inherited: dict[str, Any] = {}
     for base in bases:
-        inherited |= read_based(base, path.parent, (*seen, path.resolve()), f"base of {path}")
-    return inherited | values
+        inherited = _over(inherited, read_based(base, path.parent, (*seen, path.resolve()), f"base of {path}"))
+    return _over(inherited, values)
+
+
+def _over(inherited: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What a file says over its base. How long a run is its stages say, where it has any, and not a base without."""
+    return {key: value for key, value in inherited.items() if key != "epochs" or "stages" not in values} | values
 
 
 def override(values: dict[str, Any], item: str) -> None:

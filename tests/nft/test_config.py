@@ -1,5 +1,8 @@
 """Configurations: every bundled one is sound, and everything that is not is refused by name before any work."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("pydantic")
@@ -8,6 +11,8 @@ import yaml
 
 from nft.config import _ELSEWHERE, _NOT_HERE, Config, ConfigError, load_config
 from nft.objectives import unread
+from nft.rewards import registry
+from nft.rewards.base import missing_packages
 from nft.settings import _BUNDLED
 
 BUNDLED = sorted(path.stem for path in _BUNDLED.glob("*.yaml"))
@@ -34,6 +39,31 @@ def test_a_bundled_configuration_survives_being_saved(name, tmp_path):
     for epoch in (0, config.epochs // 2, config.epochs - 1):
         assert again.at(epoch).model_dump() == config.at(epoch).model_dump()
     assert again.model_dump() == config.model_dump()
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_documents_configurations_are_accepted(page, tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        path = tmp_path / "config.yaml"
+        path.write_text(block if "base:" in block else f"base: shapes\n{block}")
+        for spec in load_config(path).reward_specs().values():
+            if spec.reward in registry.BUNDLED and not missing_packages(registry.find(spec.reward)):
+                registry.check(spec.reward, spec.options, device=spec.device)
+
+
+def test_stages_over_a_base_without_them_say_how_long_a_run_is(tmp_path):
+    (tmp_path / "stages.yaml").write_text("stages: [{epochs: 3}, {epochs: 2}]")
+    (tmp_path / "over.yaml").write_text("base: sd35_pickscore\nstages: [{epochs: 3}, {epochs: 2}]")
+    (tmp_path / "both.yaml").write_text("base: [sd35_pickscore, stages.yaml]")
+    for name in ("over", "both"):
+        assert load_config(tmp_path / f"{name}.yaml").epochs == 5
+    (tmp_path / "wrong.yaml").write_text("base: sd35_pickscore\nepochs: 4\nstages: [{epochs: 3}, {epochs: 2}]")
+    assert "epochs: got 4, but the stages add up to 5" in refused(tmp_path / "wrong.yaml")
 
 
 @pytest.mark.parametrize(
