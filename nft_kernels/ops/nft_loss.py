@@ -310,7 +310,8 @@ def nft_loss(
     backend: str = "auto",
 ) -> NFTLossOutput:
     """The DiffusionNFT loss (arXiv 2509.16117, section 3), differentiable with respect to ``v_theta`` alone: once, and
-    the mean or sum outside of torch.compile any number of times, by the reference from the second on.
+    the mean or sum outside of torch.compile any number of times, by the reference from the second on, but for a weight
+    per token without copies (see ``channel_dim``).
 
     loss = mean_i M (r_i l+_i + (1-r_i) l-_i) / beta_i + kl_weight mean_i mean_elements (v_theta - v_ref)^2 with
     l+- = mean_elements(e+-^2) / w+- and e+- = x_t - t v+- - x0.
