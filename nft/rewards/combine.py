@@ -80,7 +80,8 @@ def combine(
 
     Args:
         rewards: scores (B,) floating point by reward.
-        weights: a finite number for every reward; one of weight 0 is only reported, and one at least is above 0.
+        weights: a finite number of at least 0 for every reward; one of weight 0 is only reported, and one at least is
+            above 0.
         group_ids: (B,) integers; equal ids are pictures of one prompt.
         method: ``sum`` takes advantages of the weighted sum; ``normalized_sum`` first brings every reward to mean 0
             and deviation 1 over all pictures; ``gdpo`` sums advantages that were taken for each reward with its
