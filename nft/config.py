@@ -57,6 +57,7 @@ _ELSEWHERE = {
     "kl_beta": "kl_weight", "kl_coef": "kl_weight", "ref_kl_coef": "kl_weight", "adv_clip_range": "adv_clip_max",
     "weight_copy_decay_type": "old_policy", "timestep_fraction": "timesteps_per_sample",
     "num_train_timesteps": "timesteps_per_sample", "num_batches_per_epoch": "prompts_per_epoch",
+    "fp8": "float8_rollout", "float8": "float8_rollout", "fsdp": "shard",
     "global_std": "advantage_std", "adv_mode": "advantage_mode", "eval_num_steps": "eval_steps",
 }  # fmt: skip
 # And of what is none.
@@ -69,6 +70,10 @@ _NOT_HERE = {
     "grad_accum": "updates_per_epoch and micro_batch say all",
     "resume": "it is `nft train --output FOLDER --resume`",
     "output": "it is `nft train --output FOLDER`",
+    "base": "it is a key of files; `--config NAME` names another configuration",
+    "log_every": "every epoch is logged",
+    "lr_scheduler": "the learning rate is constant",
+    "warmup_steps": "the learning rate is constant",
     "gpus": "it is `torchrun --nproc-per-node N -m nft.cli train`",
     "resume_from": "it is `nft train --output FOLDER --resume`",
     "run_name": "it is `nft train --output FOLDER`",
@@ -138,11 +143,11 @@ class Config(BaseModel):
     """How often pictures are sampled and trained on."""
     stages: list[dict[str, Any]] = []
     """A curriculum: each stage has its ``epochs`` and whatever differs from the settings outside."""
-    prompts_per_epoch: int = Field(24, gt=0)
+    prompts_per_epoch: int = Field(24, gt=0, le=100_000)
     """Prompts of an epoch, over all processes."""
-    group_size: int = Field(12, gt=1)
+    group_size: int = Field(12, gt=1, le=10_000)
     """Pictures per prompt, among which rewards are compared."""
-    explore: int | None = Field(None, gt=1)
+    explore: int | None = Field(None, gt=1, le=10_000)
     """Candidates per prompt, of which the best and the worst, ``group_size`` in all, are drawn again and trained on."""
     explore_steps: int | None = Field(None, gt=0)
     """Solver steps of the candidates; ``rollout_steps`` by default."""
@@ -223,7 +228,7 @@ class Config(BaseModel):
 
     eval_every: int = Field(10, gt=0)
     """Epochs from one evaluation on held-out prompts to the next."""
-    eval_prompts_per_group: int = Field(20, gt=0)
+    eval_prompts_per_group: int = Field(20, gt=0, le=100_000)
     """Held-out prompts of every task group."""
     eval_steps: int = Field(10, gt=0, le=1000)
     """Steps of the solver in an evaluation."""
@@ -340,6 +345,8 @@ class Config(BaseModel):
     def _known_rewards(cls, rewards: dict[str, Any]) -> dict[str, Any]:
         specs = {name: _reward_spec(name, value) for name, value in rewards.items()}
         for name, spec in specs.items():
+            if not name:
+                raise ValueError("rewards: got the name '', accepted is one that scores are logged under")
             if name == "std" or name.endswith("_std"):
                 raise ValueError(f"rewards: got the name {name!r}, accepted are others: deviations are logged so")
             if ":" not in spec.reward and spec.reward not in registry.known():
@@ -383,6 +390,7 @@ class Config(BaseModel):
             raise ValueError(f"explore: got {self.explore}, accepted are numbers above {self.group_size}, group_size")
         idle = [(key, f"without {partner}") for key, partner in _PARTNERS.items() if getattr(self, partner) is None]
         idle += [(key, f"with objective={self.objective}") for key in sorted(unread(self.objective))]
+        idle += [(key, "with adapter=full") for key in ("lora_rank", "lora_alpha") if self.adapter == "full"]
         for key, why in idle:
             came, default = getattr(self, key), Config.model_fields[key].default
             if came != default:

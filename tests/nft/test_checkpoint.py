@@ -441,7 +441,8 @@ def finished(pipeline, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(TASKS, "shapes", Brightness)
         Trainer(settings(pipeline, "epochs=1", "preflight=false"), folder / "run").train()
-        Trainer(settings(pipeline, "epochs=1", "preflight=false", "adapter=full"), folder / "full").train()
+        full = ["adapter=full", "lora_rank=32"]
+        Trainer(settings(pipeline, "epochs=1", "preflight=false", *full), folder / "full").train()
     return folder
 
 

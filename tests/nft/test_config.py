@@ -225,6 +225,9 @@ def test_positive_numbers(key, value):
         ("train.clip_range=1e-4", "train.clip_range: unknown key, did you mean clip_range?"),
         ("adv_clip_range=5", "adv_clip_range: unknown key, did you mean adv_clip_max?"),
         ("num_image_per_prompt=8", "num_image_per_prompt: unknown key, did you mean group_size?"),
+        ("fp8=true", "fp8: unknown key, did you mean float8_rollout?"),
+        ("base=sd35_ocr", "base: unknown key; it is a key of files"),
+        ("warmup_steps=10", "warmup_steps: unknown key; the learning rate is constant"),
         ("guidance_scale=4.5", "guidance_scale: unknown key; rollouts and training use no guidance"),
         ("fused_transformer=1", "fused_transformer: got 1, accepted are auto, true and false"),
         ("alarms.saturated=5.0", "alarms.saturated: got 5.0, accepted are shares, 0 to 1"),
@@ -238,6 +241,10 @@ def test_positive_numbers(key, value):
         ("filter_mean=-1e39", "filter_mean: got -1e+39, accepted are"),
         (f"lora_rank={10**22}", "lora_rank: got 10000000000000000000000, accepted are numbers below 2**31"),
         ("rollout_batch=2147483648", "rollout_batch: got 2147483648, accepted are"),
+        ("group_size=10001", "group_size: got 10001, input should be less than or equal to 10000"),
+        ("explore=10001", "explore: got 10001"),
+        ("prompts_per_epoch=100001", "prompts_per_epoch: got 100001"),
+        ("eval_prompts_per_group=100001", "eval_prompts_per_group: got 100001"),
         ("max_sequence_length=4097", "max_sequence_length: got 4097"),
         ("learning_rate=1e-4f", "learning_rate: got '1e-4f'"),
         ("learning_rate=1e3.5", "learning_rate: got '1e3.5'"),
@@ -338,6 +345,7 @@ def test_rewards_are_checked():
     assert "accepted is at least one with a weight above 0" in refused("sd35_pickscore", "rewards.pickscore=0")
     assert "rewards: got the name 'a_std'" in refused("sd35_pickscore", "rewards.a_std={reward: jpeg}")
     assert load_config("sd35_pickscore", ["rewards.hpsv2=0"]).reward_specs()["hpsv2"].weight == 0
+    assert "rewards: got the name ''" in refused("sd35_pickscore", "rewards={'': {reward: jpeg}}")
     assert "prompts: got none" in refused("sd35_pickscore", "prompts=null")
     assert "epochs: got 20, but the stages add up to 1600" in refused("sd35_multi_reward", "epochs=20")
     for setting, message in (
@@ -346,6 +354,7 @@ def test_rewards_are_checked():
         ("{reward: null}", ".reward: got None, accepted is str"),
         ("{workers: 1.5}", ".workers: got 1.5, accepted is int"),
         ("{workers: true}", ".workers: got True, accepted is int"),
+        ("{workers: 257}", ".workers: got 257, accepted are 1 to 256"),
         ("{options: [1]}", ".options: got [1], accepted is dict"),
         ("{device: 3}", ".device: got 3, accepted is str | None"),
         ("{device: gpu}", "device: got 'gpu', accepted are cpu, cuda and cuda:N"),
@@ -380,6 +389,10 @@ def test_float8_and_full_fine_tuning_are_checked_against_the_rest():
     assert "fused_transformer: got true with adapter=full, accepted is lora" in refused(
         "shapes", *fused, "adapter=full"
     )
+    for item, default in (("lora_rank=4", 32), ("lora_alpha=4", 64)):
+        key = item.partition("=")[0]
+        assert f"{key}: got 4 with adapter=full, accepted is {default} then" in refused("shapes", "adapter=full", item)
+        load_config("shapes", ["adapter=full", f"{key}={default}"])
 
 
 def test_a_file_may_merge_what_it_has_named(tmp_path):
@@ -422,6 +435,9 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
     assert "config: got 'SHAPES', did you mean shapes?" in refused("SHAPES")
     for name in ("x" * 300, "x" * 300 + ".yaml", "\0.yaml"):
         assert refused(name).startswith("config: got ")
+    (tmp_path / "run").write_text("epochs: 3\n")
+    message = refused(tmp_path / "run")
+    assert "no such file" not in message and message.endswith("or the path of a .yaml or .yml file")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in refused(tmp_path / "bytes.yaml")
     (tmp_path / "folder.yaml").mkdir()

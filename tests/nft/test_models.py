@@ -234,6 +234,7 @@ def test_half_precision_and_compiled_rollouts_draw_what_float32_does(pipeline, m
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path, adapter):
     options = [f"adapter={adapter}", "gradient_checkpointing=true"]
+    options += ["lora_rank=32", "lora_alpha=64"] if adapter == "full" else []
     whole = Trainer(settings(pipeline, *options), tmp_path / "whole")
     start = [parameter.detach().clone() for parameter in whole.policy.trained]
     whole.train()

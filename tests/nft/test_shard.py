@@ -27,8 +27,9 @@ pytestmark = pytest.mark.forks
 # batches in rollouts and in updates, and in the one of a single held-out prompt one has none.
 SETTINGS = ["prompts_per_epoch=1", "group_size=5", "rollout_steps=2", "timesteps_per_sample=1", "micro_batch=1",
             "rollout_batch=2", "updates_per_epoch=2", "eval_prompts_per_group=1", "eval_steps=1", "eval_every=2",
-            "eval_solver=euler", "epochs=2", "lora_rank=4", "kl_weight=0.1", "learning_rate=1e-4",
+            "eval_solver=euler", "epochs=2", "kl_weight=0.1", "learning_rate=1e-4",
             "fused_transformer=false"]  # fmt: skip
+ADAPTERS = {"lora": "lora_rank=4", "full": "adapter=full"}
 
 
 class Exchanges(TorchDispatchMode):
@@ -49,7 +50,7 @@ def own(x):
 def run(folder, pipeline, adapter, *overrides, resume=False):
     """Train, and leave what each process held beside the run's folder."""
     torch.set_num_threads(1)
-    config = load_config("shapes", [f"pipeline={pipeline}", f"adapter={adapter}", *SETTINGS, *overrides])
+    config = load_config("shapes", [f"pipeline={pipeline}", ADAPTERS[adapter], *SETTINGS, *overrides])
     trainer = Trainer(config, folder, resume=resume)
     policy, optimize, exchanges = trainer.policy, trainer.optimize, []
 
@@ -160,7 +161,7 @@ def test_a_checkpoint_has_the_same_files_and_whole_tensors(runs):
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_one_process_shards_nothing(pipeline, tmp_path, monkeypatch, adapter):
     monkeypatch.setitem(TASKS, "shapes", Brightness)
-    config = load_config("shapes", [f"pipeline={pipeline}", f"adapter={adapter}", *SETTINGS, "shard=true"])
+    config = load_config("shapes", [f"pipeline={pipeline}", ADAPTERS[adapter], *SETTINGS, "shard=true"])
     trainer = Trainer(config, tmp_path)
     assert not any(isinstance(p, DTensor) for p in trainer.policy.transformer.parameters())
 
