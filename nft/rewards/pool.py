@@ -21,6 +21,7 @@ from . import registry
 from .base import Metadata, Reward, RewardError, Scored, join, score, validate
 
 _TRIES = 3
+_MOST_WORKERS = 256
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class RewardSpec:
         reward: a name of the registry, ``module:attribute``, or ``http://host:port/name`` on a reward server.
         weight: its share in the combination; one of 0 is only watched.
         device: for rewards that use one; the run's own by default. A device of its own overlaps with sampling.
-        workers: processes of a CPU reward, or requests under way to a server; a reward on a device has one worker.
+        workers: processes of a CPU reward, or requests under way to a server, at most 256; a reward on a device has
+            one worker.
         options: the reward's own, such as ``{quality: 80}``; with JSON's types.
     """
 
@@ -46,8 +48,8 @@ class RewardSpec:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise ValueError(f"{key}: got {value!r}, accepted is {getattr(kind, '__name__', kind)}")
-        if self.workers < 1:
-            raise ValueError(f"workers: got {self.workers}, accepted are positive numbers")
+        if not 1 <= self.workers <= _MOST_WORKERS:
+            raise ValueError(f"workers: got {self.workers}, accepted are 1 to {_MOST_WORKERS}")
 
 
 def end_with_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -58,7 +59,7 @@ def find(name: str) -> type[Reward]:
     installed = known()
     target = installed.get(name, name)
     module, _, attribute = target.partition(":")
-    if not (module and attribute):
+    if not re.fullmatch(r"\w[\w.-]*:\w+", target):
         accepted = f"{', '.join(installed)}, module:attribute or a server's http://host:port/name"
         raise ValueError(f"reward: got {name!r}{guess(name, installed)}; accepted are {accepted}")
     found = plugins.load(module, f"reward: got {name!r}", registered=name in installed)
@@ -73,6 +74,8 @@ def find(name: str) -> type[Reward]:
         problem = error.errors()[0]
         key = problem["loc"][0]
         raise ValueError(f"reward: got {name!r} with {key} = {getattr(kind, str(key))!r}, {problem['msg']}") from None
+    if not kind.range[0] <= kind.range[1]:
+        raise ValueError(f"reward: got {name!r} with range = {kind.range}, accepted is (lowest, highest)")
     return kind
 
 

@@ -243,6 +243,10 @@ def test_own_reward_by_entry_point(own_module, monkeypatch):
             "'broken_reward:Own' with range = 'ab', Input should be a valid tuple",
         ),
         (
+            "from nft.rewards.base import Reward\nclass Own(Reward):\n    range = (1.0, 0.0)",
+            r"'broken_reward:Own' with range = \(1.0, 0.0\), accepted is \(lowest, highest\)",
+        ),
+        (
             "from nft.rewards.base import Reward\nclass Own(Reward):\n    needs = 'word'",
             "'broken_reward:Own' with needs = 'word', Input should be a valid tuple",
         ),
@@ -309,6 +313,10 @@ def test_a_reward_that_takes_no_options_says_so():
         ("http://host:1/", {}, "r.reward: got 'http://host:1/'"),
         ("http://host:99999/jpeg", {}, "r.reward: got 'http://host:99999/jpeg'"),
         ("http://[host/jpeg", {}, "r.reward: got"),
+        *(
+            (name, {}, f"r.reward: got '{name}'; accepted are .*module:attribute or a server's")
+            for name in ("host:1/jpeg", "ftp://host/jpeg", "./mine:Own", "mine:Own:x", ":Own", "mine:")
+        ),
         (3, {}, "reward: got 3, accepted is a name"),
     ],
 )
