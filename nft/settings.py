@@ -104,10 +104,10 @@ def read_based(name: str, beside: Path, seen: tuple[Path, ...] = (), key: str = 
     if not os.path.isfile(path):  # which is false, too, for a name that no file can have
         known = sorted(p.stem for p in _BUNDLED.glob("*.yaml"))
         near = get_close_matches(path.stem.lower(), known, n=1)
-        missing = "but there is no such file; " if path.parent != _BUNDLED else ""
+        missing = "" if path.parent == _BUNDLED or os.path.exists(beside / name) else "but there is no such file; "
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"{key}: got {name!r}, {missing}{hint}accepted are {', '.join(known)} or the path of a YAML file"
+            f"{key}: got {name!r}, {missing}{hint}accepted are {', '.join(known)} or the path of a .yaml or .yml file"
         )
     if path.resolve() in seen:
         raise ConfigError(f"base: {path.name} is its own base")
