@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -496,7 +497,8 @@ def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
 def _device(text: str) -> torch.device:
     try:
-        return torch.empty(0, device=text).device
+        # Which not every device has.
+        return torch.Generator(torch.empty(0, device=text).device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise argparse.ArgumentTypeError(f"got {text}, accepted is a device that torch has here ({reason})") from error
@@ -533,7 +535,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind in (("json", _new_file), ("csv", _new_file), ("plot", _plot_file)):
         parser.add_argument(f"--{name}", type=kind, help=f"file to write the results to as {name}")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files of --json")
-    parser.add_argument("--threshold", type=_positive(float), default=1.1, help="of --compare")
+    parser.add_argument("--threshold", type=_positive(float), help="of --compare; 1.1 by default")
     return parser
 
 
@@ -567,12 +569,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.compare:
         old, new = options.compare
         try:
-            slower = compare(old, new, options.threshold)
+            slower = compare(old, new, options.threshold or 1.1)
         except ValueError as error:
             parser.error(str(error))
         print("\n".join(slower) or "nothing became slower")
         return 1 if slower else 0
+    if options.threshold:
+        parser.error(f"--threshold: got {options.threshold} without --compare")
     if options.threads:
+        if options.threads > (most := os.cpu_count() or 1):
+            parser.error(f"--threads: got {options.threads}, accepted are 1 to {most}")
         torch.set_num_threads(options.threads)
     device, wanted = options.device, options.providers or PROVIDERS
     if device.type == "cuda":
@@ -591,6 +597,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += measure(case, device, options.seconds, wanted)
     except ValueError as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        if rows:
+            _write(rows, options, arguments or sys.argv[1:])
+        parser.error(f"--batches: got {', '.join(map(str, options.batches))}, which need more memory than there is")
     except KeyboardInterrupt:
         if not rows:
             return 130

@@ -119,6 +119,21 @@ def test_what_is_the_loss_own_needs_it(tmp_path, capsys):
         assert "are of nft_loss, got --ops add_noise" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "1000000"], "--threads: got 1000000, accepted are 1 to "),
+        (["--threshold", "2"], "--threshold: got 2.0 without --compare"),
+        (["--batches", "9", "999"], "--batches: got 9, 999, which need more memory than there is"),
+    ],
+)
+def test_what_a_machine_lacks_and_what_does_nothing_are_named(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "measure", lambda *_: torch.empty(2**60))
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--batches", "--seconds", "--threads", "--threshold"])
 @pytest.mark.parametrize("value", ["0", "-1"])
 def test_numbers_are_above_0(option, value, capsys):
@@ -131,6 +146,7 @@ def test_numbers_are_above_0(option, value, capsys):
     ("option", "value", "accepted"),
     [
         ("--device", "bogus", "a device that torch has here"),
+        ("--device", "meta", "a device that torch has here"),
         ("--json", "nowhere/results.json", "a file in a folder that exists"),
         ("--csv", ".", "a file in a folder that exists"),
         ("--plot", "nowhere/plot.png", "a file in a folder that exists"),
