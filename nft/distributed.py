@@ -67,6 +67,16 @@ def sharded_like(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def check_device(device: str, processes: int) -> None:
+    """Whether so many processes can share a device.
+
+    Raises:
+        ValueError: it is one GPU, and they are several.
+    """
+    if processes > 1 and ":" in device:
+        raise ValueError(f"device: got {device!r} for {processes} processes, accepted are cuda and cpu")
+
+
 class Processes:
     """The processes that ``torchrun`` or ``accelerate launch`` started, or this one alone.
 
@@ -84,14 +94,17 @@ class Processes:
         for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
             if (value := os.environ.get(key, "0")) and not value.isdecimal():
                 raise ValueError(f"{key}: got {value!r}, accepted is a whole number, as torchrun sets it")
+        rank, count = (int(os.environ.get(key) or 0) for key in ("RANK", "WORLD_SIZE"))
+        if 1 < count <= rank:
+            # It would wait for the others for ever.
+            raise ValueError(f"RANK: got {rank} with WORLD_SIZE={count}, accepted are ranks below it")
         self.state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         self.count, self.rank, self.main = (
             self.state.num_processes,
             self.state.process_index,
             self.state.is_main_process,
         )
-        if self.count > 1 and ":" in device:
-            raise ValueError(f"device: got {device!r} for {self.count} processes, accepted are cuda and cpu")
+        check_device(device, self.count)
 
     def share(self, total: int, rank: int | None = None) -> slice:
         """Which of ``total`` things a process does, this one by default: consecutive ones, as even as can be."""

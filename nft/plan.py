@@ -33,14 +33,14 @@ from torch.utils.flop_counter import flop_registry
 from nft_kernels.solvers import schedule, table
 
 from .config import Config, ConfigError
-from .distributed import repeated_blocks
+from .distributed import check_device, repeated_blocks
 from .files import reading
 from .models import find
 from .models.base import Model, check_resolution
 from .models.flux import Flux
 from .models.sd3 import StableDiffusion3
 from .objectives import OBJECTIVES
-from .policy import KEPT_BYTES, decoded_together, old_policy_decay, pipeline_source
+from .policy import KEPT_BYTES, check_kind, decoded_together, old_policy_decay, pipeline_source
 from .rollout import noisy, solver_options
 
 # Gated on the hub, so that a plan could not read them before the licence is accepted: the transformer's and the
@@ -251,12 +251,14 @@ def plan(config: Config, gpus: int = 1, *, tflops: float = 300.0, epoch: int = 1
 
     Raises:
         ConfigError: a transformer whose settings cannot be read.
-        ValueError: no GPU, no speed, or a resolution that the transformer does not take.
+        ValueError: no GPU, no speed, one GPU for several processes, or what the transformer cannot do.
     """
     if gpus < 1 or not 0 < tflops < math.inf:
         raise ValueError(f"gpus and tflops: got {gpus} and {tflops}, accepted are finite numbers above 0")
+    check_device(config.device, gpus)
     c, (model, others) = config.at(epoch), _outline(config)
     transformer, dtype = model.transformer, getattr(torch, c.dtype)
+    check_kind(c, type(model))
     check_resolution(c.resolution, model.unit, model.largest)
     latents = math.prod(model.latent_shape(c.resolution))
     parameters = sum(parameter.numel() for parameter in transformer.parameters())

@@ -92,9 +92,12 @@ def decoded_together(model: Model, latent_shape: Sequence[int]) -> int:
     return min(max(2**20 // pixels, 1), 16)
 
 
-def _kind(config: Config, source: str) -> type[Model]:
-    """The model of a pipeline, after its settings have told all that is wrong without its weights."""
-    kind = find(source)
+def check_kind(config: Config, kind: type[Model]) -> None:
+    """Whether a kind of model can do what a configuration asks of it.
+
+    Raises:
+        ValueError: it cannot.
+    """
     name = kind.pipeline_class.__name__
     for key, needed in (("fused_transformer", "fast_path"), ("cuda_graphs", "recordable")):
         if getattr(config, key) is True and not getattr(kind, needed):
@@ -102,10 +105,34 @@ def _kind(config: Config, source: str) -> type[Model]:
             raise ValueError(f"{key}: got true for a {name}, accepted is {able}")
     if (came := config.max_sequence_length) > kind.longest:
         raise ValueError(f"max_sequence_length: got {came}, accepted for a {name} are 1 to {kind.longest}")
-    if config.resolution:
-        outline = kind.read_outline(source, getattr(torch, config.dtype))
-        check_resolution(config.resolution, outline.unit, outline.largest)
-    return kind
+
+
+@contextmanager
+def _loading(pipeline: str) -> Iterator[None]:
+    """Name the pipeline, of which its libraries may say anything."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error!r}") from error
+    except OSError as error:
+        raise unloadable(pipeline, error) from error
+
+
+def examine(config: Config) -> tuple[type[Model], torch.device]:
+    """The kind of model and the device of a configuration, after all has been looked for that can be wrong without
+    gigabytes of weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``Policy``.
+    """
+    source = pipeline_source(config.pipeline)
+    with _loading(config.pipeline):
+        kind = find(source)
+        check_kind(config, kind)
+        if config.resolution:
+            outline = kind.read_outline(source, getattr(torch, config.dtype))
+            check_resolution(config.resolution, outline.unit, outline.largest)
+        return kind, _device(config)
 
 
 def _device(config: Config) -> torch.device:
@@ -136,17 +163,10 @@ class Policy:
             ValueError: a device that this machine lacks, a pipeline of an unknown class, or a resolution or a fast path
                 that the transformer does not take.
         """
-        pipeline = config.pipeline
-        source = pipeline_source(pipeline)
         self.dtype = getattr(torch, config.dtype)
-        try:
-            # Before gigabytes are read.
-            kind, self.device = _kind(config, source), _device(config)
-            self.model = _load(kind, source, self.dtype)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"pipeline: got {pipeline!r}, which cannot be loaded: {error!r}") from error
-        except OSError as error:
-            raise unloadable(pipeline, error) from error
+        kind, self.device = examine(config)
+        with _loading(config.pipeline):
+            self.model = _load(kind, pipeline_source(config.pipeline), self.dtype)
         self.pipeline, self.transformer = self.model.pipeline, self.model.transformer
         parts = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         self.fingerprint = fingerprint(parts)

@@ -193,3 +193,10 @@ def test_a_launchers_variable_that_is_no_number_is_named(key, monkeypatch):
     monkeypatch.setenv(key, "x")
     with pytest.raises(ValueError, match=f"{key}: got 'x', accepted is a whole number"):
         Processes("cpu")
+
+
+def test_a_rank_that_no_launcher_gives_is_not_waited_with(monkeypatch):
+    for key, value in (("RANK", "2"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ValueError, match="RANK: got 2 with WORLD_SIZE=2, accepted are ranks below it"):
+        Processes("cpu")
