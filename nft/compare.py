@@ -24,14 +24,16 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from nft_kernels.provenance import provenance
 
-from . import plugins
+from . import plugins, tasks
 from .config import Config, load_config
 from .console import quieten_libraries
 from .files import check_folder, read_metrics, reading, replace_text
 from .objectives import unread
 from .plan import evaluations
+from .policy import examine
 from .rewards.pool import end_with_parent
 from .statistics import holm
+from .tracking import Tracker
 
 COSTS = {
     "seconds": "seconds of rollout, rewards and training",
@@ -372,6 +374,8 @@ def compare(
     for name in objectives or ():
         if name not in known:
             raise ValueError(f"objectives: got {name!r}, accepted are {', '.join(known)}")
+    if objectives is not None and len(set(objectives)) < len(objectives):
+        raise ValueError(f"objectives: got {', '.join(objectives)}, accepted is each of them once")
     names = [name for name in known if objectives is None or name in objectives or name == first]
     given = {
         "seed": "seeds",
@@ -393,6 +397,13 @@ def compare(
     if path.is_file() and path.read_text(encoding="utf-8") != settings and any(output.rglob("metrics.jsonl")):
         raise ValueError(f"output: {output} holds a comparison with other settings; give another folder")
     configs = {(name, seed): config(name, f"seed={seed}") for seed in range(seeds) for name in names}
+    if not path.is_file():
+        # What a method's first run would refuse as well, but after those of others.
+        for each in (configs[name, 0] for name in names):
+            examine(each)
+            Tracker(each, output)
+            for stage in each.all_stages():
+                tasks.check(stage)
     replace_text(path, settings)
     tuning: dict[str, dict[str, float]] = {}
     if tune:

@@ -401,6 +401,11 @@ def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
         (["--suite", "flowers"], "suite: got 'flowers', accepted are shapes"),
         (["--objectives", "nft,ppo"], "objectives: got 'ppo', accepted are nft, sft"),
         (["--ablations", "--objectives", "awm"], "objectives: got 'awm', accepted are nft, no_negative_branch"),
+        (["--objectives", "nft,awm,nft"], "objectives: got nft, awm, nft, accepted is each of them once"),
+        (["--seeds", "1001"], "'--seeds': got '1001': "),
+        (["resolution=8"], "resolution: got 8, accepted are multiples of 16"),
+        (["device=cuda:99"], "device: got 'cuda:99', but this machine"),
+        (["tracker=trackio"], "tracker: got 'trackio', but its package is missing"),
         (["--minutes", "1", "--epochs", "2"], "minutes, epochs: got both"),
         (["--stop-at-target"], "stop_at_target: got no target"),
         (["beta=-1"], "beta: got -1"),
@@ -421,7 +426,8 @@ def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_compared_is_named_before_any_work(tmp_path, arguments, message):
+def test_what_cannot_be_compared_is_named_before_any_work(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("nft.tracking.get_available_trackers", lambda: [])
     result = CliRunner().invoke(app, ["compare", *arguments, "--output", str(tmp_path / "c")])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
     assert not (tmp_path / "c").exists()
