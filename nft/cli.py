@@ -31,7 +31,8 @@ _LEFT = {
 }
 
 
-_NAMED = {"--output": "a path", "--checkpoint": "a path", "--config": "a name or a path", "--host": "an address"}
+_NAMED = {"--config": "a name or a path", "--host": "an address"}
+_NAMED |= dict.fromkeys(("--output", "--checkpoint", "--baseline", "--file", "--token-file"), "a path")
 
 
 class _Commands(TyperGroup):
@@ -40,7 +41,7 @@ class _Commands(TyperGroup):
         for option, accepted in _NAMED.items():
             if f"{option}=" in args or (option, "") in itertools.pairwise(args):
                 raise typer.BadParameter(f"got an empty name, accepted is {accepted}", ctx=ctx, param_hint=option)
-        if args[:1] in (["export"], ["pretrain"]) and "" in args:
+        if args[:1] in (["export"], ["pretrain"], ["report"]) and "" in args:
             raise typer.BadParameter("got an empty name, accepted is a path", ctx=ctx)
         return super().parse_args(ctx, args)
 
@@ -52,6 +53,11 @@ class _Commands(TyperGroup):
             left = _LEFT.get(ctx.invoked_subcommand or "")
             say(f"stopped: {left}" if left else "stopped")
             raise typer.Exit(130) from None
+        except typer.BadParameter as error:
+            # Pydantic, by which typer may check, says what it accepts and not what came.
+            if problems := getattr(error.__cause__, "errors", None):
+                error.message = f"got {problems()[0]['input']!r}: {error.message}"
+            raise
         except (MemoryError, RuntimeError) as error:
             # By name, as most commands do without torch, which has no class for a CPU's.
             kind, text = type(error).__name__, str(error)
@@ -270,7 +276,7 @@ def compare(
     objectives: Annotated[str | None, typer.Option(help="names with commas between them; all by default")] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="the first method against changes to it")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="about ten minutes on two cores")] = False,
-    seeds: Annotated[int | None, typer.Option(min=1, help="runs of each method; 5, or 2 of --quick")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=1000, help="runs of each method; 5, or 2 of --quick")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.001, help="of training per run")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="of every run")] = None,
     target: Annotated[float | None, typer.Option(help="score whose cost is compared; halfway by default")] = None,

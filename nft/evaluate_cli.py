@@ -45,13 +45,15 @@ def pairs(settings: list[str] | None, label: str) -> dict[str, str]:
     """``NAME=VALUE`` settings by name.
 
     Raises:
-        ValueError: one without a value.
+        ValueError: one without a name or a value, or a name that comes twice.
     """
     found = {}
     for setting in settings or []:
         name, separator, value = setting.partition("=")
-        if not separator:
+        if not name or not separator:
             raise ValueError(f"{label}: got {setting!r}, accepted is NAME=VALUE")
+        if name in found:
+            raise ValueError(f"{label}: got {setting!r} beside {name}={found[name]}, accepted is one of them")
         found[name] = value
     return found
 
@@ -98,7 +100,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="folder of the evaluation; evals/SUITE by default")] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="SET=FILE, prompts in place of the suite's")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="prompts of each set and task group")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, help="pictures of each prompt")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="pictures of each prompt")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
     baseline: Annotated[Path | None, typer.Option(help="folder of another evaluation to compare with")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="REWARD.KEY=VALUE, a reward's option")] = None,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 from uuid import uuid4
 
@@ -107,8 +108,11 @@ def check_folder(output: Path) -> None:
     if not there.is_dir():
         within = "" if there == output else f" lies in {there}, which"
         raise FileExistsError(f"output: {output}{within} is a file; give a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"output: {output} cannot be written to; give another folder")
+    try:
+        # To root all permissions look granted, even where nothing can be made, as in /proc.
+        TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise PermissionError(f"output: {output} cannot be written to: {error.strerror}; give another folder") from None
     # Others have a file of the manifest's name, too.
     around = (folder for folder in (output, *output.absolute().parents) if (folder / "state.pt").is_file())
     try:

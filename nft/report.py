@@ -194,6 +194,8 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
         FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
     runs = {str(folder): _read(folder) for folder in folders}
+    if len(runs) < len(folders):
+        raise ValueError(f"runs: got {', '.join(map(str, folders))}, accepted are different ones")
 
     def final(lines: list[dict[str, Any]], key: str) -> str:
         values = [line[key] for line in lines if key in line]

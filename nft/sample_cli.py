@@ -19,11 +19,17 @@ if TYPE_CHECKING:
 
 def _texts(prompts: list[str], file: Path | None) -> list[str]:
     """The prompts that are given and those of a file."""
+    from .config import Config
     from .data.text import encodable, read_lines
 
+    for prompt in prompts:
+        # As of other commands, which take settings where this one takes prompts.
+        if "=" in prompt and prompt.partition("=")[0].partition(".")[0] in Config.model_fields:
+            raise ValueError(f"prompts: got {prompt!r}, accepted is a text, and settings with --override before each")
     lines = [*prompts, *(line.strip() for _, line in (read_lines(file, "file") if file else ()))]
-    if broken := next((line for line in lines if not encodable(line)), None):
-        raise ValueError(f"prompts: got {broken!r}, accepted is a text")
+    for line in lines:
+        if not line.strip() or not encodable(line):
+            raise ValueError(f"prompts: got {line!r}, accepted is a text")
     if not lines:
         raise ValueError("prompts: got none, accepted are arguments or a --file with one prompt per line")
     return lines
@@ -64,7 +70,7 @@ def sample(
     reference: Annotated[
         bool, typer.Option("--reference", help="guide against the base, not the empty prompt")
     ] = False,
-    per_prompt: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, max=1_000_000, help="pictures per prompt")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="of the first picture of every prompt")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="folder for the pictures and grid.png; a new samples, samples-2, ... by default")

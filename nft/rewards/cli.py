@@ -58,8 +58,10 @@ def reward_options(settings: list[str], names: list[str]) -> dict[str, dict[str,
     for setting in settings:
         target, separator, value = setting.partition("=")
         name, dot, key = target.rpartition(".")
-        if not separator or not dot or name not in options:
+        if not (separator and dot and key) or name not in options:
             raise ValueError(f"--set: got {setting!r}, accepted is NAME.KEY=VALUE with a NAME of {', '.join(options)}")
+        if key in options[name]:
+            raise ValueError(f"--set: got {setting!r} beside another {target}, accepted is one of them")
         options[name][key] = parsed(value, f"--set {target}")
     return options
 

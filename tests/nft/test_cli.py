@@ -7,6 +7,7 @@ pytest.importorskip("diffusers")
 import gc
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -193,6 +194,16 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--option", "eta"], "--option: got 'eta', accepted is NAME=VALUE"),
         (["a", "--option", "eta=1"], "solver: dpm++2M cannot take 20 steps with options {'eta': 1}: eta: unknown"),
         (["a", "--solver", "ddim", "--option", "eta=["], "--option eta: is not YAML"),
+        (["a", "--option", "=1"], "--option: got '=1', accepted is NAME=VALUE"),
+        (["a", "--option", "eta=0", "--option", "eta=1"], "--option: got 'eta=1' beside eta=0, accepted is one of"),
+        (["a", "--per-prompt", "0"], "'--per-prompt': got '0': "),
+        (["a", "--per-prompt", "1000001"], "'--per-prompt': got '1000001': "),
+        (["a", "--steps", "2.5"], "'--steps': got '2.5': "),
+        (["a", "--guidance", "nan"], "'--guidance': got 'nan': "),
+        ([""], "prompts: got '', accepted is a text"),
+        (["a", " "], "prompts: got ' ', accepted is a text"),
+        (["a", "device=cuda"], "prompts: got 'device=cuda', accepted is a text, and settings with --override"),
+        (["a", "--file", ""], "--file: got an empty name, accepted is a path"),
         (["a", "--config", ""], "--config: got an empty name"),
         (["a", "--checkpoint="], "--checkpoint: got an empty name"),
         (["a" + chr(0xD800)], "prompts: got 'a\\ud800', accepted is a text"),
@@ -205,6 +216,13 @@ def test_sample_names_bad_input(arguments, message, tmp_path, monkeypatch):
     (tmp_path / "drawn" / "0000_seed0.png").touch()
     result = run(app, ["sample", *arguments])
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which not even root makes a file")
+def test_an_output_that_cannot_be_made_is_named_before_the_pipeline_is_loaded(monkeypatch):
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", None)
+    result = run(app, ["train", "--output", "/proc/run"])
+    assert result.exit_code == 2 and "error: output: /proc/run cannot be written to: " in result.output
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"]])
@@ -308,6 +326,8 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path, mo
     assert run(app, ["report", str(folder), "--output", str(alone)]).exit_code == 0 and "Curves" in alone.read_text()
     result = run(app, ["report", str(folder), "--output", str(folder / "config.yaml")])
     assert result.exit_code == 2 and "accepted is a name that ends with .html" in " ".join(result.output.split())
+    result = run(app, ["report", str(folder), str(folder)])
+    assert result.exit_code == 2 and "accepted are different ones" in result.output
     result = run(app, ["report", str(folder), str(tmp_path / "none")])
     assert result.exit_code == 2 and "holds no metrics.jsonl" in result.output.replace("\n", " ")
 
@@ -393,6 +413,13 @@ def test_plan_prints_costs_without_the_weights():
     for resolution in ("8", "24", "100000"):
         result = run(app, ["plan", f"resolution={resolution}"])
         assert result.exit_code == 2 and f"resolution: got {resolution}, accepted are multiples of 16" in result.output
+    for overrides, message in (
+        (["device=cuda:0", "--gpus", "4"], "device: got 'cuda:0' for 4 processes, accepted are cuda and cpu"),
+        (["--config", "sd35_ocr", "pipeline=black-forest-labs/FLUX.1-dev", "fused_transformer=true"],
+         "fused_transformer: got true for a FluxPipeline, accepted is StableDiffusion3Pipeline"),
+    ):  # fmt: skip
+        result = run(app, ["plan", *overrides])
+        assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
     result = run(app, ["plan", "pipeline=/nowhere"])
     assert result.exit_code == 2 and "/nowhere" in result.output
 
