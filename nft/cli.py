@@ -323,11 +323,14 @@ def report(
     ] = None,
 ) -> None:
     """Write a run's report anew, or compare runs on one page."""
+    from .files import check_folder
     from .report import write_comparison, write_report
 
     with failing(OSError, ValueError):
-        if output is not None and output.suffix != ".html":
-            raise ValueError(f"output: got {str(output)!r}, accepted is a name that ends with .html")
+        if output is not None:
+            if output.suffix != ".html" or output.is_dir():
+                raise ValueError(f"output: got {str(output)!r}, accepted is a file's name that ends with .html")
+            check_folder(output.parent)
         if len(runs) == 1 and output is None:
             page = write_report(runs[0])
         else:

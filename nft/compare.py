@@ -27,7 +27,7 @@ from nft_kernels.provenance import provenance
 from . import plugins, tasks
 from .config import Config, load_config
 from .console import quieten_libraries
-from .files import check_folder, read_metrics, reading, replace_text
+from .files import check_folder, check_vacant, read_metrics, reading, replace_text
 from .objectives import unread
 from .plan import evaluations
 from .policy import examine
@@ -392,6 +392,8 @@ def compare(
     until = target if stop_at_target else None
     settings = json.dumps({"suite": suite, "minutes": minutes, "until": until, "jobs": jobs})
     check_folder(output)
+    # A run's and an evaluation's, which has settings.json as well.
+    check_vacant(output, ("metrics.jsonl", "pictures"))
     path = output / "settings.json"
     # Of one that was refused before its first run nothing is left to mix with.
     if path.is_file() and path.read_text(encoding="utf-8") != settings and any(output.rglob("metrics.jsonl")):

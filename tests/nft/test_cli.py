@@ -325,7 +325,13 @@ def test_train_resume_and_reports_of_one_and_several_runs(pipeline, tmp_path, mo
     alone = tmp_path / "alone.html"
     assert run(app, ["report", str(folder), "--output", str(alone)]).exit_code == 0 and "Curves" in alone.read_text()
     result = run(app, ["report", str(folder), "--output", str(folder / "config.yaml")])
-    assert result.exit_code == 2 and "accepted is a name that ends with .html" in " ".join(result.output.split())
+    assert result.exit_code == 2 and "accepted is a file's name that ends with .html" in result.output
+    (tmp_path / "folder.html").mkdir()
+    for page in ("folder.html", "alone.html/page.html"):
+        result = run(app, ["report", str(folder), "--output", str(tmp_path / page)])
+        assert result.exit_code == 2 and "error: output: " in result.output, result.output
+    result = run(app, ["compare", "--output", str(folder)])
+    assert result.exit_code == 2 and "holds metrics.jsonl already; give another folder" in result.output
     result = run(app, ["report", str(folder), str(folder)])
     assert result.exit_code == 2 and "accepted are different ones" in result.output
     result = run(app, ["report", str(folder), str(tmp_path / "none")])
