@@ -100,7 +100,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="folder of the evaluation; evals/SUITE by default")] = None,
     prompts: Annotated[list[str] | None, typer.Option(help="SET=FILE, prompts in place of the suite's")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="prompts of each set and task group")] = None,
-    per_prompt: Annotated[int, typer.Option(min=1, max=10_000, help="pictures of each prompt")] = 1,
+    per_prompt: Annotated[int, typer.Option(min=1, max=1000, help="pictures of each prompt")] = 1,
     guidance: Annotated[float | None, typer.Option(min=0, help="scale of classifier-free guidance")] = None,
     baseline: Annotated[Path | None, typer.Option(help="folder of another evaluation to compare with")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="REWARD.KEY=VALUE, a reward's option")] = None,
@@ -133,6 +133,10 @@ def evaluate(
         evaluation = Evaluation(suite, folder, subject=subject, sampling=sampling, **same)
         other = None
         if baseline is not None:
+            if baseline.resolve() == folder.resolve():
+                raise ValueError(
+                    f"baseline: got {baseline}, which is the output; accepted is another evaluation's folder"
+                )
             begun = read_settings(baseline, "baseline")
             theirs = {key: begun[key] for key in (*_SAMPLING, "guidance") if key in begun}
             other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, **same)
