@@ -47,7 +47,7 @@ def pairs(settings: list[str] | None, label: str) -> dict[str, str]:
     Raises:
         ValueError: one without a name or a value, or a name that comes twice.
     """
-    found = {}
+    found: dict[str, str] = {}
     for setting in settings or []:
         name, separator, value = setting.partition("=")
         if not name or not separator:
