@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+# It tells MKL how to sum, which is too late after the import of diffusers under torch 2.6.
+import nft  # noqa: F401
+
 # What is not on disk is to be refused at once, and not asked for again and again where there is no network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
