@@ -147,8 +147,8 @@ class Trainer:
     def _enter_stage(self, epoch: int) -> None:
         """Take the settings of an epoch (from 0), and what is built from them."""
         c = self.stage = self.config.at(epoch)
-        if epoch and c is not self.config.at(epoch - 1):
-            # What another stage's task scored says nothing about this one's.
+        if epoch == self.epoch > 0 and c is not self.config.at(epoch - 1):
+            # What another stage's task scored says nothing about this one's, unless an epoch of this one is finished.
             self.alarms.restart()
         self.grid = self.policy.times(c.rollout_steps)
         self.objective = OBJECTIVES[c.objective]

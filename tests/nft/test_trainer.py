@@ -232,7 +232,9 @@ def test_stages_change_the_settings_and_are_resumed_at_any_epoch(pipeline, tmp_p
         assert second.alarms.state() == whole.alarms.state()
 
 
-def test_an_epoch_that_is_interrupted_in_its_evaluation_is_kept_and_evaluated_on_resume(pipeline, tmp_path):
+# The last epoch of a stage, and one that is also its first.
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_an_epoch_that_is_interrupted_in_its_evaluation_is_kept_and_evaluated_on_resume(pipeline, tmp_path, epoch):
     stages = "stages=[{epochs: 2}, {epochs: 1, eval_prompts_per_group: 2}]"
     whole = Trainer(settings(pipeline, stages), tmp_path / "whole")
     whole.train()
@@ -240,7 +242,7 @@ def test_an_epoch_that_is_interrupted_in_its_evaluation_is_kept_and_evaluated_on
     evaluate = first.evaluate
 
     def interrupt():
-        if first.epoch == 2:
+        if first.epoch == epoch:
             raise KeyboardInterrupt
         return evaluate()
 
@@ -248,7 +250,7 @@ def test_an_epoch_that_is_interrupted_in_its_evaluation_is_kept_and_evaluated_on
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = Trainer(settings(pipeline, stages), tmp_path / "parts", resume=True)
-    assert second.epoch == 2
+    assert second.epoch == epoch
     second.train()
     assert all(torch.equal(a, b) for a, b in zip(parameters(whole), parameters(second), strict=True))
     assert second.alarms.state() == whole.alarms.state()
