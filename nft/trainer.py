@@ -166,6 +166,11 @@ class Trainer:
         """A stream of its own for every purpose and epoch: a resumed run draws what an unbroken one would."""
         return random.Random(f"{self.config.seed} {self.epoch} {purpose}")
 
+    def _seed(self, purpose: str) -> None:
+        """Begin torch's own streams anew, from which rewards may draw: each process and device has another, and none is
+        kept in a checkpoint."""
+        torch.manual_seed(self._rng(purpose).getrandbits(63))
+
     def _draw(
         self,
         entries: list[dict[str, Any]],
@@ -215,6 +220,7 @@ class Trainer:
         """One epoch's pictures from the old policy: clean latents, prompts, rewards, r and which of them to train on,
         the same everywhere, and the rollout's states for an objective that trains on them."""
         c, rng = self.stage, self._rng("rollout")
+        self._seed("rewards")
         groups = self.groups
         # Where there are more groups than prompts, an epoch goes on with those that the last one did not reach.
         first = self.epoch * c.prompts_per_epoch
@@ -541,7 +547,6 @@ class Trainer:
             "alarms": self.alarms.state(),
             "epoch": self.epoch,
             "step": self.step,
-            "rng": torch.get_rng_state(),
         }
         torch.save(state, folder / "state.pt")
 
@@ -572,7 +577,6 @@ class Trainer:
             # The state is older than the evaluation.
             self.alarms.evaluation(about["held_out"])
         self.epoch, self.step = state["epoch"], state["step"]
-        torch.set_rng_state(state["rng"])
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl, and tell the tracker."""
@@ -658,9 +662,8 @@ class Trainer:
 
     def _evaluate(self, on_eval: Callable[[int, Tensor, list[str]], None]) -> dict[str, Any]:
         """Evaluate, compare with the last time, log, and tell the checkpoint, after which it is not done again."""
-        # A resumed run, whose checkpoint is older, does not evaluate again, and goes on with the same random numbers.
-        with torch.random.fork_rng(devices=[]):
-            scores, pictures, prompts = self.evaluate()
+        self._seed("held-out rewards")
+        scores, pictures, prompts = self.evaluate()
         on_eval(self.epoch, pictures, prompts)
         self.tracker.pictures(pictures, self.epoch)
         self.score = scores["eval_strict"]

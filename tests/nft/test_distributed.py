@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("diffusers")
 
 import distributed_worker
-from distributed_worker import LOCAL, by_fork
+from distributed_worker import LOCAL, SETTINGS, Chance, by_fork, train_until
 
 from nft.checkpoint import CheckpointError
 from nft.config import load_config
@@ -157,6 +157,22 @@ def test_a_process_may_have_no_picture(tmp_path, monkeypatch):
     for out in three:
         for ours, theirs in zip((*out["x0"], *out["trained"]), (*one["x0"], *one["trained"]), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_resumed_run_goes_on_in_every_process_own_stream(pipeline, tmp_path):
+    """Of three pictures one process scores one and the other two."""
+
+    def work():
+        TASKS["shapes"] = Chance
+        config = load_config("shapes", [f"pipeline={pipeline}", *SETTINGS, "prompts_per_epoch=1", "group_size=3"])
+        whole = Trainer(config, tmp_path / "whole")
+        whole.train()
+        train_until(Trainer(config, tmp_path / "parts"), 1)
+        resumed = Trainer(config, tmp_path / "parts", resume=True)
+        resumed.train()
+        assert all(map(torch.equal, whole.policy.trained, resumed.policy.trained))
+
+    by_fork(2, work)
 
 
 def test_processes_wait_for_a_checkpoint_or_a_reward_that_takes_longer_than_nccls_ten_minutes():

@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from distributed_worker import Brightness, train_until
+from distributed_worker import Brightness, Chance, train_until
 
 pytest.importorskip("diffusers")
 
@@ -99,13 +99,6 @@ def test_an_adapter_of_another_size_or_scale_is_no_resumed_one(pipeline, tmp_pat
     key, _, value = change.partition("=")
     with pytest.raises(ValueError, match=f"{key}: got {value}, but .*run was trained with .*cannot be changed"):
         Trainer(settings(pipeline, "epochs=2", change), tmp_path / "run", resume=True)
-
-
-class Chance(Brightness):
-    """A reward that draws from torch's own stream, as one with dropout does."""
-
-    def score(self, pictures, entries):
-        return super().score(pictures, entries) + torch.rand(len(pictures), 1)
 
 
 @pytest.mark.parametrize("every", [1, 5])
