@@ -126,19 +126,16 @@ def _epoch(path: Path) -> int:
 
 
 def best(parent: Path) -> Path | None:
-    """The checkpoint with the highest held-out score of the newest one's stage, the earlier one of equals; of those
-    that can be read."""
-    found = []
+    """The checkpoint with the highest held-out score of the stage that was scored last, the earlier one of equals; of
+    those that can be read."""
+    scored = []
     for path in existing(parent):
         # A damaged one is named where it is needed, as the newest is before this.
         with suppress(CheckpointError):
-            found.append((manifest(path), path))
-    scored = [
-        (about["score"], -about["epoch"], path)
-        for about, path in found
-        if about["stage"] == found[-1][0]["stage"] and about["score"] is not None and math.isfinite(about["score"])
-    ]
-    return max(scored)[2] if scored else None
+            about = manifest(path)
+            if about["score"] is not None and math.isfinite(about["score"]):
+                scored.append((about["stage"], about["score"], -about["epoch"], path))
+    return max(score for score in scored if score[0] == scored[-1][0])[-1] if scored else None
 
 
 def prune(parent: Path, keep: int, every: int | None = None) -> Path | None:
