@@ -492,7 +492,7 @@ class Trainer:
     def backward(self, x0: Tensor, weights: Tensor) -> None:
         """Gradients of the loss on a few pictures of the first prompt at the middle of the times to train on."""
         device, ts = x0.device, self._times()
-        t = torch.full((len(x0),), ts[(len(ts) - 1) // 2], device=device)
+        t = torch.full((len(x0),), ts[len(ts) // 2], device=device)
         prompts = [self.groups[0][0]["prompt"]] * len(x0)
         # Whether a gradient comes back does not depend on which states these are.
         states = x0[:, None].expand(-1, len(ts) + 1, *x0.shape[1:]) if self.objective.trajectory else None

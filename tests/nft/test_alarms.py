@@ -316,6 +316,10 @@ def test_preflight_leaves_no_trace(make):
     assert torch.equal(rng, torch.get_rng_state()) and trainer.step == trainer.epoch == 0
 
 
+def test_preflight_takes_a_weighting_that_is_zero_at_the_first_of_two_times(make):
+    preflight(make("rollout_steps=2", "timesteps_per_sample=1", "weighting=(1-t)/t2", "kl_weight=0.0"))
+
+
 def test_preflight_takes_a_single_picture_of_one_colour(make, monkeypatch):
     """As of a prompt for a white wall."""
     trainer = make()
