@@ -221,6 +221,13 @@ def _lambda(t: float) -> float:
     return math.inf if t == 0 else -math.inf if t == 1 else math.log1p(-t) - math.log(t)
 
 
+def _phi(k: int, z: float) -> float:
+    """phi_k(z) = (e^z - sum_{j<k} z^j / j!) / z^k, whose difference has no digits left where z is small."""
+    if abs(z) < 1:
+        return sum(z**j / math.factorial(j + k) for j in range(18))
+    return math.expm1(z) / z if k == 1 else (_phi(k - 1, z) - 1 / math.factorial(k - 1)) / z
+
+
 def _row(t: float, a: float, b: Sequence[float]) -> Row:
     """A row without the zeros at the end of ``b``, so that no tensor is read for nothing."""
     used = max((j + 1 for j, weight in enumerate(b) if weight), default=1)
@@ -340,7 +347,7 @@ def _dpmpp(name: str, sigmas: Sigmas, order: int, reached: int) -> SolverTable:
     lam = [_lambda(t) for t in sigmas]
     for i, o in enumerate(_orders(order, len(sigmas) - 1)):
         t, s = sigmas[i : i + 2]
-        weight = 1 - s / t  # (1-s) (1 - e^-h), the integral of a constant
+        weight = (t - s) / t  # (1-s) (1 - e^-h), the integral of a constant
         b = np.array([weight, 0.0, 0.0])
         if o > 1:
             h = lam[i + 1] - lam[i]
@@ -351,8 +358,8 @@ def _dpmpp(name: str, sigmas: Sigmas, order: int, reached: int) -> SolverTable:
             else:
                 r1 = (lam[i - 1] - lam[i - 2]) / h
                 change = slope - np.array([0.0, 1.0, -1.0]) / r1
-                linear = (1 - s) - weight / h
-                b += linear * (slope + r0 / (r0 + r1) * change) + ((1 - s) / 2 - linear / h) * change / (r0 + r1)
+                b += (1 - s) * h * _phi(2, -h) * (slope + r0 / (r0 + r1) * change)
+                b += (1 - s) * h * _phi(3, -h) * change / (r0 + r1)
         rows.append(_row(t, s / t, b.tolist()))
     return SolverTable(name, reached, "x0", tuple(rows))
 
@@ -386,18 +393,19 @@ def deis(sigmas: Sigmas, order: int = 2) -> SolverTable:
     log_rho = [-_lambda(t) for t in sigmas]
     for i, o in enumerate(_orders(order, len(sigmas) - 1)):
         t, s = sigmas[i : i + 2]
-        nodes = [u - log_rho[i] for u in log_rho[i - o + 1 : i + 1][::-1] if u < math.inf]
-        if len(nodes) < 2:
+        past = [u for u in log_rho[i - o + 1 : i + 1][::-1] if u < math.inf]
+        if len(past) < 2:
             # From t = 1 this is Euler, as h_0 is v there.
             rows.append(Row(t, 1.0, (s - t,)) if t == 1 else Row(t, (1 - s) / (1 - t), ((s - t) / (1 - t),)))
             continue
-        end, scale = log_rho[i + 1] - log_rho[i], (1 - s) * t / (1 - t)
+        h = log_rho[i + 1] - log_rho[i]
+        # From the step's end in units of h: there phi_k is the integral of e^(h (1-u)) u^(k-1) / (k-1)! from 0 to 1.
+        nodes, scale = [(log_rho[i + 1] - u) / h for u in past], (1 - s) * t / (1 - t) * h
         b = []
         for node in nodes:
             others = [x for x in nodes if x != node]
             basis = math.prod((Polynomial([-x, 1.0]) / (node - x) for x in others), start=Polynomial([1.0]))
-            inner = basis - basis.deriv() + basis.deriv(2)  # e^u inner is an antiderivative of e^u basis
-            b.append(scale * (math.exp(end) * inner(end) - inner(0.0)))
+            b.append(scale * sum(c * math.factorial(d) * _phi(d + 1, h) for d, c in enumerate(basis.coef.tolist())))
         rows.append(_row(t, (1 - s) / (1 - t), b))
     return SolverTable("deis", order, "noise", tuple(rows))
 
@@ -408,10 +416,7 @@ def _unipc_weights(weight: float, h: float, nodes: list[float]) -> np.ndarray:
     if len(nodes) == 1:
         rho = np.array([0.5])[: len(finite)]
     else:
-        phi, moments = math.expm1(-h), []
-        for k in range(1, len(finite) + 1):
-            phi = phi / -h - 1 / math.factorial(k)
-            moments.append(phi * math.factorial(k) / math.expm1(-h))
+        moments = [math.factorial(k) * _phi(k + 1, -h) / _phi(1, -h) for k in range(1, len(finite) + 1)]
         rho = np.linalg.solve(np.vander(finite, increasing=True).T, moments)
     differences = weight * rho / np.array(finite)
     return np.array([weight - differences.sum(), *differences])
@@ -434,12 +439,12 @@ def unipc(sigmas: Sigmas, order: int = 2) -> SolverTable:
         if i > 0:
             h = lam[i] - lam[i - 1]
             past = [(lam[i - 1 - k] - lam[i - 1]) / h for k in range(1, orders[i - 1])]
-            base, newest, *older = _unipc_weights(1 - t / sigmas[i - 1], h, [1.0, *past])
+            base, newest, *older = _unipc_weights((sigmas[i - 1] - t) / sigmas[i - 1], h, [1.0, *past])
             corrected = np.array([newest, base, *older])
             b[: len(corrected)] += s / t * corrected
             b[1 : 1 + len(predicted)] -= s / t * predicted
         h = lam[i + 1] - lam[i]
-        predicted = _unipc_weights(1 - s / t, h, [(lam[i - k] - lam[i]) / h for k in range(1, o)])
+        predicted = _unipc_weights((t - s) / t, h, [(lam[i - k] - lam[i]) / h for k in range(1, o)])
         b[: len(predicted)] += predicted
         rows.append(_row(t, s / t, b.tolist()))
     return SolverTable("unipc", order + 1, "x0", tuple(rows))

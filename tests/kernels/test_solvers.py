@@ -144,6 +144,24 @@ def test_order_of_convergence(name, options):
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.15)
 
 
+@pytest.mark.parametrize(
+    ("name", "order", "weights"),
+    [
+        ("dpm++3M", None, (22 / 12, -14 / 12, 4 / 12)),  # without the half of its second difference
+        ("deis", 3, (23 / 12, -16 / 12, 5 / 12)),
+        ("unipc", 2, (23 / 12, -16 / 12, 5 / 12)),
+        ("unipc", 3, (55 / 24, -59 / 24, 37 / 24, -9 / 24)),
+    ],
+)
+def test_between_nearly_equal_times_they_are_adams_bashforth(name, order, weights):
+    times = [0.5 - 1e-7 * i for i in range(8)]
+    row = table(name, times, **({} if order is None else {"order": order})).rows[4]
+    np.testing.assert_allclose(np.array(row.b) / sum(row.b), weights, rtol=1e-5)
+    # Of h = x - t v or x + (1-t) v, the part of v makes Euler's step.
+    push = 1 - row.t if name == "deis" else -row.t
+    assert sum(row.b) * push == pytest.approx(times[5] - times[4], rel=1e-9)
+
+
 @pytest.mark.parametrize(("name", "options"), [*SDES, ("cps", {}), ("mixed", {})], ids=str)
 def test_variance_of_one_step(name, options):
     """Where x0 is known, a step must leave x = (1-s) x0 + s eps: exactly when re-noising, to first order in an SDE."""
