@@ -68,7 +68,9 @@ def _fake_gradient(h, gate, gate2, scale, scale2, grad_h, grad_out, grad_out2, e
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, y2, y_bias, gate, gate2, scale, _, scale2, _, ctx.eps, ctx.backend = inputs
+    *tensors, ctx.eps, ctx.backend = inputs
+    x, y, y2, y_bias, gate, gate2, scale, _, scale2, _ = tensors
+    ctx.dtype = compute_dtype(*tensors)
     h = x if y is None else output[0]
     # The residuals are only needed for the gradients of their gates, which frozen modulations have no use for.
     residual = (y, y_bias) if ctx.needs_input_grad[4] else (None, None)
@@ -89,7 +91,7 @@ def _backward(ctx: Any, gradient: Any, grads: tuple[Tensor | None, ...]) -> tupl
     results: list[Tensor | None] = [grad_x, *residuals, *[None] * 9]
     if any(ctx.needs_input_grad[3:]):
         # Training of adapters leaves these frozen, so plain PyTorch will do.
-        dtype = compute_dtype(h, gate, gate2, scale, scale2)
+        dtype = ctx.dtype
         grad_h = grad_x.to(dtype)
         if ctx.needs_input_grad[3]:
             results[3] = (gate * grad_h.sum(1)).sum(0)

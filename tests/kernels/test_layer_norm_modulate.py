@@ -105,6 +105,14 @@ def test_any_strides_and_mixed_dtypes(backend):
         assert (got.double() - exact).abs().max() <= 8 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
+def test_a_float64_shift_has_a_float64_gradient(backend):
+    named = inputs(torch.float32, residual="plain")
+    named["shift2"] = named["shift2"].detach().double().requires_grad_()
+    weights = [torch.randn(SHAPE) for _ in range(3)]
+    (grad,) = torch.autograd.grad(loss(layer_norm_modulate(**named, backend=backend), weights), named["shift2"])
+    torch.testing.assert_close(grad, weights[2].double().sum(1), rtol=1e-14, atol=1e-14)
+
+
 def test_h_is_normalized_as_it_was_rounded(backend):
     """So that the backward, which finds h in memory, differentiates what the forward computed."""
     named = inputs(torch.bfloat16)
