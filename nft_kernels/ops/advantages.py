@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
     _validate.tensor("rewards", rewards)
     _validate.floating("rewards", rewards.dtype)
     _validate.tensor("group_ids", group_ids)
-    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
+    if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
         raise TypeError(f"group_ids: got {group_ids.dtype}, accepted are integer tensors")
     if rewards.ndim != 1 or not len(rewards):
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, accepted is (B,) with B > 0")
@@ -78,9 +78,6 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
     _validate.tensor("A", A)
     _validate.floating("A", A.dtype)
     _validate.number("adv_clip_max", adv_clip_max, positive=True)
-    if adv_clip_max > 1e38:
-        # Twice its largest value is a float32, too.
-        raise ValueError(f"adv_clip_max: got {adv_clip_max!r}, accepted are positive numbers up to 1e38")
     _validate.choice("mode", mode, MODES)
     if not torch.compiler.is_compiling() and A.isnan().any():
         raise ValueError("A: got NaN, accepted are numbers")
@@ -91,4 +88,5 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
         "one_only": lambda: (A > 0).to(A.dtype),
         "binary": lambda: A.sign(),
     }[mode]()
-    return (used.clamp(-adv_clip_max, adv_clip_max) / (2 * adv_clip_max) + 0.5).clamp(0, 1)
+    # Half precision may not hold M. Divided first, as 2M may be infinite.
+    return ((used.double() / adv_clip_max).clamp(-1, 1) / 2 + 0.5).to(A.dtype)

@@ -37,11 +37,20 @@ def test_optimality_probability_worked_by_hand(mode, expected):
     assert torch.allclose(optimality_probability(A, mode=mode), torch.tensor(expected).double(), atol=1e-15, rtol=1e-7)
 
 
+@pytest.mark.parametrize("adv_clip_max", [1e-9, 1e5, 1e308])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_optimality_probability_takes_bounds_that_the_dtype_does_not_hold(dtype, adv_clip_max):
+    A = torch.tensor([-2.0, 0.0, 1.0], dtype=dtype)
+    expected = (A.double().clamp(-adv_clip_max, adv_clip_max) / adv_clip_max / 2 + 0.5).to(dtype)
+    assert torch.equal(optimality_probability(A, adv_clip_max=adv_clip_max), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (lambda: group_advantages(torch.zeros(3), torch.zeros(2).long()), ValueError, "group_ids: got shape"),
         (lambda: group_advantages(torch.zeros(3), torch.zeros(3)), TypeError, "group_ids: got torch.float32"),
+        (lambda: group_advantages(torch.zeros(3), torch.zeros(3) * 1j), TypeError, "group_ids: got torch.complex64"),
         (
             lambda: group_advantages(torch.full((2,), float("inf")), torch.zeros(2).long()),
             ValueError,
