@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -64,12 +64,6 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _start_worker() -> None:
-    # Ctrl-C is the caller's to handle.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
 @cache
 def _in_this_process(name: str, options: str) -> Reward:
     torch.set_num_threads(1)
@@ -95,7 +89,7 @@ class _Processes:
         self.closed = False
         self.pool = self._start()
         try:
-            for future in [self.pool.submit(_prepare, spec.reward, self.options) for _ in range(spec.workers)]:
+            for future in [self._submit(self.pool, _prepare) for _ in range(spec.workers)]:
                 future.result()
         except BaseException:
             self.close()
@@ -104,15 +98,22 @@ class _Processes:
     def _start(self) -> ProcessPoolExecutor:
         # Forking a process that has threads and CUDA is not safe.
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.spec.workers, mp_context=context, initializer=_start_worker)
+        return ProcessPoolExecutor(self.spec.workers, mp_context=context, initializer=end_with_parent)
+
+    def _submit(self, pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        # Ctrl-C is the caller's to handle: a process that is started for this never sees it, not even as it imports.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return pool.submit(function, self.spec.reward, self.options, *args)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def __call__(self, pictures: Tensor, prompts: list[str], metadata: Metadata) -> Scored:
         for _ in range(_TRIES):
             with self.lock:
                 pool = self.pool
             try:
-                future = pool.submit(_score_here, self.spec.reward, self.options, pictures.numpy(), prompts, metadata)
-                found = future.result()
+                found = self._submit(pool, _score_here, pictures.numpy(), prompts, metadata).result()
             except BrokenProcessPool:
                 with self.lock:
                     if self.closed:

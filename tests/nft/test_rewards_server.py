@@ -584,6 +584,20 @@ def test_a_process_that_keeps_dying_is_named(tmp_path, monkeypatch):
             scorer.gather()
 
 
+def test_ctrl_c_is_not_for_a_process_of_a_reward_not_even_as_it_starts():
+    with ThreadPoolExecutor(1) as thread:
+        made = thread.submit(Scorer, {"r": RewardSpec("probes:Number")})
+        while not (started := multiprocessing.active_children()):
+            time.sleep(0.01)
+        for seconds in (0.1, 0.5, 1.0):
+            time.sleep(seconds)
+            os.kill(started[0].pid, signal.SIGINT)
+        with made.result() as scorer:
+            assert started[0].is_alive()
+            scorer.submit(*numbered([5]))
+            assert scores_of(scorer) == [5]
+
+
 def test_processes_end_with_a_run_that_is_killed(tmp_path):
     script = tmp_path / "run.py"
     script.write_text("""
