@@ -173,6 +173,12 @@ def beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid4().hex}.tmp")
 
 
+def forget_unfinished(path: Path) -> None:
+    """Delete what killed processes left ``beside`` a file that only this one writes."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink()
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file that is, at any moment, the old one or the new one.
 

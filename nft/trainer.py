@@ -136,6 +136,8 @@ class Trainer:
         self._enter_stage(self.epoch - (self.epoch > 0 and self.evaluation_due))
         if self.processes.main:
             files.lock(folder)
+            for path in (folder / "config.yaml", folder / "metrics.jsonl", *(each / files.MANIFEST for each in done)):
+                files.forget_unfinished(path)
             if done:
                 # A kill may have come before the links were set.
                 self._tidy()

@@ -152,6 +152,16 @@ def test_a_kill_before_the_last_link_is_made_good(pipeline, tmp_path, monkeypatc
     assert (tmp_path / "run" / "best").resolve().name == "epoch-000004"
 
 
+def test_what_a_kill_left_unfinished_is_gone_when_the_run_goes_on(pipeline, tmp_path):
+    train_until(Trainer(settings(pipeline), tmp_path), 1)
+    (kept,) = checkpoint.existing(tmp_path / "checkpoints")
+    (mine := tmp_path / ".notes.tmp").touch()
+    for path in (tmp_path / "config.yaml", tmp_path / "metrics.jsonl", kept / "manifest.json"):
+        files.beside(path).touch()
+    Trainer(settings(pipeline), tmp_path, resume=True).close()
+    assert [*tmp_path.rglob(".*.tmp")] == [mine]
+
+
 def test_a_run_that_was_copied_without_its_links_goes_on(pipeline, tmp_path):
     Trainer(settings(pipeline, "epochs=2"), tmp_path / "run").train()
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
