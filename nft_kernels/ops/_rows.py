@@ -38,8 +38,11 @@ def backend_of(
 
 
 def dense(x: Any) -> Any:
-    """``x``, copied if it is a tensor whose rows are not dense."""
-    return x.contiguous() if isinstance(x, Tensor) and x.stride(-1) != 1 else x
+    """``x``, copied if it is a tensor whose rows are not dense, or whose lazy negation memory knows nothing of."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.resolve_neg()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def function(

@@ -15,7 +15,7 @@ from ._rows import backend_of, fused
 
 def _run(x: Tensor, backend: str) -> Tensor:
     out = new_empty(x, x.shape)
-    load(backend).gelu(x.contiguous(), None, out)
+    load(backend).gelu(x.resolve_neg().contiguous(), None, out)
     return out
 
 
@@ -25,7 +25,7 @@ def _fake(x, *_):
 
 def _gradient(x: Tensor, grad: Tensor, backend: str) -> Tensor:
     out = new_empty(x, x.shape)
-    load(backend).gelu(x.contiguous(), grad.contiguous(), out)
+    load(backend).gelu(x.resolve_neg().contiguous(), grad.resolve_neg().contiguous(), out)
     return out
 
 

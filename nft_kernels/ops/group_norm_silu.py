@@ -13,9 +13,9 @@ from ._rows import backend_of
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, backend: str) -> Tensor:
-    pixels = x.permute(0, 2, 3, 1).contiguous()
+    pixels = x.resolve_neg().permute(0, 2, 3, 1).contiguous()
     out = new_empty(x, pixels.shape)
-    load(backend).group_norm_silu(pixels, weight, bias, out, groups, eps)
+    load(backend).group_norm_silu(pixels, weight.resolve_neg(), bias.resolve_neg(), out, groups, eps)
     return out.permute(0, 3, 1, 2)
 
 

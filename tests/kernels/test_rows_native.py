@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nft_kernels.backends import native
+from nft_kernels.ops.attention import attention
+from nft_kernels.ops.group_norm_silu import group_norm_silu
 
 pytestmark = pytest.mark.skipif(native._C is None, reason="the compiled module is not installed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -100,6 +102,27 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(op, dtype):
         assert all(torch.equal(a, b[part]) for a, b in zip([*outs, *grads], found[0], strict=True))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("op", [*MODULES, "attention", "group_norm_silu"])
+def test_a_lazy_negation_is_seen(op):
+    def lazily(x):
+        return torch._neg_view(-x.detach())
+
+    if op == "attention":
+        run, leaves = lambda x: (attention(*x, backend="native"),), tensors([(2, 5, 3, 8)] * 3, torch.float32)
+    elif op == "group_norm_silu":
+        leaves = [x.detach() for x in tensors([(2, 4, 3, 5), (4,), (4,)], torch.float32)]
+        run = lambda x: (group_norm_silu(*x, groups=2, eps=1e-6, backend="native"),)  # noqa: E731
+    else:
+        run, leaves = case(op, 32, torch.float32)
+    lazy = [lazily(x).requires_grad_(x.requires_grad) for x in leaves]
+    outs, again = run(leaves), run(lazy)
+    assert all(x.is_neg() for x in lazy) and all(map(torch.equal, outs, again))
+    if outs[0].requires_grad:
+        weights = [torch.randn_like(out) for out in outs]
+        grads = torch.autograd.grad(outs, leaves, weights)
+        assert all(map(torch.equal, grads, torch.autograd.grad(again, lazy, list(map(lazily, weights)))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
