@@ -133,7 +133,7 @@ def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> 
 
 def choice(name: str, value: str, accepted: Sequence[str]) -> None:
     """``value`` must be one of a few names."""
-    if value not in accepted:
+    if not isinstance(value, str) or value not in accepted:
         raise ValueError(f"{name}: got {value!r}, accepted are {', '.join(accepted)}")
 
 

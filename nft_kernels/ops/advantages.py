@@ -89,4 +89,4 @@ def optimality_probability(A: Tensor, *, adv_clip_max: float = 5.0, mode: str = 
         "binary": lambda: A.sign(),
     }[mode]()
     # Half precision may not hold M. Divided first, as 2M may be infinite.
-    return ((used.double() / adv_clip_max).clamp(-1, 1) / 2 + 0.5).to(A.dtype)
+    return ((used.double() / float(adv_clip_max)).clamp(-1, 1) / 2 + 0.5).to(A.dtype)

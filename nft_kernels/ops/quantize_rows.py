@@ -38,6 +38,7 @@ def quantize_rows(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tu
         RuntimeError: a GPU without float8, or an explicit backend that cannot run.
     """
     _validate.latents("x", x, "(N, D) or (B, S, D)", (2, 3))
+    _validate.flag("gelu", gelu)
     if reason := why_not(x.device):
         raise RuntimeError(f"quantize_rows: cannot run: {reason}")
     x = x.detach()

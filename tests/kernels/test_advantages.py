@@ -37,11 +37,12 @@ def test_optimality_probability_worked_by_hand(mode, expected):
     assert torch.allclose(optimality_probability(A, mode=mode), torch.tensor(expected).double(), atol=1e-15, rtol=1e-7)
 
 
-@pytest.mark.parametrize("adv_clip_max", [1e-9, 1e5, 1e308])
+@pytest.mark.parametrize("adv_clip_max", [1e-9, 1e5, 2**70, 1e308])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_optimality_probability_takes_bounds_that_the_dtype_does_not_hold(dtype, adv_clip_max):
     A = torch.tensor([-2.0, 0.0, 1.0], dtype=dtype)
-    expected = (A.double().clamp(-adv_clip_max, adv_clip_max) / adv_clip_max / 2 + 0.5).to(dtype)
+    bound = float(adv_clip_max)
+    expected = (A.double().clamp(-bound, bound) / bound / 2 + 0.5).to(dtype)
     assert torch.equal(optimality_probability(A, adv_clip_max=adv_clip_max), expected)
 
 
@@ -62,6 +63,7 @@ def test_optimality_probability_takes_bounds_that_the_dtype_does_not_hold(dtype,
             "std: got 'local'",
         ),
         (lambda: optimality_probability(torch.zeros(2), mode="soft"), ValueError, "mode: got 'soft'"),
+        (lambda: optimality_probability(torch.zeros(2), mode=np.zeros(3)), ValueError, "mode: got array"),
         (lambda: optimality_probability(torch.zeros(2), adv_clip_max=0), ValueError, "adv_clip_max: got 0"),
         (lambda: optimality_probability(torch.zeros(2), adv_clip_max="5"), TypeError, "adv_clip_max: got str"),
         (lambda: group_advantages([1.0, 2.0], torch.zeros(2).long()), TypeError, "rewards: got list"),

@@ -126,6 +126,7 @@ def test_no_gradient(backend):
         ({"x": torch.zeros(8)}, ValueError, r"x: got shape \(8,\), accepted is \(N, D\) or \(B, S, D\)"),
         ({"x": torch.zeros(2, 0)}, ValueError, "x: got shape"),
         ({"x": torch.zeros(2, 8, dtype=torch.int64)}, TypeError, "x: got torch.int64"),
+        ({"gelu": "no"}, TypeError, "gelu: got 'no'"),
         ({"backend": "native"}, RuntimeError, "it has no kernel for quantize_rows"),
     ],
 )
