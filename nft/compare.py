@@ -435,7 +435,7 @@ def compare(
     return write(output, found, {name: configs[name, 0] for name in names})
 
 
-def _p(test: Callable[..., Any], scores: Sequence[float], others: Any) -> float:
+def _p(test: Callable[..., Any], scores: np.ndarray | Sequence[float], others: Any) -> float:
     """p of scipy's ``test``, or NaN where seeds do not differ."""
     differences = np.subtract(scores, others)
     return float(test(scores, others).pvalue) if len(differences) > 1 and differences.std() > 0 else math.nan
