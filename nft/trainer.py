@@ -509,9 +509,9 @@ class Trainer:
         """
         if self.processes.main:
             stage = self.config.stage_index(self.epoch - 1)
-            about = {"epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
-            made = {"pipeline": self.policy.fingerprint, "surroundings": self._surroundings}
-            checkpoint.write(self._checkpoint, self._fill, {**about, **made})
+            about: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "score": self.score, "stage": stage}
+            about |= {"pipeline": self.policy.fingerprint, "surroundings": self._surroundings}
+            checkpoint.write(self._checkpoint, self._fill, about)
             self._tidy()
         elif self.policy.sharded:
             self._fill(None)

@@ -9,13 +9,13 @@ from ..backends import load
 from ..backends._memory import new_empty
 from ..reference import group_norm_silu as reference
 from . import _validate
-from ._rows import backend_of
+from ._rows import backend_of, dense
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, backend: str) -> Tensor:
     pixels = x.resolve_neg().permute(0, 2, 3, 1).contiguous()
     out = new_empty(x, pixels.shape)
-    load(backend).group_norm_silu(pixels, weight.resolve_neg(), bias.resolve_neg(), out, groups, eps)
+    load(backend).group_norm_silu(pixels, dense(weight), dense(bias), out, groups, eps)
     return out.permute(0, 3, 1, 2)
 
 
