@@ -34,17 +34,31 @@ class Tracker:
             )
 
     def start(self) -> None:
-        """Begin a run of the project ``nft``, or for W&B that of ``WANDB_PROJECT``."""
-        if self._config.tracker == "none":
+        """Begin a run of the project ``nft``, or for W&B that of ``WANDB_PROJECT``, that is called as the folder is, or
+        for W&B as ``WANDB_NAME`` says.
+
+        Raises:
+            ValueError: a tracker that does not start, as one that nobody has logged in to.
+        """
+        name = self._config.tracker
+        if name == "none":
             return
-        kind = LOGGER_TYPE_TO_CLASS[self._config.tracker]
-        place = {"logging_dir": self._folder} if kind.requires_logging_directory else {}
-        project = os.environ.get("WANDB_PROJECT") if self._config.tracker == "wandb" else None
-        self._tracker = kind(project or "nft", **place)
-        self._tracker.start()
+        kind = LOGGER_TYPE_TO_CLASS[name]
+        options: dict[str, Any] = {"name": self._folder.resolve().name}
+        project = "nft"
+        if name == "wandb":
+            project = os.environ.get("WANDB_PROJECT", project)
+            options["name"] = os.environ.get("WANDB_NAME", options["name"])
+        if kind.requires_logging_directory:
+            options = {"logging_dir": self._folder}
         # Trackers take flat values only.
         flat = {k: v for k, v in self._config.model_dump().items() if not isinstance(v, dict | list) and v is not None}
-        self._tracker.store_init_configuration({**flat, "config": self._config.dump()})
+        try:
+            self._tracker = kind(project, **options)
+            self._tracker.start()
+            self._tracker.store_init_configuration({**flat, "config": self._config.dump()})
+        except Exception as error:
+            raise ValueError(f"tracker: {name} does not start: {error}; accepted is one that does, or none") from error
 
     def log(self, metrics: dict[str, Any], epoch: int) -> None:
         """One epoch's numbers."""

@@ -32,9 +32,9 @@ def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
         tracker = None
         requires_logging_directory = needs_folder
 
-        def __init__(self, project, logging_dir=None):
+        def __init__(self, project, name=None, logging_dir=None):
             super().__init__()
-            seen["start"] = (project, logging_dir)
+            seen["start"] = (project, name, logging_dir)
 
         def start(self):
             pass
@@ -67,13 +67,30 @@ def test_a_tracker_gets_what_is_logged(name, tmp_path, monkeypatch):
         shapes = {picture.shape for picture in pictures}
         assert 1 < len(pictures) <= 24 and shapes == {(3, 64, 64) if name == "tensorboard" else (64, 64, 3)}
         assert all(picture.dtype == "uint8" for picture in pictures)
-    assert (
-        seen["start"] == ("mine" if name == "wandb" else "nft", tmp_path / "run" if needs_folder else None)
-        and seen["finished"] == 1
-    )
+    project = "mine" if name == "wandb" else "nft"
+    assert seen["start"] == (project, *((None, tmp_path / "run") if needs_folder else ("run", None)))
+    assert seen["finished"] == 1
     assert seen["settings"]["learning_rate"] == 1e-3
     # Trackers take no lists or mappings.
     assert all(isinstance(value, bool | int | float | str) for value in seen["settings"].values())
+
+
+def test_a_tracker_that_does_not_start_is_named(tmp_path, monkeypatch):
+    build_pipeline().save_pretrained(tmp_path / "pipeline")
+    settings = [f"pipeline={tmp_path / 'pipeline'}", *SMALL, "tracker=wandb"]
+
+    class LoggedOut(GeneralTracker):
+        name = "recorder"
+        tracker = None
+        requires_logging_directory = False
+
+        def __init__(self, project, name):
+            raise RuntimeError("No API key configured")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", LoggedOut)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    with pytest.raises(ValueError, match="tracker: wandb does not start: No API key configured"):
+        Trainer(load_config("shapes", settings), tmp_path / "run")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
