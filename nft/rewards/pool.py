@@ -207,6 +207,8 @@ class Scorer:
                 self._workers[name], self.judges[name] = _Processes(spec), kind
             # Two calls at a time of a model on one device would only share it.
             count = 1 if kind is not None and kind.uses_device else spec.workers
+            # A process finds the next call at hand: this one, busy drawing, is slow to hand it over.
+            count += isinstance(self._workers[name], _Processes)
             self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")
         except Exception as error:
             raise RewardError(f"reward {name}: {error}") from error
@@ -241,7 +243,7 @@ class Scorer:
     def _score(self, batch: _Batch, name: str) -> Scored:
         # What waits behind a failure would only wait for the same server again.
         if name in self._errors:
-            raise self._errors[name]
+            raise RewardError(f"{name}: a batch before this one has failed")
         return self._workers[name](batch.pictures, batch.prompts, batch.metadata)
 
     def _finished(self, batch: _Batch, name: str, future: Future[Scored]) -> None:
