@@ -42,11 +42,9 @@ def main() -> None:
     taken: dict[float, list[float]] = {seconds: [] for seconds in (0.0, *options.seconds)}
     with tempfile.TemporaryDirectory() as folder:
         for seconds in taken:
-            slow = {"reward": "overlap:Slow", "weight": 0, "options": {"seconds": seconds}}
-            rewards = {"shapes": {"reward": "shapes"}, **({"slow": slow} if seconds else {})}
-            config = load_config(
-                "shapes", [*options.set, "task=rewards", "prompts=shapes", f"rewards={json.dumps(rewards)}"]
-            )
+            slow = json.dumps({"slow": {"reward": "overlap:Slow", "options": {"seconds": seconds}}})
+            task = ["task=rewards", "prompts=shapes", f"rewards={slow}"] if seconds else []
+            config = load_config("shapes", [*task, *options.set])
             trainers[seconds] = Trainer(config, Path(folder) / str(seconds))
         for epoch in range(options.epochs + 1):
             for seconds, trainer in trainers.items():

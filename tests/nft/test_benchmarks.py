@@ -13,6 +13,8 @@ TINY = {
     "decode": ["--pictures", "2", "--rounds", "1"],
     "epoch": ["--epochs", "1", "--set", "prompts_per_epoch=2", "group_size=2", "timesteps_per_sample=1",
               "updates_per_epoch=1", "rollout_steps=2"],
+    "overlap": ["--seconds", "0.01", "--epochs", "1", "--set", "prompts_per_epoch=2", "group_size=2",
+                "rollout_batch=2", "rollout_steps=3"],
     "sd35": ["--device", "cpu", "--layers", "1", "--heads", "2", "--resolution", "64", "--steps", "2",
              "--rollout-batches", "1", "--micro-batch", "1", "--seconds", "0.1", "--no-compile"],
 }  # fmt: skip
@@ -22,7 +24,7 @@ TINY = {
 def test_script(name, tmp_path, monkeypatch):
     monkeypatch.setenv("NFT_KERNELS_BACKEND", "auto")  # and put back what the script makes of it
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *TINY[name], "--json", str(tmp_path / "out.json")])
-    monkeypatch.syspath_prepend(BENCHMARKS.parent)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
     report = json.loads((tmp_path / "out.json").read_text())
     assert {"command", "date", "device", "versions"} <= report.keys()
