@@ -436,9 +436,10 @@ def compare(
 
 
 def _p(test: Callable[..., Any], scores: np.ndarray | Sequence[float], others: Any) -> float:
-    """p of scipy's ``test``, or NaN where seeds do not differ."""
+    """p of scipy's ``test``, or NaN where seeds differ by rounding alone."""
     differences = np.subtract(scores, others)
-    return float(test(scores, others).pvalue) if len(differences) > 1 and differences.std() > 0 else math.nan
+    rounding = 1e-12 * max(np.abs(scores).max(), np.abs(others).max())
+    return float(test(scores, others).pvalue) if np.ptp(differences) > rounding else math.nan
 
 
 def summarise(

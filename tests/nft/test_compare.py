@@ -137,6 +137,14 @@ def test_summary_of_three_seeds():
     assert summarise(runs, results, base, 0.55)["methods"]["y"]["to_target"]["steps"][0] == math.inf
 
 
+def test_seeds_that_differ_by_rounding_alone_are_no_test():
+    """Two seeds that gain as much would otherwise be certain: 0.3 - 0.1 and 0.7 - 0.5 are not the same float."""
+    parts = {name: synthetic(1, ends) for name, ends in (("x", [0.1, 0.5]), ("y", [0.3, 0.7]))}
+    runs, results = ({n: part[i] for n, part in parts.items()} for i in (0, 1))
+    y = summarise(runs, results, {"a": {"eval_strict": 0.0}, "b": {"eval_strict": 0.1}})["methods"]["y"]
+    assert y["difference"] == pytest.approx(0.2) and math.isnan(y["p"]) and not math.isnan(y["p_over_base"])
+
+
 def test_of_several_methods_the_smaller_p_counts_double():
     ends = {"x": [0.5, 0.6, 0.7], "y": [0.4, 0.55, 0.5], "w": [0.1, 0.21, 0.3]}
     parts = {name: synthetic(1, e) for name, e in ends.items()}
