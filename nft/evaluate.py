@@ -179,6 +179,7 @@ class Evaluation:
         files: Mapping[str, Path] | None = None,
         limit: int | None = None,
         per_prompt: int = 1,
+        key: str = "output",
     ):
         """Open a folder that was begun with the same settings, or one that is written to when drawing begins.
 
@@ -192,6 +193,7 @@ class Evaluation:
                 ``evaluation_metadata.jsonl``.
             limit: prompts of each set and task group, all by default.
             per_prompt: pictures of each prompt, whose scores are averaged.
+            key: what messages call the folder.
 
         Raises:
             OSError, ValueError: an unknown suite or set, a file that cannot be read, or a folder of other settings.
@@ -202,7 +204,7 @@ class Evaluation:
         check_vacant(folder, ("metrics.jsonl",))
         if per_prompt < 1:
             raise ValueError(f"per_prompt: got {per_prompt}, accepted are positive numbers")
-        self.suite, self.folder, self.per_prompt = SUITES[suite], folder, per_prompt
+        self.suite, self.folder, self.per_prompt, self.key = SUITES[suite], folder, per_prompt, key
         unknown = sorted(set(files or {}) - set(self.suite.prompts))
         if unknown:
             raise ValueError(f"prompts: got {', '.join(unknown)}, accepted are {', '.join(self.suite.prompts)}")
@@ -238,11 +240,13 @@ class Evaluation:
         self._compare()
 
     def _compare(self) -> None:
-        begun = read_settings(self.folder, "output")
+        begun = read_settings(self.folder, self.key)
         if begun != self.settings:
             apart = _differences(begun, self.settings)
+            if begun.get("prompts_sha256") != self.settings["prompts_sha256"]:
+                apart += ", of the prompts that --prompts and --limit choose"
             raise ValueError(
-                f"output: {self.folder} holds an evaluation with other settings: {apart}; give another folder"
+                f"{self.key}: {self.folder} holds an evaluation with other settings: {apart}; give another folder"
             )
 
     def _jobs(self, name: str) -> list[tuple[Entry, int, Path]]:
@@ -311,9 +315,9 @@ class Evaluation:
             )
         for name, reward in self._wanted():
             judged_by = _spec(reward, options)
-            self._check_spec(name, reward, judged_by, "output")
+            self._check_spec(name, reward, judged_by)
             if baseline is not None:
-                baseline._check_spec(name, reward, judged_by, "baseline")
+                baseline._check_spec(name, reward, judged_by)
             if len(self.read_scores(name, reward)) == len(self._jobs(name)):
                 continue
             target, own = _target(judged_by)
@@ -381,21 +385,21 @@ class Evaluation:
     def _judged_by(self, name: str, reward: str) -> dict[str, Any]:
         """What made the scores that are there."""
         path = self._scores_path(name, reward).with_suffix(".json")
-        with reading(path, "output"):
+        with reading(path, self.key):
             return dict(json.loads(path.read_text()))
 
-    def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any], label: str) -> None:
+    def _check_spec(self, name: str, reward: str, judged_by: dict[str, Any]) -> None:
         """Whether the scores that are there, if any, are by this reward with these options."""
         if self.read_scores(name, reward):
             before = self._judged_by(name, reward)
             if before != judged_by:
                 raise ValueError(
-                    f"{label}: {self._scores_path(name, reward)} holds scores of {reward} with other options: "
+                    f"{self.key}: {self._scores_path(name, reward)} holds scores of {reward} with other options: "
                     f"{_differences(before, judged_by)}; delete it or give another folder"
                 )
 
     def _score(self, name: str, reward: str, judged_by: dict[str, Any], device: str, batch: int) -> None:
-        self._check_spec(name, reward, judged_by, "output")
+        self._check_spec(name, reward, judged_by)
         jobs, lines, path = self._jobs(name), self.read_scores(name, reward), self._scores_path(name, reward)
         if len(lines) == len(jobs):
             return
@@ -449,7 +453,7 @@ class Evaluation:
                 found[column.title]["unanswered"] = unanswered
             if baseline is not None and (other := baseline.column(column)) is not None:
                 where = column.prompts, column.reward
-                baseline._check_spec(*where, self._judged_by(*where), "baseline")
+                baseline._check_spec(*where, self._judged_by(*where))
                 found[column.title] |= comparison(groups, other)
         tested = [result for result in found.values() if "p" in result]
         for result, p in zip(tested, holm([result["p"] for result in tested]), strict=True):

@@ -139,7 +139,7 @@ def evaluate(
                 )
             begun = read_settings(baseline, "baseline")
             theirs = {key: begun[key] for key in (*_SAMPLING, "guidance") if key in begun}
-            other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, **same)
+            other = Evaluation(suite, baseline, subject=begun["subject"], sampling=theirs, key="baseline", **same)
         chosen = SUITES[suite]
         options = reward_options(settings or [], [column.reward for column in chosen.columns])
         quieten_libraries()

@@ -253,6 +253,10 @@ def test_a_checkpoint_is_compared_with_a_baseline(base, pipeline, tuned, tmp_pat
     other = evaluate(tmp_path / "other", pipeline, "--baseline", str(folder), "--set", "jpeg.quality=20")
     output = " ".join(other.output.split())
     assert other.exit_code == 2 and "baseline: " in output and "quality is 'not set' there and 20 here" in output
+    more = evaluate(tmp_path / "other", pipeline, "--baseline", str(folder), "--limit", "3")
+    output = " ".join(more.output.split())
+    assert more.exit_code == 2 and f"error: baseline: {folder} holds an evaluation with other settings" in output
+    assert "here, of the prompts that --prompts and --limit choose; give another folder" in output
     assert not (tmp_path / "other" / "pictures").exists()
 
 
@@ -505,7 +509,9 @@ def test_a_column_whose_detail_the_reward_lacks_is_left_out_and_the_others_are_n
 
 
 def test_scores_of_other_rewards_are_not_compared(tmp_path):
-    evaluations = [Evaluation("shapes", tmp_path / name, subject="s", limit=1) for name in "ab"]
+    evaluations = [
+        Evaluation("shapes", tmp_path / key, subject="s", limit=1, key=key) for key in ("baseline", "output")
+    ]
     for evaluation, options in zip(evaluations, ({}, {"jpeg": {"quality": 20}}), strict=True):
         evaluation.draw(red_is_the_seed, batch=6)
         evaluation.score(options)
