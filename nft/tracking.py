@@ -47,8 +47,8 @@ class Tracker:
         options: dict[str, Any] = {"name": self._folder.resolve().name}
         project = "nft"
         if name == "wandb":
-            project = os.environ.get("WANDB_PROJECT", project)
-            options["name"] = os.environ.get("WANDB_NAME", options["name"])
+            project = os.environ.get("WANDB_PROJECT") or project
+            options["name"] = os.environ.get("WANDB_NAME") or options["name"]
         if kind.requires_logging_directory:
             options = {"logging_dir": self._folder}
         # Trackers take flat values only.
