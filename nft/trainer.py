@@ -28,6 +28,7 @@ from nft_kernels.solvers import Row, table
 from . import checkpoint, files, tasks
 from .alarms import Alarms, distribution, preflight
 from .config import Config, ConfigError, load_config
+from .data.prompts import in_turn
 from .distributed import Processes, sharded_like, whole
 from .full import FullPolicy
 from .objectives import OBJECTIVES, Batch, Step
@@ -223,10 +224,8 @@ class Trainer:
         the same everywhere, and the rollout's states for an objective that trains on them."""
         c, rng = self.stage, self._rng("rollout")
         self._seed("rewards")
-        groups = self.groups
-        # Where there are more groups than prompts, an epoch goes on with those that the last one did not reach.
-        first = self.epoch * c.prompts_per_epoch
-        chosen = [rng.choice(groups[(first + i) % len(groups)]) for i in range(c.prompts_per_epoch)]
+        # Where there are more prompts than an epoch has, it goes on with those that the last one did not reach.
+        chosen = in_turn(self.groups, self.epoch * c.prompts_per_epoch, c.prompts_per_epoch, self.config.seed)
         entries = [entry for entry in chosen for _ in range(c.explore or c.group_size)]
         seeds = [rng.getrandbits(62) for _ in entries]
         kept: list[Tensor] = []

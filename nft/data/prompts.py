@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,22 @@ def train(source: str, apart_from: list[Entry]) -> list[list[Entry]]:
     if not any(left):
         raise ValueError(f"prompts: {source} holds no prompt that is not held out")
     return [group for group in left if group]
+
+
+@lru_cache(maxsize=16)
+def _order(size: int, seed: str) -> list[int]:
+    return random.Random(seed).sample(range(size), size)
+
+
+def in_turn(groups: list[list[Entry]], first: int, count: int, seed: int) -> list[Entry]:
+    """``count`` entries from number ``first`` on of an endless sequence in which the groups take turns, and in a group
+    each entry comes once before any comes again, in an order that is another every time."""
+    found = []
+    for number in range(first, first + count):
+        turn, which = divmod(number, len(groups))
+        again, place = divmod(turn, len(groups[which]))
+        found.append(groups[which][_order(len(groups[which]), f"{seed} {which} {again}")[place]])
+    return found
 
 
 def _by_tag(entries: list[Entry]) -> list[list[Entry]]:

@@ -4,11 +4,14 @@ import json
 import random
 import threading
 from collections import Counter
+from itertools import accumulate
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("diffusers")
 
@@ -309,3 +312,35 @@ def test_too_many_objects_are_worth_no_less_than_none():
     task = Shapes(torch.device("cpu"))
     assert task.score(pictures, [entry] * 2).tolist() == [[0, 0], [1, 1]]
     assert task.score(pictures[:1], [three]).tolist() == [[1, 1]]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5),
+    epochs=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    seed=st.integers(0, 3),
+)
+def test_every_prompt_comes_once_before_any_comes_again(sizes, epochs, seed):
+    groups = [[{"prompt": f"{g} {i}"} for i in range(size)] for g, size in enumerate(sizes)]
+    ends = [0, *accumulate(epochs)]
+    drawn = [
+        entry["prompt"]
+        for first, count in zip(ends, epochs, strict=False)
+        for entry in prompts.in_turn(groups, first, count, seed)
+    ]
+    for g, size in enumerate(sizes):
+        own = drawn[g :: len(sizes)]
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
+            assert len(set(part)) == len(part) and set(part) <= {f"{g} {i}" for i in range(size)}
+
+
+def test_the_order_of_prompts_is_another_every_time_for_every_group_and_every_seed():
+    groups = [[{"prompt": str(i)} for i in range(100)]] * 2
+    orders = [
+        [entry["prompt"] for entry in prompts.in_turn(groups, first, 200, seed)[g::2]]
+        for seed in (0, 1)
+        for first in (0, 200)
+        for g in (0, 1)
+    ]
+    assert all(sorted(order, key=int) == [str(i) for i in range(100)] for order in orders)
+    assert len({tuple(order) for order in orders}) == 8
