@@ -44,13 +44,10 @@ class Tracker:
         if name == "none":
             return
         kind = LOGGER_TYPE_TO_CLASS[name]
-        options: dict[str, Any] = {"name": self._folder.resolve().name}
-        project = "nft"
+        project, title = "nft", self._folder.resolve().name
         if name == "wandb":
-            project = os.environ.get("WANDB_PROJECT") or project
-            options["name"] = os.environ.get("WANDB_NAME") or options["name"]
-        if kind.requires_logging_directory:
-            options = {"logging_dir": self._folder}
+            project, title = os.environ.get("WANDB_PROJECT") or project, os.environ.get("WANDB_NAME") or title
+        options = {"logging_dir": self._folder} if kind.requires_logging_directory else {"name": title}
         # Trackers take flat values only.
         flat = {k: v for k, v in self._config.model_dump().items() if not isinstance(v, dict | list) and v is not None}
         try:

@@ -166,8 +166,9 @@ def in_turn(groups: list[list[Entry]], first: int, count: int, seed: int) -> lis
     found = []
     for number in range(first, first + count):
         turn, which = divmod(number, len(groups))
-        again, place = divmod(turn, len(groups[which]))
-        found.append(groups[which][_order(len(groups[which]), f"{seed} {which} {again}")[place]])
+        group = groups[which]
+        again, place = divmod(turn, len(group))
+        found.append(group[_order(len(group), f"{seed} {which} {again}")[place]])
     return found
 
 

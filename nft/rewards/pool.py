@@ -203,12 +203,12 @@ class Scorer:
                 worker = self._workers[name] = _Here(spec, device)
                 # What a server's reward needs is known by its instance only.
                 self.judges[name] = worker.reward
+                # Two calls at a time of a model on one device would only share it.
+                count = 1 if kind is not None and kind.uses_device else spec.workers
             else:
                 self._workers[name], self.judges[name] = _Processes(spec), kind
-            # Two calls at a time of a model on one device would only share it.
-            count = 1 if kind is not None and kind.uses_device else spec.workers
-            # A process finds the next call at hand: this one, busy drawing, is slow to hand it over.
-            count += isinstance(self._workers[name], _Processes)
+                # A process finds the next call at hand: this one, busy drawing, is slow to hand it over.
+                count = spec.workers + 1
             self._threads[name] = ThreadPoolExecutor(count, thread_name_prefix=f"reward-{name}")
         except Exception as error:
             raise RewardError(f"reward {name}: {error}") from error

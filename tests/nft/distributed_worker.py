@@ -72,6 +72,13 @@ def train_until(trainer, epoch):
         trainer.train(interrupt)
 
 
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def by_fork(count, work, seconds=300):
     """Let ``count`` processes do ``work()`` as torchrun would start them, without importing everything once more."""
     with socket.socket() as probe:

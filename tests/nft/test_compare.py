@@ -5,13 +5,12 @@ import json
 import math
 import re
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
-from distributed_worker import Brightness
+from distributed_worker import Brightness, wait_for
 
 pytest.importorskip("diffusers")
 
@@ -380,20 +379,13 @@ def test_workers_end_with_a_command_that_is_killed(tiny, tmp_path):
     command = psutil.Popen([sys.executable, "-c", code, *arguments, "--output", str(tmp_path), *tiny])
     try:
         for folder in (tmp_path / "runs" / name / "seed-0" for name in ("nft", "sft")):
-            wait_for(lambda folder=folder: (folder / "checkpoint").exists() or command.poll() is not None)
+            wait_for(lambda folder=folder: (folder / "checkpoint").exists() or command.poll() is not None, 120)
         children = command.children(recursive=True)
         assert command.poll() is None and len(children) >= 2
     finally:
         command.kill()
         command.wait()
-    wait_for(lambda: not any(child.is_running() for child in children))
-
-
-def wait_for(condition):
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_for(lambda: not any(child.is_running() for child in children), 120)
 
 
 def test_tuning_score_is_the_mean_of_the_last_third(tmp_path):

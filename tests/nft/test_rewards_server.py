@@ -22,6 +22,7 @@ pytest.importorskip("fastapi", reason='pip install "diffusion-nft[server]"')
 pytest.importorskip("uvicorn", reason='pip install "diffusion-nft[server]"')
 
 import httpx
+from distributed_worker import wait_for
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -142,13 +143,6 @@ def numbered(numbers, side=8, **more):
     for picture, n in zip(pictures, numbers, strict=True):
         picture[0, 0] = torch.tensor([n // 65536, n // 256 % 256, n % 256])
     return pictures, [{"prompt": f"picture {n}", "n": n, **more} for n in numbers]
-
-
-def wait_for(path, seconds=60):
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path.name}"
-        time.sleep(0.01)
 
 
 def free_port():
@@ -614,8 +608,8 @@ def test_a_process_that_keeps_dying_is_named(tmp_path, monkeypatch):
 def test_ctrl_c_is_not_for_a_process_of_a_reward_not_even_as_it_starts():
     with ThreadPoolExecutor(1) as thread:
         made = thread.submit(Scorer, {"r": RewardSpec("probes:Number")})
-        while not (started := multiprocessing.active_children()):
-            time.sleep(0.01)
+        wait_for(multiprocessing.active_children)
+        started = multiprocessing.active_children()
         for seconds in (0.1, 0.5, 1.0):
             time.sleep(seconds)
             os.kill(started[0].pid, signal.SIGINT)
@@ -650,10 +644,8 @@ if __name__ == "__main__":
         except FileNotFoundError:
             return b""
 
-    end = time.monotonic() + 20
-    while any(map(alive, workers)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert len(workers) == 2 and not any(map(alive, workers))
+    assert len(workers) == 2
+    wait_for(lambda: not any(map(alive, workers)), 20)
 
 
 # --- beside sampling ---
@@ -661,8 +653,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def process():
-    """One process, and two batches at most."""
-    with Scorer({"r": RewardSpec("probes:Number")}, max_pending=2) as scorer:
+    """One process."""
+    with Scorer({"r": RewardSpec("probes:Number")}) as scorer:
         yield scorer
 
 
@@ -676,11 +668,11 @@ def gated(tmp_path):
 def test_scoring_overlaps_with_sampling(gated, tmp_path):
     """Scoring begins and goes on while nobody asks for scores, and nobody waits for it to end."""
     gated.submit(*numbered([0]))
-    wait_for(tmp_path / "began0")
+    wait_for((tmp_path / "began0").exists)
     gated.submit(*numbered([1]))
     assert not (tmp_path / "began1").exists()
     (tmp_path / "go0").touch()
-    wait_for(tmp_path / "began1")
+    wait_for((tmp_path / "began1").exists)
     (tmp_path / "go1").touch()
     assert scores_of(gated) == [0, 1]
 
