@@ -60,9 +60,9 @@ constexpr int kDetails = 8;
 
 struct LossArgs {
   View v_theta, v_old, x_t, x0, v_ref, grad;
-  View mask, r_elements;
+  View mask, policy_weight, r_elements;
   bool has_ref, want_grad, double_math;
-  bool has_mask, r_per_element, detach_weight, kl_in_x0;
+  bool has_mask, has_policy_weight, r_per_element, detach_weight, kl_in_x0;
   int weighting, prediction;
   int64_t batch, elements;
   // Sample b is [offsets[b], offsets[b + 1]) times `elements` of packed tensors, seen as one sample; null without.

@@ -146,14 +146,16 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("nft_loss", [](const Where& where, const Tensor& v_theta, const Tensor& v_old, const Tensor& x_t,
                        const Tensor& x0, const std::optional<Tensor>& v_ref, const std::optional<Tensor>& grad,
-                       const std::optional<Tensor>& mask, const std::optional<Tensor>& r_elements, uintptr_t offsets,
+                       const std::optional<Tensor>& mask, const std::optional<Tensor>& policy_weight,
+                       const std::optional<Tensor>& r_elements, uintptr_t offsets,
                        const PerSample& t, const PerSample& r, const PerSample& beta, const PerSample& loss_weight,
                        double adv_clip_max, double kl_weight, int weighting, int prediction, bool kl_in_x0,
                        bool detach_weight, int64_t channels, int64_t inner, bool double_math, int64_t batch,
                        int64_t elements, uintptr_t loss, uintptr_t details) {
-    LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), view(v_ref), view(grad), view(mask), view(r_elements),
+    LossArgs a{view(v_theta), view(v_old), view(x_t), view(x0), view(v_ref), view(grad),
+               view(mask), view(policy_weight), view(r_elements),
                v_ref.has_value(), grad.has_value(), double_math,
-               mask.has_value(), r_elements.has_value(), detach_weight, kl_in_x0,
+               mask.has_value(), policy_weight.has_value(), r_elements.has_value(), detach_weight, kl_in_x0,
                weighting, prediction, batch, elements, pointer<int64_t>(offsets),
                vector(t), vector(r), vector(beta), vector(loss_weight), adv_clip_max, kl_weight, channels, inner,
                pointer<void>(loss), pointer<void>(details)};

@@ -149,7 +149,8 @@ struct Sums {
   }
 };
 
-// Those of a sample whose elements do not count alike: also the sums of the mask, of r e+^2 and of (1-r) e-^2.
+// Those of a sample whose elements do not count alike: also the sums of the mask, and of r e+^2 and (1-r) e-^2 by what
+// each element counts in the policy loss.
 template <typename T>
 struct WeightedSums {
   Sums<T> all;
@@ -165,7 +166,9 @@ struct WeightedSums {
 };
 
 // Whether elements of a sample count differently or the gradient flows through the weights: that takes WeightedSums.
-NFT_HD bool elementwise(const LossArgs& a) { return a.has_mask || a.r_per_element || !a.detach_weight; }
+NFT_HD bool elementwise(const LossArgs& a) {
+  return a.has_mask || a.has_policy_weight || a.r_per_element || !a.detach_weight;
+}
 
 // Where the elements of sample b are; packed tensors are one row, of which the samples are parts.
 struct Part {
@@ -182,12 +185,14 @@ struct Coefficients {
   double positive, negative, kl, positive_sign, negative_sign;
 };
 
-// d loss / d v_theta of an element with an r of its own, without its mask and the KL term.
+// d loss / d v_theta of an element without the KL term. `of_policy` is what it counts in the policy loss, and `mask` in
+// the weights w.
 template <typename T>
-NFT_HD T policy_gradient(const Coefficients& c, T r, T positive, T negative) {
+NFT_HD T policy_gradient(const Coefficients& c, T mask, T of_policy, T r, T positive, T negative) {
   auto sign = [](T x) { return static_cast<T>((x > 0) - (x < 0)); };
-  return r * (static_cast<T>(c.positive) * positive) + (1 - r) * (static_cast<T>(c.negative) * negative) +
-         static_cast<T>(c.positive_sign) * sign(positive) + static_cast<T>(c.negative_sign) * sign(negative);
+  return of_policy * (r * (static_cast<T>(c.positive) * positive) +
+                      (1 - r) * (static_cast<T>(c.negative) * negative)) +
+         mask * (static_cast<T>(c.positive_sign) * sign(positive) + static_cast<T>(c.negative_sign) * sign(negative));
 }
 
 NFT_HD double time_weighting(int weighting, double t) {

@@ -131,7 +131,8 @@ def _check_loss(backend: str, dtype: torch.dtype, device: str) -> Comparison:
         times = 0.9 * t if prediction == "eps" else t
         results += compare_nft_loss(*tensors, times, r, prediction=prediction, kl_space=kl_space, **common)
     mask = torch.linspace(-0.5, 1, 31, device=device, dtype=dtype).clamp_min(0)
-    results += compare_nft_loss(*tensors, t, v_ref.sigmoid(), mask=mask, detach_weight=False, **common)
+    uneven: dict[str, Any] = {"mask": mask, "policy_weight": 1 - mask, "detach_weight": False} | common
+    results += compare_nft_loss(*tensors, t, v_ref.sigmoid(), **uneven)
     offsets = torch.tensor([0, 2, 5], device=device)
     results += compare_nft_loss(*tensors, t[:2], r[:2], segments=offsets, **common)
     return max(results, key=lambda c: c.error / c.bound)

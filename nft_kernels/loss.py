@@ -64,6 +64,7 @@ class NFTLoss(torch.nn.Module):
         v_ref: Tensor | None = None,
         beta: Tensor | None = None,
         mask: Tensor | None = None,
+        policy_weight: Tensor | None = None,
         segments: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> NFTLossOutput:
@@ -77,6 +78,7 @@ class NFTLoss(torch.nn.Module):
             r,
             v_ref=v_ref,
             mask=mask,
+            policy_weight=policy_weight,
             segments=segments,
             sample_weight=sample_weight,
             **(self.settings if beta is None else self.settings | {"beta": beta}),

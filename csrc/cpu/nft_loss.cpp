@@ -24,18 +24,19 @@ enum Term { kPositiveAbs, kNegativeAbs, kPositiveSq, kNegativeSq, kDAbs, kKl, kS
 template <typename T>
 struct Buffers {
   alignas(64) T v_theta[kChunk], v_old[kChunk], x_t[kChunk], x0[kChunk], v_ref[kChunk], grad[kChunk];
-  alignas(64) T mask[kChunk], r[kChunk];
+  alignas(64) T mask[kChunk], r[kChunk], of_policy[kChunk];
 };
 
 Sample sample_of(const LossArgs& a, int64_t b) {
   return {unit(value(a.t, b)), a.r_per_element ? 0.0 : unit(value(a.r, b)), value(a.beta, b), value(a.loss_weight, b)};
 }
 
-// The tensors in a chunk of sample b, kept as S; mask and r only where elements do not count alike.
+// The tensors in a chunk of sample b, kept as S; only where elements do not count alike the mask, what they count in the
+// policy loss, and r.
 template <typename T, typename S>
 struct Chunk {
   const S *v_theta, *v_old, *x_t, *x0, *v_ref;
-  const T *mask, *r;
+  const T *mask, *of_policy, *r;
   Affine<T> f;
 };
 
@@ -49,9 +50,15 @@ Chunk<T, S> load_chunk(const LossArgs& a, int64_t b, int64_t row, int64_t start,
                 kRef ? source<T, S>(a.v_ref, row, start, count, buf.v_ref) : nullptr,
                 nullptr,
                 nullptr,
+                nullptr,
                 affine<T>(a.prediction, sample.t, sample.beta)};
   if constexpr (kElementwise) {
-    c.mask = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
+    c.mask = c.of_policy = load_or(a.has_mask, a.mask, row, start, count, T(1), buf.mask);
+    if (a.has_policy_weight) {
+      const T* weight = load(a.policy_weight, row, start, count, buf.of_policy);
+      for (int64_t k = 0; k < count; ++k) buf.of_policy[k] = c.mask[k] * weight[k];
+      c.of_policy = buf.of_policy;
+    }
     c.r = load_or(a.r_per_element, a.r_elements, row, start, count, static_cast<T>(sample.r), buf.r);
   }
   return c;
@@ -62,11 +69,11 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
                                 Buffers<T>& buf) {
   const Chunk<T, S> in = load_chunk<T, S, kElementwise, kRef>(a, b, row, start, count, buf);
   auto terms = [&](int64_t k, T v_theta, T v_old, T x_t, T x0, T v_ref) {
-    T d, base, m = 1, r = 0;
+    T d, base, m = 1, of_policy = 1, r = 0;
     errors<T>(v_theta, v_old, x_t, x0, in.f, d, base);
     T positive = fused(in.f.step, d, base), negative = fused(-in.f.step, d, base), delta = v_theta - v_ref;
     if constexpr (kElementwise) {
-      m = in.mask[k], r = in.r[k];
+      m = in.mask[k], of_policy = in.of_policy[k], r = in.r[k];
       d = m > 0 ? d : 0;
       positive = m > 0 ? positive : 0;
       negative = m > 0 ? negative : 0;
@@ -75,7 +82,7 @@ WeightedSums<double> chunk_sums(const LossArgs& a, int64_t b, int64_t row, int64
     return WeightedSums<T>{
         {m * std::abs(positive), m * std::abs(negative), m * (positive * positive), m * (negative * negative),
          m * (delta * delta), m * std::abs(d), std::abs(d)},
-        m, m * (r * (positive * positive)), m * ((1 - r) * (negative * negative))};
+        m, of_policy * (r * (positive * positive)), of_policy * ((1 - r) * (negative * negative))};
   };
   // Of a short sample, setting up and adding up the others would be much of the time.
   constexpr int kUsed = kElementwise ? kTerms : kRef ? kKl + 1 : kKl;
@@ -154,15 +161,15 @@ void chunk_grad(const LossArgs& a, int64_t b, int64_t row, int64_t start, int64_
     T d, base, value;
     errors<T>(v_theta, v_old, x_t, x0, in.f, d, base);
     const T positive = fused(in.f.step, d, base), negative = fused(-in.f.step, d, base);
+    const T m = kElementwise ? in.mask[k] : T(1);
     if constexpr (kElementwise)
-      value = policy_gradient(c, in.r[k], positive, negative);
+      value = policy_gradient(c, m, in.of_policy[k], in.r[k], positive, negative);
     else if constexpr (few.value)
       value = static_cast<T>(c.positive) * positive + static_cast<T>(c.negative) * negative;
     else
       value = fused(of_base, base, of_d * d);
-    if constexpr (kRef) value = fused(of_kl, v_theta - v_ref, value);
-    if constexpr (kElementwise) value = in.mask[k] > 0 ? in.mask[k] * value : 0;
-    return value;
+    if constexpr (kRef) value = fused(of_kl * m, v_theta - v_ref, value);
+    return m > 0 ? value : 0;
   };
   S* grad = target<T, S>(a.grad, row, start, buf.grad);
   passes = passes && grad != static_cast<void*>(buf.grad) && reinterpret_cast<uintptr_t>(grad) % 32 == 0;

@@ -1,7 +1,7 @@
 // The loss and its gradient. Where a thread-block cluster can hold a sample's errors, or all processors together those
 // of a large one, one launch reads every input once; elsewhere a first launch adds up slices of samples and a second
 // reads the inputs again for the gradient. kGeneral kernels, always in two launches, know what the common ones leave
-// out: masks, r per element, segments, and gradients through the weights.
+// out: masks, policy weights, r per element, segments, and gradients through the weights.
 #include <cooperative_groups.h>
 
 #include <map>
@@ -19,7 +19,7 @@ namespace {
 template <typename T>
 struct Errors {
   Pack<T> positive, negative, delta;  // e+, e- and v_theta - v_ref
-  Pack<T> mask, r;                    // kGeneral only
+  Pack<T> mask, of_policy, r;         // kGeneral only
 };
 
 template <typename T, bool kGeneral>
@@ -36,6 +36,11 @@ __device__ void load_weights(const LossArgs& a, int64_t b, const Place& place, E
   }
   if (a.has_mask) e.mask = load<T, false>(a.mask, place);
   if (a.r_per_element) e.r = load<T, false>(a.r_elements, place);
+  e.of_policy = e.mask;
+  if (!a.has_policy_weight) return;
+  const Pack<T> weight = load<T, false>(a.policy_weight, place);
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) e.of_policy.v[j] *= weight.v[j];
 }
 
 __device__ Sample sample_of(const LossArgs& a, int64_t b) {
@@ -72,13 +77,13 @@ __device__ Errors<T> load_errors(const LossArgs& a, int64_t b, const Place& plac
     negative = fused(-f.step, d, base);
     delta = a.has_ref ? v_theta.v[j] - v_ref.v[j] : 0;
     if constexpr (kGeneral) {
-      const T m = e.mask.v[j], r = e.r.v[j];
+      const T m = e.mask.v[j], of_policy = e.of_policy.v[j], r = e.r.v[j];
       // Padding may hold anything, NaN included.
       if (!(m > 0)) d = positive = negative = delta = 0;
       pack_sums.add(WeightedSums<T>{
           {m * std::abs(positive), m * std::abs(negative), m * (positive * positive), m * (negative * negative),
            m * (delta * delta), m * std::abs(d), std::abs(d)},
-          m, m * (r * (positive * positive)), m * ((1 - r) * (negative * negative))});
+          m, of_policy * (r * (positive * positive)), of_policy * ((1 - r) * (negative * negative))});
     } else {
       pack_sums.add(Sums<T>{std::abs(positive), std::abs(negative), positive * positive, negative * negative,
                             delta * delta, std::abs(d), std::abs(d)});
@@ -96,12 +101,13 @@ __device__ void store_gradient(const LossArgs& a, const Place& place, const Erro
   Pack<T> grad;
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
+    const T m = kGeneral ? e.mask.v[j] : T(1);
     if constexpr (kGeneral)
-      grad.v[j] = policy_gradient(c, e.r.v[j], e.positive.v[j], e.negative.v[j]);
+      grad.v[j] = policy_gradient(c, m, e.of_policy.v[j], e.r.v[j], e.positive.v[j], e.negative.v[j]);
     else
       grad.v[j] = positive * e.positive.v[j] + negative * e.negative.v[j];
-    if (with_kl(a)) grad.v[j] += kl * e.delta.v[j];
-    if constexpr (kGeneral) grad.v[j] = e.mask.v[j] > 0 ? e.mask.v[j] * grad.v[j] : 0;
+    if (with_kl(a)) grad.v[j] += kl * m * e.delta.v[j];
+    if constexpr (kGeneral) grad.v[j] = m > 0 ? grad.v[j] : 0;
   }
   store<T, kPacked>(a.grad, place, grad);
 }

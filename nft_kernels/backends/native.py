@@ -104,7 +104,7 @@ def nft_loss(
     inputs: LossInputs, options: Options, *, grad_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scalar loss, (8, B) per-sample values, and d loss / d v_theta in ``grad_dtype`` if given."""
-    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight = inputs
+    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, policy_weight, segments, loss_weight = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     batch, device = t.shape[0], x0.device
     loss, details = torch.empty((), dtype=dtype, device=device), torch.empty(8, batch, dtype=dtype, device=device)
@@ -121,6 +121,7 @@ def nft_loss(
         _describe(v_ref, packed),
         _describe(grad, packed),
         _describe(None if mask is None else mask.expand(x0.shape), packed),
+        _describe(None if policy_weight is None else policy_weight.expand(x0.shape), packed),
         _describe(r_elements, packed),
         0 if segments is None else segments.data_ptr(),
         _per_sample(t),

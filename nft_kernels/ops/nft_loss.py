@@ -103,6 +103,7 @@ def _op(
     beta: Tensor | None,
     v_ref: Tensor | None,
     mask: Tensor | None,
+    policy_weight: Tensor | None,
     segments: Tensor | None,
     loss_weight: Tensor | None,
     adv_clip_max: float,
@@ -120,7 +121,7 @@ def _op(
     options = Options(
         adv_clip_max, kl_weight, weighting, prediction, kl_space, detach_weight, constant_beta, channels, inner
     )
-    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight)
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, policy_weight, segments, loss_weight)
     if segments is not None:
         # What torch.compile traced had no values to look at.
         _validate.offsets("segments", segments, x0)
@@ -131,7 +132,7 @@ def _op(
 
 
 @_op.register_fake
-def _fake(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight, *options):
+def _fake(v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, policy_weight, segments, loss_weight, *options):
     *_, want_grad, _ = options
     details = x0.new_empty((8, t.shape[0]), dtype=compute_dtype(v_theta, v_old, x_t, x0, v_ref))
     grad = torch.empty_like(v_theta, dtype=_unscaled_dtype(v_theta)) if want_grad else v_theta.new_empty(0)
@@ -180,7 +181,8 @@ def _per_token(
     """``_run`` with every token as a sample of its own, which counts by its share of its sample's elements."""
     x0 = inputs.x0
     channels, inner = x0.shape[channel_dim], math.prod(x0.shape[channel_dim + 1 :])
-    common = inputs.mask is None and inputs.segments is None and inputs.r.ndim == 1 and options.detach_weight
+    given = (inputs.mask, inputs.policy_weight, inputs.segments)
+    common = all(x is None for x in given) and inputs.r.ndim == 1 and options.detach_weight
     if common and inner > 1 and channels <= _MOST_CHANNELS and backend == "native" and x0.is_cpu:
         # Nothing needs to be copied to have the channels last. The compiler of torch 2.6 knows no _replace.
         *others, _, _ = options
@@ -223,6 +225,7 @@ def _per_token(
         v_ref=None if inputs.v_ref is None else rows(inputs.v_ref),
         beta=None if inputs.beta is None else spread(inputs.beta),
         mask=mask,
+        policy_weight=None if inputs.policy_weight is None else rows(inputs.policy_weight),
         segments=None,
         loss_weight=spread(loss_weight) * share,
     )
@@ -300,6 +303,7 @@ def nft_loss(
     weighting: str = "adaptive",
     prediction: str = "v",
     mask: Tensor | None = None,
+    policy_weight: Tensor | None = None,
     segments: Tensor | None = None,
     weight_per: str = "sample",
     channel_dim: int | None = None,
@@ -338,12 +342,16 @@ def nft_loss(
             ``eps``. The errors are those of the x0 prediction in any case.
         mask: weights of the elements, at least 0, that broadcast to x0's shape, boolean or floating; all means over
             elements are weighted by them. What lies where the mask is 0 is not looked at.
+        policy_weight: weights of the elements in the policy loss alone, beside the mask and of its kinds: w+-, the KL
+            term and what is reported of l+- are without them. They are not normalised: with a mean of 1 over a sample
+            they keep the size of its loss.
         segments: (S + 1,) int64 offsets into the first dimension of packed sequences of different lengths, from 0 to
             x0.shape[0]. Every segment then is a sample: B is S in all that is said of (B,) here.
         weight_per: ``sample`` takes the mean in w+- over a sample, ``token`` over the channels of each token.
         channel_dim: the dimension of the channels, for ``weight_per="token"``; not the first one, and below 0 counted
             from the end. Unless it is the last one the tensors are copied; ``native`` on the CPU copies them with a
-            mask, segments, an r of elements, ``detach_weight=False`` or more than 128 channels only.
+            mask, weights of the policy, segments, an r of elements, ``detach_weight=False`` or more than 128 channels
+            only.
         detach_weight: False lets the gradient flow through w+- too.
         kl_space: ``v`` takes the KL term's difference between velocities, ``x0`` between x0 predictions.
         sample_weight: (B,) weights of at least 0, by which ``mean`` averages and the others multiply.
@@ -404,6 +412,9 @@ def nft_loss(
     if mask is not None:
         _validate.broadcastable("mask", mask, x0, 0, math.inf)
         mask = _narrow(mask, wide)
+    if policy_weight is not None:
+        _validate.broadcastable("policy_weight", policy_weight, x0, 0, math.inf)
+        policy_weight = _narrow(policy_weight, wide)
     loss_weight = None
     if sample_weight is not None:
         _validate.per_sample("sample_weight", sample_weight, samples, 0, math.inf, below=True)
@@ -419,7 +430,7 @@ def nft_loss(
     options = Options(
         float(adv_clip_max), float(kl_weight), weighting, prediction, kl_space, detach_weight, constant_beta
     )
-    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, segments, loss_weight)
+    inputs = LossInputs(v_theta, v_old, x_t, x0, t, r, betas, v_ref, mask, policy_weight, segments, loss_weight)
     chosen = choose(backend, x0)
     if weight_per == "token":
         channels = _validate.dimension("channel_dim", channel_dim, x0.ndim)

@@ -6,7 +6,8 @@ and e+- = x0_hat(p+-) - x0 (for v the design's x_t - t v+- - x0),
 
     w+- = max(mean |e+-|, 1e-5)    l+- = mean e+-^2 / w+-    policy = M mean(r e+^2 / w+ + (1-r) e-^2 / w-) / beta
 
-where a mean runs over one sample's elements (or one segment's), weighted by the mask if there is one.
+where a mean runs over one sample's elements (or one segment's), weighted by the mask if there is one, and that of the
+policy loss also by the policy's weights of elements.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class LossInputs(NamedTuple):
     v_ref: Tensor | None = None
     mask: Tensor | None = None
     """Weights of the elements that broadcast to x0's shape."""
+    policy_weight: Tensor | None = None
+    """The same for the policy loss alone, beside the mask."""
     segments: Tensor | None = None
     """(S + 1,) int64 offsets into the first dimension of packed tensors."""
     loss_weight: Tensor | None = None
@@ -94,7 +97,7 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
     """What every sample adds to the loss, and its eight values in the order of ``NFTLossOutput``, (S,) each; only the
     first has a graph. Computes in float64 if any tensor is float64, else in float32.
     """
-    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, segments, loss_weight = inputs
+    v_theta, v_old, x_t, x0, t, r, beta, v_ref, mask, policy_weight, segments, loss_weight = inputs
     dtype = compute_dtype(v_theta, v_old, x_t, x0, v_ref)
     v_theta, v_old, x_t, x0 = (x.to(dtype) for x in (v_theta, v_old, x_t, x0))
     v_old, x_t, x0 = v_old.detach(), x_t.detach(), x0.detach()
@@ -131,6 +134,7 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
     keep, push = map(per_element, x0_coefficients(t, options.prediction))
     step = push * per_element(beta) * (v_theta - v_old)
     share = r if each_r else per_element(r)
+    of_policy = 1 if policy_weight is None else policy_weight.detach().to(dtype)
 
     def branch(error: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight = torch.ones_like(t)
@@ -138,7 +142,7 @@ def nft_loss(inputs: LossInputs, options: Options) -> tuple[Tensor, ...]:
             weight = mean(error.abs()).clamp_min(MIN_WEIGHT)
             weight = weight.detach() if options.detach_weight else weight
         scale = time_weighting(t, options.weighting) / weight
-        return scale * mean(error.square()), weight, scale * mean(share * error.square())
+        return scale * mean(error.square()), weight, scale * mean(of_policy * share * error.square())
 
     base = keep * x_t - x0 + push * v_old
     positive_loss, positive_weight, positive = branch(base + step, share)

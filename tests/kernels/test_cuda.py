@@ -13,6 +13,7 @@ from test_nft_loss_options import (  # noqa: F401
     test_option,
     test_packed_sequences,
     test_packed_sequences_equal_separate_ones,
+    test_policy_weight,
     test_r_per_token_and_element,
     test_reruns_of_all_options_give_the_same_bits,
     test_what_is_masked_is_not_looked_at,
@@ -150,7 +151,8 @@ def test_nothing_is_written_around_the_outputs(elements, monkeypatch):
 
     monkeypatch.setattr(torch, "empty_like", guarded)
     loss_and_gradient(x, t, r)
-    every = {"mask": x[2].abs(), "segments": torch.tensor([0, 1, 3]), "detach_weight": False}
+    weights = {"mask": x[2].abs(), "policy_weight": x[3].abs()}
+    every = {**weights, "segments": torch.tensor([0, 1, 3]), "detach_weight": False}
     loss_and_gradient(x, t[:2], x[3].abs().clamp_max(1), **every)
     add_noise(x[0], t, seed=1, backend="native")
     solver_step(table("flow-sde", schedule(4)), 1, x[0], x[1], seed=1, x0=True, backend="native")

@@ -117,6 +117,7 @@ def test_options(shape):
     compare_nft_loss(*x[:4], t, r, beta=0.5 + t, sample_weight=r, **common)
     mask = torch.rand(shape[-1]) - 0.3
     compare_nft_loss(*x[:4], t, x[4].sigmoid(), mask=mask.clamp_min(0), detach_weight=False, **common)
+    compare_nft_loss(*x[:4], t, r, policy_weight=mask.abs(), **common)
     compare_nft_loss(*x[:4], t[:1], r[:1], segments=torch.tensor([0, shape[0]]), **common)
 
 
@@ -138,7 +139,8 @@ def test_any_strides_and_alignment(shape):
         common = {"v_ref": y[4], "kl_weight": 0.1, "backend": "native"}
         compare_nft_loss(*y[:4], t, r, **common)
         segments = torch.tensor([0, 1, len(t)])
-        compare_nft_loss(*y[:4], t[:2], r[:2], mask=y[4].abs(), segments=segments, **common)
+        weights = {"mask": y[4].abs(), "policy_weight": y[3].abs()}
+        compare_nft_loss(*y[:4], t[:2], r[:2], **weights, segments=segments, **common)
         compare_steps(table("dpm++3M", schedule(4)), y)
         x_t, expected = (add_noise(y[0], t, noise=y[1], backend=backend) for backend in ("native", "reference"))
         torch.testing.assert_close(x_t, expected)

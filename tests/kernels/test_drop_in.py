@@ -75,13 +75,14 @@ def test_the_module_hands_on_everything():
     g = torch.Generator().manual_seed(0)
     x = [torch.randn(6, 3, 5, generator=g) for _ in range(5)]
     t, r, weight = (torch.rand(6, generator=g) for _ in range(3))
-    given = {"v_ref": x[4], "mask": torch.rand(5, generator=g), "sample_weight": weight}
+    mask, policy_weight = torch.rand(2, 5, generator=g)
+    given = {"v_ref": x[4], "mask": mask, "policy_weight": policy_weight, "sample_weight": weight}
     packed = {"v_ref": x[4], "segments": torch.tensor([0, 2, 6]), "sample_weight": weight[:2]}
     for tensors, options in (([*x[:4], t, r], given), ([*x[:4], t[:2], r[:2]], packed)):
         wanted = nft_loss(*tensors, **options, kl_weight=0.3)
         got = NFTLoss(kl_weight=0.3)(*tensors, **options)
         assert all(map(torch.equal, got, wanted))
-        for name in options.keys() & {"mask", "sample_weight"}:
+        for name in options.keys() & {"mask", "policy_weight", "sample_weight"}:
             others = {key: value for key, value in options.items() if key != name}
             assert not torch.equal(nft_loss(*tensors, **others, kl_weight=0.3).loss, got.loss)
 

@@ -307,6 +307,7 @@ def test_compiles_whole_and_passes_opcheck(kernels):
         None,
         None,
         None,
+        None,
         *Options(kl_weight=0.1),
         False,
         kernels,

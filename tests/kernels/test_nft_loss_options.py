@@ -26,8 +26,8 @@ FACTORS = {
 
 def definition(
     p_theta, p_old, x_t, x0, t, r, *, p_ref=None, beta=1.0, kl_weight=0.0, weighting="adaptive", prediction="v",
-    mask=None, segments=None, weight_per="sample", channel_dim=None, detach_weight=True, kl_space="v",
-    sample_weight=None, reduction="mean",
+    mask=None, policy_weight=None, segments=None, weight_per="sample", channel_dim=None, detach_weight=True,
+    kl_space="v", sample_weight=None, reduction="mean",
 ):  # fmt: skip
     """Loss and (B,) policy losses. Every tensor is float64; nothing is shared with the library."""
     offsets = list(range(len(x0) + 1)) if segments is None else segments.tolist()
@@ -38,6 +38,7 @@ def definition(
         a, o, noisy, clean = p_theta[part], p_old[part], x_t[part], x0[part]
         share = r[i] if r.ndim == 1 else r.expand(x0.shape)[part]
         m = torch.ones_like(clean) if mask is None else mask.double().expand(x0.shape)[part]
+        q = 1 if policy_weight is None else policy_weight.double().expand(x0.shape)[part]
         b = beta[i] if isinstance(beta, torch.Tensor) else beta
 
         def x0_hat(p, noisy=noisy, i=i):
@@ -62,7 +63,7 @@ def definition(
                 w = ((m * e.abs()).sum(d, keepdim=True) / m.sum(d, keepdim=True)).clamp_min(1e-5).expand_as(e)
             w = w.detach() if detach_weight else w
             scale = 1.0 if weighting in ("adaptive", "none") else FACTORS[weighting](t[i])
-            policy = policy + M * scale * torch.where(m > 0, m * portion * e**2 / w, 0).sum() / m.sum() / b
+            policy = policy + M * scale * torch.where(m > 0, m * q * portion * e**2 / w, 0).sum() / m.sum() / b
         total = policy
         if p_ref is not None:
             view = velocity if kl_space == "v" else x0_hat
@@ -172,6 +173,27 @@ def test_mask(backend, mask, options):
     compare(x, t, r, backend, torch.float32, mask=weights, **options)
 
 
+@pytest.mark.parametrize("weights", MASKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_per": "token", "channel_dim": 1},
+        {"kl_weight": 0.2, "reduction": "none"},
+        {"detach_weight": False, "mask": 0.1 + torch.arange(3.0, dtype=torch.float64, device="cpu")},
+    ],
+    ids=["plain", "weight per token", "KL", "mask, gradient through the weight"],
+)
+def test_policy_weight(backend, weights, options):
+    x, t, r = make((3, 6, 4, 3))
+    weights = MASKS[weights](torch.Generator().manual_seed(1))
+    out = compare(x, t, r, backend, torch.float32, policy_weight=weights, **options)
+    without = compare(x, t, r, backend, torch.float32, **options)
+    for name in out._fields:
+        same = torch.allclose(getattr(out, name), getattr(without, name), rtol=1e-5)
+        assert same == (name not in ("loss", "policy_loss")), name
+
+
 def test_what_is_masked_is_not_looked_at(backend):
     x, t, r = make((2, 4, 6))
     x, t, r = [a.float() for a in x], t.float(), r.float()
@@ -251,6 +273,7 @@ def edges(*offsets):
 LONG = {
     "mask per token": ((2, 8, 24, 24), {"mask": (random(2, 1, 24, 24) - 0.3).relu()}),
     "boolean mask": ((2, 3, 43, 37), {"mask": random(2, 3, 43, 37) < 0.6}),
+    "policy weight per token": ((2, 8, 24, 24), {"policy_weight": random(2, 1, 24, 24), "kl_weight": 0.1}),
     "r per element": ((2, 8, 24, 24), {"r": random(2, 8, 24, 24), "kl_weight": 0.1}),
     "gradient through the weight": ((2, 8, 24, 24), {"detach_weight": False, "beta": 0.3}),
     "all but segments": (
@@ -267,7 +290,7 @@ LONG = {
     "all": (
         (60, 4, 64),
         {"segments": edges(0, 2, 41, 60), "mask": (random(60, 1, 64) - 0.3).relu(), "r": random(60, 4, 1),
-         "kl_weight": 0.1, "detach_weight": False, "prediction": "eps"},
+         "policy_weight": random(60, 1, 64), "kl_weight": 0.1, "detach_weight": False, "prediction": "eps"},
     ),
 }  # fmt: skip
 
@@ -323,14 +346,16 @@ def test_a_sample_that_is_masked_out_counts_as_nothing(backend, detach_weight):
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)),
     prediction=st.sampled_from(["v", "x0", "eps"]),
     weighting=st.sampled_from(["adaptive", "none", *FACTORS]),
-    masked=st.booleans(),
+    weighted=st.sets(st.sampled_from(["mask", "policy_weight"])),
     r_shape=st.sampled_from(["sample", "token", "element"]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     kl_weight=st.sampled_from([0.0, 0.2]),
     kl_space=st.sampled_from(["v", "x0"]),
     seed=st.integers(0, 99),
 )
-def test_any_combination(backend, shape, prediction, weighting, masked, r_shape, reduction, kl_weight, kl_space, seed):
+def test_any_combination(
+    backend, shape, prediction, weighting, weighted, r_shape, reduction, kl_weight, kl_space, seed
+):
     x, t, r = make(shape, seed=seed)
     t = 0.3 + 0.4 * t
     g = torch.Generator().manual_seed(seed)
@@ -338,8 +363,8 @@ def test_any_combination(backend, shape, prediction, weighting, masked, r_shape,
         channels = shape[1] if r_shape == "element" else 1
         r = torch.rand(shape[0], channels, *shape[2:], generator=g, device="cpu", dtype=torch.float64)
     options = {"prediction": prediction, "weighting": weighting, "reduction": reduction}
-    if masked:
-        options["mask"] = 0.1 + torch.rand(shape[0], 1, *shape[2:], generator=g, device="cpu", dtype=torch.float64)
+    for name in sorted(weighted):
+        options[name] = 0.1 + torch.rand(shape[0], 1, *shape[2:], generator=g, device="cpu", dtype=torch.float64)
     if kl_weight:
         options |= {"kl_weight": kl_weight, "kl_space": kl_space}
     compare(x, t, r, backend, torch.float64, **options)
@@ -395,6 +420,9 @@ def test_backward_of_none_in_half_precision_scales_by_the_gradients_themselves()
         ({"mask": torch.ones(2, 3, 7)}, ValueError, r"mask: got shape \(2, 3, 7\)"),
         ({"mask": -torch.ones(2, 3, 8)}, ValueError, "mask: got values outside"),
         ({"mask": torch.ones(2, 3, 8, dtype=torch.int32)}, TypeError, "mask: got torch.int32"),
+        ({"policy_weight": torch.ones(2, 3, 7)}, ValueError, r"policy_weight: got shape \(2, 3, 7\)"),
+        ({"policy_weight": torch.full((2, 3, 8), torch.inf)}, ValueError, "policy_weight: got values outside"),
+        ({"policy_weight": 0.5}, TypeError, "policy_weight: got float"),
         ({"r": torch.full((2, 1, 8), 1.5)}, ValueError, "r: got values outside"),
         ({"r": torch.full((3, 1, 8), 0.5)}, ValueError, r"r: got shape \(3, 1, 8\)"),
         ({"r": torch.full((2, 4), 0.5)}, ValueError, r"one value per sample, or 3 dimensions that broadcast to x0's"),
@@ -431,8 +459,9 @@ def test_what_weighs_elements_may_have_any_dtype(backend, kind):
     x, t = [a.to(device).float() for a in x], t.to(device)
     mask, share = (a[None].to(device) for a in random(2, 4, 9))
     mask, share = (a > 0.3 if kind == torch.bool else a.to(kind) for a in (mask, share))
-    got = nft_loss(*x[:4], t.float(), share, mask=mask, backend=backend)
-    wide = nft_loss(*(a.double() for a in x[:4]), t, share.double(), mask=mask.double(), backend="reference")
+    got = nft_loss(*x[:4], t.float(), share, mask=mask, policy_weight=mask, backend=backend)
+    mask = mask.double()
+    wide = nft_loss(*(a.double() for a in x[:4]), t, share.double(), mask=mask, policy_weight=mask, backend="reference")
     for ours, theirs in zip(got, wide, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
 

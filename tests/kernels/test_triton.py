@@ -72,7 +72,8 @@ def test_nothing_outside_is_read_or_written(kernels, layout, dtype, monkeypatch)
     sides, shape, nan = [], (2, 3, 23, 17), float("nan")
     model = torch.empty(shape) if layout == "dense" else torch.empty(2, 17, 23, 3).transpose(1, 3)
     inputs, options = arguments(shape)
-    every = inputs._replace(r=torch.rand(shape), mask=torch.rand(shape), segments=torch.arange(3))
+    weights = {name: torch.rand(shape) for name in ("r", "mask", "policy_weight")}
+    every = inputs._replace(**weights, segments=torch.arange(3))
     inputs, every = (
         reference.LossInputs._make(
             guarded(model, dtype, nan)[0].copy_(x) if torch.is_tensor(x) and x.ndim == 4 else x for x in tensors

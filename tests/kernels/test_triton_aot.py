@@ -57,7 +57,7 @@ def launch_all(backend, dtype, strided):
     for inputs, options in (
         (plain, Options(kl_weight=0.1)),
         (plain._replace(loss_weight=t.double()), Options(prediction="eps", weighting="t")),
-        (plain._replace(r=mask, mask=mask), Options(kl_weight=0.1, detach_weight=False)),
+        (plain._replace(r=mask, mask=mask, policy_weight=mask), Options(kl_weight=0.1, detach_weight=False)),
         (plain._replace(t=t[:2], r=x.float(), beta=t[:2], mask=mask, segments=segments), Options(detach_weight=False)),
     ):
         backend.nft_loss(inputs, options, grad_dtype=dtype)
@@ -85,6 +85,7 @@ def launch_every_combination(backend):
             beta=t.double() if each else None,
             v_ref=x if reference else None,
             mask=x[:, :1] if masked else None,
+            policy_weight=x if masked else None,
             segments=torch.tensor([0, len(x)]) if packed else None,
             loss_weight=t.double() if loss_weight else None,
         )

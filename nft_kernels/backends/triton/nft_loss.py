@@ -2,7 +2,8 @@
 
 Sums are taken in a fixed order and stay on the device: reruns give the same bits, and a CUDA graph can hold it all.
 
-GENERAL kernels know what the common ones leave out: masks, r per element, segments, and gradients through the weights.
+GENERAL kernels know what the common ones leave out: masks, policy weights, r per element, segments, and gradients
+through the weights.
 """
 
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class _Views(NamedTuple):
     r_elements: View | None
     v_ref: View | None
     mask: View | None
+    policy_weight: View | None
     segments: Tensor | None
     loss_weight: View | None
     end: int = 1
@@ -129,15 +131,26 @@ def _errors(inputs, sample, row, start, inside, dtype: tl.constexpr, PREDICTION:
 
 
 @triton.jit
-def _weights(inputs, sample, row, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """The mask, which is 0 outside, and r."""
-    weight = inside.to(dtype)
+def _mask(inputs, row, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """0 outside."""
     if inputs.mask is not None:
-        weight = load(inputs.mask, row, start, inside, dtype, BLOCK)
-    if inputs.r_elements is not None:
-        return weight, load(inputs.r_elements, row, start, inside, dtype, BLOCK)
+        return load(inputs.mask, row, start, inside, dtype, BLOCK)
     else:
-        return weight, tl.zeros((BLOCK,), dtype) + unit(inputs.r, sample, dtype)
+        return inside.to(dtype)
+
+
+@triton.jit
+def _shares(inputs, sample, row, start, inside, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """What e+^2 and e-^2 count in the policy loss, without the mask."""
+    if inputs.r_elements is not None:
+        r = load(inputs.r_elements, row, start, inside, dtype, BLOCK)
+    else:
+        r = tl.zeros((BLOCK,), dtype) + unit(inputs.r, sample, dtype)
+    if inputs.policy_weight is not None:
+        policy_weight = load(inputs.policy_weight, row, start, inside, dtype, BLOCK)
+        return policy_weight * r, policy_weight * (1 - r)
+    else:
+        return r, 1 - r
 
 
 @triton.jit
@@ -215,14 +228,12 @@ def _sum_slices(
         negative = base - step
         weight = 1
         if GENERAL:
-            weight, r = _weights(inputs, sample, row, start, inside, dtype, BLOCK)
+            weight = _mask(inputs, row, start, inside, dtype, BLOCK)
             # Padding may hold anything, NaN included.
             positive = tl.where(weight > 0, positive, 0)
             negative = tl.where(weight > 0, negative, 0)
             d = tl.where(weight > 0, d, 0)
             size += weight
-            positive_share += weight * (r * (positive * positive))
-            negative_share += weight * ((1 - r) * (negative * negative))
         positive_abs += weight * tl.abs(positive)
         negative_abs += weight * tl.abs(negative)
         positive_square += weight * (positive * positive)
@@ -234,6 +245,10 @@ def _sum_slices(
             if GENERAL:
                 delta = tl.where(weight > 0, delta, 0)
             kl += weight * (delta * delta)
+        if GENERAL:
+            positive_part, negative_part = _shares(inputs, sample, row, start, inside, dtype, BLOCK)
+            positive_share += weight * (positive_part * (positive * positive))
+            negative_share += weight * (negative_part * (negative * negative))
     plane = tl.num_programs(0).to(tl.int64)
     sums += program
     tl.store(sums, tl.sum(positive_abs, 0))
@@ -269,7 +284,8 @@ def _finish(
 ):
     """Per-sample values and the loss, in float64 and by one program: there are only a few numbers a sample.
 
-    GENERAL adds three rows to ``details`` for the gradient: the sum of the mask, and the means of r e+^2, (1-r) e-^2.
+    GENERAL adds three rows to ``details`` for the gradient: the sum of the mask, and the means of e+^2 and e-^2 by
+    what they count in the policy loss.
     """
     dtype: tl.constexpr = loss.dtype.element_ty
     plane = batch * slices
@@ -386,8 +402,9 @@ def _gradient(
     # A weight of few errors, as a mask or a segment may leave them, nearly cancels with each of them, which is lost if
     # they are taken apart again.
     if GENERAL:
-        weight, r = _weights(inputs, sample, row, start, inside, dtype, BLOCK)
-        value = r * (positive * (base + step)) - (1 - r) * (negative * (base - step))
+        weight = _mask(inputs, row, start, inside, dtype, BLOCK)
+        positive_part, negative_part = _shares(inputs, sample, row, start, inside, dtype, BLOCK)
+        value = positive_part * (positive * (base + step)) - negative_part * (negative * (base - step))
     elif FEW:
         value = positive * (base + step) - negative * (base - step)
     else:
@@ -490,18 +507,20 @@ def _views(inputs: LossInputs, options: Options, v_ref: Tensor | None) -> _Views
         None if one_r else _view(inputs.r.expand(inputs.x0.shape), inputs),
         None if v_ref is None else _view(v_ref, inputs),
         None if inputs.mask is None else _view(inputs.mask.expand(inputs.x0.shape), inputs),
+        None if inputs.policy_weight is None else _view(inputs.policy_weight.expand(inputs.x0.shape), inputs),
         inputs.segments,
         maybe(inputs.loss_weight),
     )
 
 
 def _general(inputs: LossInputs, options: Options) -> bool:
-    each = inputs.mask is not None or inputs.r.ndim > 1
+    each = inputs.mask is not None or inputs.policy_weight is not None or inputs.r.ndim > 1
     return each or inputs.segments is not None or not options.detach_weight
 
 
 def _bytes(inputs: LossInputs, *more: Tensor | None) -> int:
-    return item_bytes(*inputs[:4], inputs.mask, inputs.r if inputs.r.ndim > 1 else None, *more)
+    r = inputs.r if inputs.r.ndim > 1 else None
+    return item_bytes(*inputs[:4], inputs.mask, inputs.policy_weight, r, *more)
 
 
 def _slices(inputs: LossInputs) -> tuple[int, int]:
