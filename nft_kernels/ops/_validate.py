@@ -27,7 +27,7 @@ def floating(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: got {dtype}, accepted are {', '.join(map(str, DTYPES))}")
 
 
-def _same_device(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
+def same_device(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
     if x.device != x0.device:
         raise ValueError(f"{name}: got device {x.device}, accepted is the device of {like}, {x0.device}")
 
@@ -55,7 +55,7 @@ def shaped(name: str, x: Tensor | None, shape: Sequence[int], described: str, x0
     floating(name, x.dtype)
     if x.shape != shape:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is {described} = {tuple(shape)}")
-    _same_device(name, x, x0, like)
+    same_device(name, x, x0, like)
 
 
 def tensor_like(name: str, x: Tensor, x0: Tensor, like: str = "x0") -> None:
@@ -114,7 +114,7 @@ def per_sample(
         raise ValueError(
             f"{name}: got shape {tuple(x.shape)}, accepted is ({x0.shape[0]},), one value per sample{otherwise}"
         )
-    _same_device(name, x, x0)
+    same_device(name, x, x0)
     _within(name, x, low, high, above, below)
 
 
@@ -126,7 +126,7 @@ def broadcastable(name: str, x: Tensor, x0: Tensor, low: float, high: float) -> 
     shape = (1,) * (x0.ndim - x.ndim) + tuple(x.shape)
     if len(shape) != x0.ndim or any(a not in (1, b) for a, b in zip(shape, x0.shape, strict=True)):
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is one that broadcasts to {tuple(x0.shape)}")
-    _same_device(name, x, x0)
+    same_device(name, x, x0)
     if x.dtype != torch.bool:
         _within(name, x, low, high, below=math.isinf(high))
 
@@ -144,7 +144,7 @@ def offsets(name: str, x: Tensor, x0: Tensor) -> None:
         raise TypeError(f"{name}: got {x.dtype}, accepted is an int64 tensor of offsets")
     if x.ndim != 1 or len(x) < 2:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, accepted is (S + 1,) for S segments")
-    _same_device(name, x, x0)
+    same_device(name, x, x0)
     if not x.is_cpu or torch.compiler.is_compiling():
         return
     if x[0] != 0 or x[-1] != len(x0) or (x.diff() <= 0).any():

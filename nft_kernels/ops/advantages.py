@@ -23,7 +23,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
         (B,) tensor of the rewards' dtype.
 
     Raises:
-        ValueError: wrong shapes, non-finite rewards, or an unknown ``std``.
+        ValueError: wrong shapes, devices that differ, non-finite rewards, or an unknown ``std``.
         TypeError: rewards that are no floating-point tensor or group ids that are no integer one.
     """
     _validate.tensor("rewards", rewards)
@@ -31,6 +31,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, std: str = "global")
     _validate.tensor("group_ids", group_ids)
     if group_ids.is_floating_point() or group_ids.is_complex() or group_ids.dtype == torch.bool:
         raise TypeError(f"group_ids: got {group_ids.dtype}, accepted are integer tensors")
+    _validate.same_device("group_ids", group_ids, rewards, "rewards")
     if rewards.ndim != 1 or not len(rewards):
         raise ValueError(f"rewards: got shape {tuple(rewards.shape)}, accepted is (B,) with B > 0")
     if group_ids.shape != rewards.shape:

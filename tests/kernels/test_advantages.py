@@ -50,6 +50,11 @@ def test_optimality_probability_takes_bounds_that_the_dtype_does_not_hold(dtype,
     ("call", "error", "message"),
     [
         (lambda: group_advantages(torch.zeros(3), torch.zeros(2).long()), ValueError, "group_ids: got shape"),
+        (
+            lambda: group_advantages(torch.zeros(3), torch.zeros(3, device="meta").long()),
+            ValueError,
+            "group_ids: got device meta, accepted is the device of rewards, cpu",
+        ),
         (lambda: group_advantages(torch.zeros(3), torch.zeros(3)), TypeError, "group_ids: got torch.float32"),
         (lambda: group_advantages(torch.zeros(3), torch.zeros(3) * 1j), TypeError, "group_ids: got torch.complex64"),
         (
