@@ -315,7 +315,7 @@ class Trainer:
         combined = combine(
             self._by_reward(scores),
             self.task.weights,
-            torch.arange(len(groups)).repeat_interleave(size),
+            torch.arange(len(groups), device=scores.device).repeat_interleave(size),
             method=self.task.method,
             std=c.advantage_std,
             adv_clip_max=c.adv_clip_max,

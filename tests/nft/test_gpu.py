@@ -62,6 +62,18 @@ def test_epochs_train_and_resume(pipeline, tmp_path, monkeypatch, options):
     assert lines[-1]["epoch"] == 2 and "eval_strict" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [[], ["objective=grpo", "rollout_solver=flow-sde", "explore=6"], ["adapter=full", "lora_rank=32", "offload=true"]],
+    ids=["nft", "grpo", "full"],
+)
+def test_the_bundled_world_trains(tmp_path, options):
+    trainer = Trainer(load_config("shapes", ["device=cuda", "epochs=1", *SMALL, *options]), tmp_path)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-2]["grad_norm"] >= 0 and 0 <= lines[-1]["eval_strict"] <= 1
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_rollouts_draw_what_eager_ones_do(pipeline, mode):
     expected = draw(pipeline)
