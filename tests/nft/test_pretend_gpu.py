@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(Version(torch.__version__) < TRIED, reason=f"PyTorch below {TRIED}, whose internals differ"),
 ]
 # Of what a GPU has kernels of its own for.
-LEFT_OUT = "not compiled and not attention and not float8 and not bf16"
+LEFT_OUT = "not compiled and not attention and not bf16"
 
 
 @pytest.fixture(scope="module")

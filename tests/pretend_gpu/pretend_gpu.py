@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
+from nft_kernels.models import _lora  # noqa: E402
+
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
 # That take indices of the host too, if not for tensors of the host.
@@ -138,6 +140,8 @@ class Functions(TorchFunctionMode):
                 return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype), device=GPU)
             if function is torch.Tensor.tolist:
                 return args[0].cpu().tolist()
+            if function is torch.Tensor.data_ptr:
+                return args[0].host.data_ptr()
             if function in (torch.Tensor.numpy, torch.Tensor.__array__):
                 raise TypeError("a tensor on the GPU is no array")
             if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
@@ -226,6 +230,8 @@ def pytest_configure():
         "graph": record,
     }.items():
         setattr(torch.cuda, name, value)
+    # The fast path leaves to PyTorch what is not of its classes.
+    _lora.type = lambda x: torch.nn.Parameter if isinstance(x, OnGPU) else type(x)
     torch.nn.Module.to = to_device
     torch.nn.Module.cuda = lambda module: module.to(GPU)
     for name in ("save", "save_file"):
