@@ -83,7 +83,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def saved_settings(checkpoint: Path) -> Path | None:
     """The settings of the run that a checkpoint, or an adapter in it, belongs to, or that it is; None of others."""
-    for folder in (checkpoint, *checkpoint.resolve().parents[:3]):
+    # An adapter's file lies as deep as in run/checkpoints/epoch-N/ema.
+    for folder in (checkpoint, *checkpoint.resolve().parents[:4]):
         if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
             return folder / "config.yaml"
     return None

@@ -230,7 +230,9 @@ def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_
 def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
     """Its settings, and not those that commands have for no run."""
     run, invoke = trainer.folder, CliRunner().invoke
-    own = [(run, []), (run / "best", []), (run / "checkpoint" / "ema", []), (run, ["--config", run / "config.yaml"])]
+    ema = run / "checkpoint" / "ema"
+    own = [(run, []), (run / "best", []), (ema, []), (ema / "adapter_model.safetensors", []),
+           (run, ["--config", run / "config.yaml"])]  # fmt: skip
     others = [(run, ["--config", "shapes"]), (run, ["--override", "pipeline=shapes"])]
     drawn = []
     for i, (source, more) in enumerate([*own, *others]):
@@ -238,7 +240,7 @@ def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
         result = invoke(app, ["sample", *map(str, arguments)])
         assert result.exit_code == 0, result.output
         drawn.append((tmp_path / str(i) / "0000_seed0.png").read_bytes())
-    assert len(set(drawn[:4])) == 1 and len(set(drawn)) == 2
+    assert len(set(drawn[: len(own)])) == 1 and len(set(drawn)) == 2
     result = invoke(app, ["eval", "--checkpoint", str(run), "--limit", "1", "--output", str(tmp_path / "eval")])
     assert result.exit_code == 0, result.output
     subject = json.loads((tmp_path / "eval" / "settings.json").read_text())["subject"]
