@@ -100,14 +100,15 @@ def amend(folder: Path, **about: Any) -> None:
     files.replace_text(folder / MANIFEST, _manifest_text({**manifest(folder), **about}))
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what they were.
+def verify(folder: Path, part: str = "") -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are what they were; looks at those whose names begin with ``part``.
 
     Raises:
         CheckpointError: naming the file that is missing or has changed.
     """
     about = manifest(folder)
-    for name, expected in about["sha256"].items():
+    looked_at = {name: expected for name, expected in about["sha256"].items() if name.startswith(part)}
+    for name, expected in looked_at.items():
         path = folder / name
         if not path.is_file() or files.checksum(path) != expected:
             problem = "has another checksum than when it was written" if path.is_file() else "is missing"

@@ -241,10 +241,11 @@ def export(
 ) -> None:
     """Write a LoRA that diffusers loads, or a whole pipeline."""
     quieten_libraries()
+    from .checkpoint import CheckpointError
     from .export import export_lora, export_pipeline
     from .settings import read_settings, saved_settings
 
-    with failing(OSError, ValueError):
+    with failing(CheckpointError, OSError, ValueError):
         if weights not in ("ema", "default"):
             raise ValueError(f"weights: got {weights!r}, accepted are ema and default")
         if pipeline is not None and not merge:

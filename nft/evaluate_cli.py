@@ -110,13 +110,14 @@ def evaluate(
     overrides: Annotated[list[str] | None, typer.Option("--override", help="key=value of the configuration")] = None,
 ) -> None:
     """Evaluate a checkpoint: GenEval, OCR and preference rewards on pinned prompts, seeds and solver."""
+    from .checkpoint import CheckpointError
     from .config import check_float32, usable_device
     from .distributed import Processes
     from .evaluate import SUITES, Evaluation, read_settings
     from .rewards.cli import reward_options
 
     folder = output or Path("evals") / suite
-    with failing(OSError, ValueError):
+    with failing(CheckpointError, OSError, ValueError):
         files = {name: Path(path) for name, path in pairs(prompts, "--prompts").items()}
         if suite not in SUITES:
             raise ValueError(f"suite: got {suite!r}, accepted are {', '.join(SUITES)}")

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from .files import check_folder, check_vacant, give_usual_mode, reading
 from .models.base import left_out
 from .policy import pipeline_source, unloadable
-from .weights import LORA, WEIGHTS, check_layers, find_weights, lora_layers, lora_settings, named_weights
+from .weights import LORA, WEIGHTS, check_layers, lora_layers, lora_settings, named_weights, sound_weights
 
 
 @contextmanager
@@ -34,6 +34,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
         weights: ``ema`` for the averaged weights that evaluations use, ``default`` for the trained ones.
 
     Raises:
+        CheckpointError: a checkpoint whose files are damaged.
         FileExistsError: an output that is a file, lies in a checkpoint, or holds a run or such a LoRA.
         FileNotFoundError: a source that holds no adapter.
         OSError: an output that cannot be written to, as on a full disk.
@@ -41,7 +42,7 @@ def export_lora(source: Path, output: Path, *, weights: str = "ema") -> None:
     """
     check_folder(output)
     check_vacant(output, ("metrics.jsonl", LORA))
-    path = find_weights(source, weights)
+    path = sound_weights(source, weights)
     if path.name == WEIGHTS:
         raise ValueError(f"source: {path.parent} holds whole weights; export them with --merge")
     layers = lora_layers(path)
@@ -67,13 +68,14 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         half: write bfloat16, in which the run has drawn, and not float32, in which the weights are added up.
 
     Raises:
+        CheckpointError: a checkpoint whose files are damaged.
         FileExistsError: an output that is a file, lies in a checkpoint or holds anything.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
         ValueError: damaged files, or an adapter of layers that the pipeline does not have.
     """
     check_folder(output)
     check_vacant(output)
-    path = find_weights(source, weights)
+    path = sound_weights(source, weights)
     dtype = torch.bfloat16 if half else torch.float32
     try:
         # All of it: encoders are often stored in half precision, and as many dtypes could not be drawn with.

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from .data.text import parse_json
 
-# With state.pt beside it, that of a checkpoint.
+# What a checkpoint says about itself.
 MANIFEST = "manifest.json"
 # What is logged beside numbers, and what is in it.
 _LISTS = {"alarms": str, "r_histogram": int}
@@ -97,6 +97,11 @@ def give_usual_mode(path: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint; others have a file of the manifest's name, too."""
+    return (folder / "state.pt").is_file() and (folder / MANIFEST).is_file()
+
+
 def check_folder(output: Path) -> None:
     """Whether a folder can be written to, or made.
 
@@ -113,10 +118,8 @@ def check_folder(output: Path) -> None:
         TemporaryFile(dir=there).close()
     except OSError as error:
         raise PermissionError(f"output: {output} cannot be written to: {error.strerror}; give another folder") from None
-    # Others have a file of the manifest's name, too.
-    around = (folder for folder in (output, *output.absolute().parents) if (folder / "state.pt").is_file())
     try:
-        kept = next((folder for folder in around if (folder / MANIFEST).is_file()), None)
+        kept = next((folder for folder in (output, *output.absolute().parents) if is_checkpoint(folder)), None)
     except OSError as error:
         raise OSError(f"output: {output} cannot be made: {error.strerror}") from None
     if kept is not None:

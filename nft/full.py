@@ -18,7 +18,7 @@ from .config import Config
 from .distributed import local, shard, sharded_like
 from .files import reading
 from .policy import Policy
-from .weights import WEIGHTS, check_fit, check_layers, find_weights, lora_layers, lora_settings
+from .weights import WEIGHTS, check_fit, check_layers, lora_layers, lora_settings, sound_weights
 
 
 class FullPolicy(Policy):
@@ -143,11 +143,11 @@ def load_policy(config: Config, checkpoint: Path | None, *, reference: bool = Fa
     ``reference``.
 
     Raises:
-        OSError, ValueError: as the constructor, ``find_weights`` and ``load_adapter``.
+        CheckpointError, OSError, ValueError: as the constructor, ``sound_weights`` and ``load_adapter``.
     """
     if checkpoint is None:
         return Policy(config)
-    path = find_weights(checkpoint)
+    path = sound_weights(checkpoint)
     if path.name != WEIGHTS:
         return _LoraPolicy(config, path)
     # Without what the settings refuse together with it.

@@ -77,12 +77,13 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures of prompts."""
+    from .checkpoint import CheckpointError
     from .config import check_float32
     from .files import check_folder, check_vacant
 
     numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
     output = output or next(folder for folder in numbered if not os.path.lexists(folder))
-    with failing(OSError, ValueError):
+    with failing(CheckpointError, OSError, ValueError):
         check_folder(output)
         check_vacant(output, {path.name for path in output.glob("*.png")})
         lines = _texts(prompts or [], file)

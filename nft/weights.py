@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from .files import reading
+from .checkpoint import verify
+from .files import is_checkpoint, reading
 
 # An adapter in PEFT's format and in that of diffusers, and the whole weights in diffusers'.
 ADAPTER, LORA, WEIGHTS = "adapter_model.safetensors", LORA_WEIGHT_NAME_SAFE, "diffusion_pytorch_model.safetensors"
@@ -52,6 +53,22 @@ def find_weights(folder: Path, kind: str = "ema") -> Path:
         f"checkpoint: got {str(folder)!r}, accepted is a run, its checkpoint, the file of a LoRA, a folder with its "
         f"{ADAPTER} or {LORA}, or one with a {WEIGHTS}; of a LoRA on the hub it is the folder that `hf download` names"
     )
+
+
+def sound_weights(folder: Path, kind: str = "ema") -> Path:
+    """As ``find_weights``, for files that are not known to be what they were: in a checkpoint they are compared with
+    what it says about them, and the path is that of the checkpoint itself, which a link to it may not stay.
+
+    Raises:
+        CheckpointError: files of a checkpoint that are damaged.
+        FileNotFoundError: see ``find_weights``.
+    """
+    path = find_weights(folder, kind)
+    inside = path.parent.resolve()
+    if not is_checkpoint(inside.parent):
+        return path
+    verify(inside.parent, f"{inside.name}/")
+    return inside / path.name
 
 
 def lora_layers(path: Path) -> Layers:

@@ -472,9 +472,10 @@ RESUME, REPORT, EXPORT = (
 )
 SAMPLE = ["sample", "a red circle", "--checkpoint", "run", "--override"]
 EVAL = ["eval", "--limit", "1", "--checkpoint", "run", "--output", "out", "--override"]
-FULL = [*SAMPLE[:3], "full", "--override"]
+# Of weights alone, beside which nothing says what they were.
+LORA, FULL = ([*SAMPLE[:3], name, "--override"] for name in ("lora", "whole"))
 WEIGHTS, EMA = (f"checkpoint/{name}/adapter_model.safetensors" for name in ("default", "ema"))
-LORA, WHOLE = "checkpoint/ema/adapter_config.json", "checkpoint/ema/diffusion_pytorch_model.safetensors"
+WHOLE = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -498,24 +499,29 @@ LORA, WHOLE = "checkpoint/ema/adapter_config.json", "checkpoint/ema/diffusion_py
         ("run/checkpoint/manifest.json", says("[]"), RESUME, "epoch-000001 has no readable manifest.json"),
         ("run/checkpoint/state.pt", os.unlink, RESUME, "epoch-000001/state.pt is missing"),
         (f"run/{WEIGHTS}", cut, RESUME, "adapter_model.safetensors has another checksum"),
-        *((f"run/{EMA}", cut, c, f"run/{EMA} is damaged: SafetensorError") for c in (SAMPLE, EVAL, EXPORT)),
-        (f"run/{WEIGHTS}", cut, [*EXPORT, "--weights", "default"], f"run/{WEIGHTS} is damaged: SafetensorError"),
-        *((f"run/{LORA}", cut, c, f"run/{LORA} is damaged: JSONDecodeError") for c in (SAMPLE, EVAL)),
-        (f"run/{LORA}", says('{"r": "4", "lora_alpha": 4}'), SAMPLE, f"run/{LORA} is damaged: TypeError"),
-        (f"run/{LORA}", says("{}"), EXPORT, f"run/{LORA} is damaged: KeyError"),
-        (f"run/{LORA}", os.unlink, SAMPLE, f"run/{LORA}"),
+        *((f"run/{EMA}", cut, c, "ema/adapter_model.safetensors has another checksum") for c in (SAMPLE, EVAL, EXPORT)),
+        (f"run/{WEIGHTS}", cut, [*EXPORT, "--weights", "default"], "default/adapter_model.safetensors has another"),
+        ("run/checkpoint/ema/adapter_config.json", os.unlink, SAMPLE, "ema/adapter_config.json is missing"),
         ("run/checkpoint", os.unlink, SAMPLE, "checkpoint: got 'run'"),
-        (f"full/{WHOLE}", cut, FULL, f"full/{WHOLE} is damaged: SafetensorError"),
-        (f"full/{WHOLE}", cut, ["export", "full", "out", "--merge"], "full/checkpoint/ema"),
+        ("lora/adapter_model.safetensors", cut, LORA, "lora/adapter_model.safetensors is damaged: SafetensorError"),
+        ("lora/adapter_config.json", cut, LORA, "lora/adapter_config.json is damaged: JSONDecodeError"),
+        ("lora/adapter_config.json", says('{"r": "4", "lora_alpha": 4}'), LORA, "adapter_config.json is damaged: Type"),
+        ("lora/adapter_config.json", says("{}"), ["export", "lora", "out"], "adapter_config.json is damaged: KeyError"),
+        ("lora/adapter_config.json", os.unlink, LORA, "lora/adapter_config.json"),
+        (f"full/checkpoint/ema/{WHOLE}", cut, ["export", "full", "out", "--merge"], f"{WHOLE} has another checksum"),
+        (f"whole/{WHOLE}", cut, FULL, f"whole/{WHOLE} is damaged: SafetensorError"),
+        (f"whole/{WHOLE}", cut, ["export", "whole", "out", "--merge", "--pipeline", "PIPELINE"], f"whole/{WHOLE}"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named_in_one_line(
     finished, pipeline, tmp_path, monkeypatch, file, damage, command, message
 ):
     monkeypatch.chdir(tmp_path)
-    for run in ("run", "full"):
+    for run, weights in (("run", "lora"), ("full", "whole")):
         shutil.copytree(finished / run, run, symlinks=True)
+        shutil.copytree(f"{run}/checkpoint/ema", weights)
     damage(tmp_path / file)
+    command = [pipeline if word == "PIPELINE" else word for word in command]
     result = CliRunner().invoke(app, [*command, f"pipeline={pipeline}"] if command[-1] == "--override" else command)
     assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
     assert len(result.output.splitlines()) == 1

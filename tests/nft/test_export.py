@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +203,27 @@ def test_loras_of_other_trainers_are_what_peft_makes_of_them(trainer, tmp_path, 
     export_pipeline(source, tmp_path / "merged", trainer.config.pipeline)
     merged = StableDiffusion3Pipeline.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(velocities(merged.transformer), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_not_what_was_written_are_not_drawn_with_nor_exported(trainer, tmp_path, monkeypatch):
+    """A safetensors file says nothing of a byte that has changed."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trainer.folder, "run", symlinks=True)
+    path = Path("run/checkpoint/ema/adapter_model.safetensors")
+    flipped = bytearray(path.read_bytes())
+    flipped[-1] ^= 0x40
+    path.write_bytes(flipped)
+    commands = ["export run out", "export run out --merge", f"export {path} out", "sample dog --checkpoint run",
+                "eval --checkpoint run/best --limit 1"]  # fmt: skip
+    for command in commands:
+        result = CliRunner().invoke(app, command.split())
+        assert result.exit_code == 2 and "has another checksum than when it was written" in result.output, command
+    assert not Path("out").exists() and not Path("samples").exists()
+    # The others of the checkpoint are as they were.
+    assert CliRunner().invoke(app, ["export", "run", "out", "--weights", "default"]).exit_code == 0
+    # A copy of the weights alone is whatever it is.
+    shutil.copytree(path.parent, "ema")
+    assert CliRunner().invoke(app, ["export", "ema", "copy"]).exit_code == 0
 
 
 def test_a_lora_that_is_no_plain_product_is_refused(trainer, tmp_path):
