@@ -25,7 +25,7 @@ from .data import geneval, prompts
 from .data.prompts import Entry
 from .data.text import parse_json
 from .distributed import Processes
-from .files import beside, check_folder, check_vacant, reading, replace_text
+from .files import check_folder, check_vacant, reading, replace_text, replacing
 from .rewards import registry
 from .rewards.base import RewardError, check_entries, score
 from .rewards.ocr import OCR
@@ -122,9 +122,8 @@ _READERS: dict[str, Callable[[Path], list[Entry]]] = {"geneval": geneval.read, "
 
 
 def _save_picture(picture: Tensor, path: Path) -> None:
-    fresh = beside(path)
-    Image.fromarray(picture.numpy()).save(fresh, format="PNG")
-    fresh.replace(path)
+    with replacing(path) as fresh:
+        Image.fromarray(picture.numpy()).save(fresh, format="PNG")
 
 
 def read_settings(folder: Path, key: str) -> dict[str, Any]:

@@ -182,17 +182,29 @@ def forget_unfinished(path: Path) -> None:
         leftover.unlink()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is, at any moment, the old one or the new one.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes the place of a file that is, at any moment, the old one or the new one.
 
     Raises:
         OSError: it cannot be written, as on a full disk, and is the old one.
     """
     fresh = beside(path)
     try:
-        fresh.write_text(text, encoding="utf-8")
-        flush(fresh)
+        yield fresh
         fresh.replace(path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is, at any moment, the old one or the new one, also where the power fails.
+
+    Raises:
+        OSError: as ``replacing``.
+    """
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+        flush(fresh)

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import yaml
 from torch import Tensor
 
-from .files import read_metrics, reading
+from .files import read_metrics, reading, replace_text, replacing
 from .settings import read_settings
 
 _STYLE = """body{font:16px system-ui;max-width:60rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}
@@ -53,8 +53,8 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path) -> None:
         # Between two dollar signs it would look for mathematics.
         axis.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -155,7 +155,8 @@ def write_report(folder: Path) -> Path:
         _curve(axis, run, key, label, style)
     axis.set(xlabel="epoch", ylabel="score")
     axis.legend()
-    figure.savefig(folder / "reward.png", dpi=120)
+    with replacing(folder / "reward.png") as fresh:
+        figure.savefig(fresh, dpi=120, format="png")
     plt.close(figure)
 
     def picture(name: str) -> str:
@@ -179,7 +180,7 @@ def write_report(folder: Path) -> Path:
 <h2>Curves</h2>{_curves({"": run})}
 <h2>Before</h2>{picture("before.png")}<h2>After</h2>{picture("after.png")}
 <h2>Configuration</h2><pre>{config}</pre>"""
-    (folder / "report.html").write_text(_page("DiffusionNFT run", body), encoding="utf-8")
+    replace_text(folder / "report.html", _page("DiffusionNFT run", body))
     return folder / "report.html"
 
 
@@ -220,6 +221,5 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
 <h2>Curves</h2>{_curves(runs)}
 <h2>Settings that differ</h2><table>{_row(["", *runs], "th")}{differences}</table>
 <h2>Pictures at the end</h2>{pictures}"""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(_page("DiffusionNFT runs", body), encoding="utf-8")
+    replace_text(output, _page("DiffusionNFT runs", body))
     return output

@@ -79,7 +79,7 @@ def sample(
     """Draw pictures of prompts."""
     from .checkpoint import CheckpointError
     from .config import check_float32
-    from .files import check_folder, check_vacant
+    from .files import check_folder, check_vacant, replacing
 
     numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
     output = output or next(folder for folder in numbered if not os.path.lexists(folder))
@@ -124,7 +124,8 @@ def sample(
                 x0 = rollout(policy, entries[part], seeds[part], grid, solver, batch, **options)
                 # What is drawn is kept, whatever ends the command.
                 for i, picture in enumerate(policy.decode(x0).cpu(), start):
-                    Image.fromarray(picture.numpy()).save(output / f"{i:0{digits}d}_seed{seeds[i]}.png")
+                    with replacing(output / f"{i:0{digits}d}_seed{seeds[i]}.png") as fresh:
+                        Image.fromarray(picture.numpy()).save(fresh, format="PNG")
                     if i in cells:
                         # A part of its batch would keep all of it.
                         kept.append(picture.clone())

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 
@@ -393,6 +394,30 @@ def test_pictures_and_reports_survive_odd_prompts_and_a_line_that_was_cut_off(tm
     (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line[:20]}")
     (tmp_path / "config.yaml").write_text(load_config("shapes").dump())
     assert run(app, ["report", str(tmp_path)]).exit_code == 0
+
+
+def test_a_full_disk_leaves_no_half_of_a_page_or_picture(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "reward": 0.5}\n')
+    draw = ["sample", "a red circle", "--override", pipeline, "--steps", "1"]
+    commands = {"reward.png": ["report", "."], "comparison.html": ["report", ".", "--output", "comparison.html"],
+                "samples/0000_seed0.png": draw}  # fmt: skip
+    for name, command in commands.items():
+        assert run(app, command).exit_code == 0
+        if "sample" in command:
+            (tmp_path / name).unlink()
+            (tmp_path / "samples" / "grid.png").unlink()
+            command += ["--output", "samples"]
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            result = run(app, command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert result.exit_code == 2 and f"{name} could not be written: File too large" in result.output, result.output
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()} == before
 
 
 def test_a_run_without_its_log_has_no_report(pipeline, tmp_path):
