@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +49,18 @@ def _solver_options(solver: str, steps: int, settings: list[str] | None) -> dict
     return options
 
 
+def _new_folder() -> Path:
+    """``samples``, samples-2, ...: the first that is not there, made at once, as another command may draw, too."""
+    i = 1
+    while True:
+        folder = Path(f"samples-{i}" if i > 1 else "samples")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            i += 1
+
+
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="prompts, each of which is drawn")] = None,
     file: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
@@ -81,11 +91,10 @@ def sample(
     from .config import check_float32
     from .files import check_folder, check_vacant, replacing
 
-    numbered = (Path(f"samples-{i}" if i > 1 else "samples") for i in itertools.count(1))
-    output = output or next(folder for folder in numbered if not os.path.lexists(folder))
     with failing(CheckpointError, OSError, ValueError):
-        check_folder(output)
-        check_vacant(output, {path.name for path in output.glob("*.png")})
+        check_folder(output or Path())
+        if output is not None:
+            check_vacant(output, {path.name for path in output.glob("*.png")})
         lines = _texts(prompts or [], file)
         if reference and (guidance is None or checkpoint is None):
             raise ValueError("reference: needs a --guidance and a --checkpoint that differs from the base")
@@ -116,6 +125,8 @@ def sample(
     cells = shown(len(entries))
     kept: list[Tensor] = []
     with failing(OSError):
+        if output is None:
+            output = _new_folder()
         output.mkdir(parents=True, exist_ok=True)
         with bars() as progress, weights:
             bar = progress.add_task("drawing", total=len(entries))

@@ -25,6 +25,7 @@ from nft.alarms import AlarmError
 from nft.cli import app
 from nft.config import load_config
 from nft.console import bars
+from nft.full import load_policy
 from nft.policy import Policy
 from nft.report import save_grid
 from nft.trainer import Trainer
@@ -130,6 +131,12 @@ def test_sample_takes_a_new_folder_every_time(pipeline, tmp_path, monkeypatch):
         result = run(app, ["sample", "a red circle", "--override", pipeline, "--steps", "1"])
         assert result.exit_code == 0 and result.output.endswith(f": {name}\n"), result.output
         assert (tmp_path / name / "0000_seed0.png").is_file()
+    # Another command may be drawing, and have taken one since this one began.
+    slow = lambda *_, **options: os.mkdir("samples-4") or load_policy(*_, **options)  # noqa: E731
+    monkeypatch.setattr("nft.full.load_policy", slow)
+    result = run(app, ["sample", "a red circle", "--override", pipeline, "--steps", "1"])
+    assert result.exit_code == 0 and result.output.endswith(": samples-5\n"), result.output
+    assert not os.listdir("samples-4")
 
 
 def test_sample_takes_a_checkpoint_of_any_rank(pipeline, tmp_path):
