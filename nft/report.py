@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 import textwrap
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -194,7 +195,8 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: a folder without metrics, or files in it that are damaged.
     """
-    runs = {str(folder): _read(folder) for folder in folders}
+    # A name on a disk may be no text.
+    runs = {os.fsencode(folder).decode(errors="replace"): _read(folder) for folder in folders}
     if len(runs) < len(folders):
         raise ValueError(f"runs: got {', '.join(map(str, folders))}, accepted are different ones")
 
@@ -213,8 +215,8 @@ def write_comparison(folders: list[Path], output: Path) -> Path:
     ]
     differences = "".join(_row([key, *(s.get(key) for s in settings)]) for key in keys)
     pictures = "".join(
-        f"<h3>{html.escape(str(folder))}</h3>{_embedded((folder / 'after.png').read_bytes())}"
-        for folder in folders
+        f"<h3>{html.escape(name)}</h3>{_embedded((folder / 'after.png').read_bytes())}"
+        for name, folder in zip(runs, folders, strict=True)
         if (folder / "after.png").is_file()
     )
     body = f"""<table>{scores}</table>

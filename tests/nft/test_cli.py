@@ -495,6 +495,23 @@ def test_brackets_in_an_error_are_printed():
     assert result.exit_code == 2 and "[red]" in result.output
 
 
+@pytest.mark.parametrize("charset", ["ascii", "utf-8"])
+def test_what_cannot_be_printed_is_no_reason_to_fail(tmp_path, charset):
+    """A name that the terminal's encoding lacks, and one that is no text."""
+    found = []
+    for name in ("\u5713", os.fsdecode(b"caf\xe9")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text("seed: 1\n")
+        (folder / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "reward": 0.5}\n')
+        found.append(str(folder))
+    invoke = CliRunner(charset=charset).invoke
+    result = invoke(app, ["report", *found, "--output", f"{found[1]}/both.html"])
+    assert result.exit_code == 0 and r"caf\udce9/both.html" in result.output, (result.output, result.exception)
+    assert "caf\ufffd</td>" in (folder / "both.html").read_text(encoding="utf-8")
+    assert invoke(app, ["solvers"], env={"COLUMNS": "60"}).exit_code == 0
+
+
 def test_an_error_is_no_output_and_a_name_no_emoji():
     result = run(app, ["config", "show", "a:fire:b=1"])
     assert result.exit_code == 2 and result.stdout == "" and "a:fire:b: unknown key" in result.stderr
