@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from .console import bars, console, fail, failing, quieten_libraries, say
+from .console import bars, catalog, console, fail, failing, quieten_libraries, say
 from .evaluate_cli import evaluate
 from .rewards.cli import reward_server, rewards
 from .sample_cli import sample
@@ -362,15 +362,13 @@ def pretrain(
 @app.command()
 def solvers(plugins: Annotated[list[str] | None, typer.Argument(help="modules that register more")] = None) -> None:
     """List the solvers that rollouts can use."""
-    from rich.table import Table
-
     from nft_kernels.solvers import SOLVERS, schedule, table
 
     from .plugins import load_all
 
     with failing(ValueError):
         load_all(plugins or [])
-    listing = Table("name", "order", "evaluations per step", "stochastic", "source")
+    listing = catalog("name", "order", "evaluations per step", "stochastic", "source")
     for name, build in SOLVERS.items():
         source = (build.__doc__ or "").partition("\n")[0]
         try:

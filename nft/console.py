@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 # Names may hold what would be taken for an emoji.
 console, _errors = Console(emoji=False), Console(stderr=True, emoji=False)
@@ -34,6 +35,11 @@ def failing(*errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise fail(error) from None
+
+
+def catalog(name: str, *columns: str) -> Table:
+    """A table of things by name. In a narrow terminal other cells take more lines, so that all can be copied."""
+    return Table(Column(name, no_wrap=True), *(Column(column, overflow="fold") for column in columns))
 
 
 def bars() -> Progress:

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from ..console import fail, failing, say
+from ..console import catalog, fail, failing, say
 
 
 def _interval(low: float, high: float) -> str:
@@ -38,7 +37,7 @@ def rewards() -> None:
     """List the rewards, with what is installed and what is missing."""
     from .registry import known
 
-    listing = Table("name", "range", "needs", "device", "state", "what it is")
+    listing = catalog("name", "range", "needs", "device", "state", "what it is")
     for name in known():
         try:
             row = _row(name)

@@ -486,6 +486,15 @@ def test_what_is_missing_is_said_with_the_command_that_installs_it(monkeypatch):
     assert "installed" in lines["jpeg"][0]
 
 
+def test_a_narrow_terminal_cuts_nothing_off(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: None)
+    listing = CliRunner().invoke(app, ["rewards"], env={"COLUMNS": "80"}).output
+    assert "unifiedreward" in listing
+    states = "".join(line.split("\u2502")[5].strip() for line in listing.splitlines() if "\u2502" in line)
+    assert "hfdownloadyuvalkirstain/PickScore_v1" in states.replace(" ", "")
+    assert "\u2026" not in CliRunner().invoke(app, ["solvers"], env={"COLUMNS": "60"}).output
+
+
 def test_missing_weights_are_listed(monkeypatch, tmp_path):
     import huggingface_hub
 
