@@ -36,6 +36,11 @@ _SHOWN = 24
 _CURVES = ("eval_strict", "reward", "loss", "kl", "old_deviation", "grad_norm", "zero_variance_groups", "x0_rms")
 
 
+def _plain(text: str) -> str:
+    """Of a figure; between two dollar signs it would look for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def shown(total: int) -> Sequence[int]:
     """Which of so many pictures a grid has, spread evenly."""
     return [i * total // _SHOWN for i in range(_SHOWN)] if total > _SHOWN else range(total)
@@ -51,8 +56,7 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path) -> None:
     for axis, i in zip(axes.flat, chosen, strict=False):
         axis.imshow(pictures[i].numpy())
         lines = textwrap.wrap(prompts[i], 34, max_lines=3, placeholder=" ...")
-        # Between two dollar signs it would look for mathematics.
-        axis.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7)
+        axis.set_title(_plain("\n".join(lines)), fontsize=7)
     figure.tight_layout()
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=110, format="png")
@@ -100,9 +104,9 @@ def _curves(runs: dict[str, _Run]) -> str:
     figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
         for name, run in runs.items():
-            # A dollar would begin mathematics, and an underscore hide the name.
-            _curve(axis, run, key, f" {name}".replace("$", r"\$"), "o-" if key.startswith("eval") else "-")
-        axis.set(xlabel="epoch", title=key)
+            # An underscore at its beginning would hide the name.
+            _curve(axis, run, key, f" {_plain(name)}", "o-" if key.startswith("eval") else "-")
+        axis.set(xlabel="epoch", title=_plain(key))
     for axis in axes.flat[len(keys) :]:
         axis.axis("off")
     if len(runs) > 1:

@@ -676,7 +676,8 @@ def test_reports_escape_what_prompts_files_and_folders_are_called(tmp_path):
     run_folder = tmp_path / "a$x^{$b"
     run_folder.mkdir()
     (run_folder / "config.yaml").write_text("<b>seed</b>: 1\n")
-    (run_folder / "metrics.jsonl").write_text('{"epoch": 0, "step": 0, "eval_<script>": 0.5, "eval_strict": 0.5}\n')
+    logged = {"epoch": 0, "step": 0, "eval_<script>": 0.5, "eval_strict": 0.5, "eval_reward_$\\frac$": 0.5}
+    (run_folder / "metrics.jsonl").write_text(json.dumps(logged) + "\n")
     shutil.copytree(run_folder, tmp_path / "_other")
     (tmp_path / "_other" / "config.yaml").write_text("<b>seed</b>: 2\n")
     assert run(app, ["report", str(run_folder)]).exit_code == 0
