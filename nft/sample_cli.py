@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 def _texts(prompts: list[str], file: Path | None) -> list[str]:
     """The prompts that are given and those of a file."""
     from .config import Config
+    from .data.prompts import read
     from .data.text import encodable, read_lines
 
     for prompt in prompts:
         # As of other commands, which take settings where this one takes prompts.
         if "=" in prompt and prompt.partition("=")[0].partition(".")[0] in Config.model_fields:
             raise ValueError(f"prompts: got {prompt!r}, accepted is a text, and settings with --override before each")
-    lines = [*prompts, *(line.strip() for _, line in (read_lines(file, "file") if file else ()))]
+    lines = [*prompts]
+    if file is not None and file.suffix == ".jsonl":
+        lines += [entry["prompt"] for entry in read(file, "file")]
+    elif file is not None:
+        lines += [line.strip() for _, line in read_lines(file, "file")]
     for line in lines:
         if not line.strip() or not encodable(line):
             raise ValueError(f"prompts: got {line!r}, accepted is a text")
@@ -63,7 +68,7 @@ def _new_folder() -> Path:
 
 def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="prompts, each of which is drawn")] = None,
-    file: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
+    file: Annotated[Path | None, typer.Option(help="text file with one prompt per line, or .jsonl")] = None,
     config: Annotated[
         str | None, typer.Option(help="bundled configuration or YAML file; the checkpoint's own or shapes by default")
     ] = None,

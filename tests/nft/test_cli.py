@@ -64,6 +64,16 @@ def test_sample_writes_a_picture_for_every_prompt_and_seed(pipeline, tmp_path):
         assert np.abs(alone - pixels(tmp_path / str(i) / "0000_seed1.png")).max() > 5
 
 
+def test_sample_draws_the_prompts_of_a_file_that_is_trained_on(pipeline, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "two blue squares", "tag": "x", "count": 2}\n')
+    for name, source in (("file", ["--file", str(path)]), ("argument", ["two blue squares"])):
+        result = run(app, ["sample", *source, "--override", pipeline, "--steps", "2", "--output", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    drawn = [(tmp_path / name / "0000_seed0.png").read_bytes() for name in ("file", "argument")]
+    assert drawn[0] == drawn[1]
+
+
 def test_sample_takes_a_solvers_options(pipeline, tmp_path):
     drawn = []
     for i, more in enumerate(([], ["--option", "eta=0.0"], ["--option", "eta=1.0"])):
@@ -187,6 +197,7 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
         (["a", "--checkpoint", "/nowhere"], "checkpoint: got '/nowhere'"),
         (["a", "--file", "/nowhere"], "file: /nowhere cannot be read: No such file"),
         (["a", "--file", "latin.txt"], "file: latin.txt is not UTF-8"),
+        (["a", "--file", "text.jsonl"], "file: text.jsonl, line 1: "),
         (["a", "--output", "latin.txt"], "output: latin.txt is a file; give a folder"),
         (["a", "--output", ""], "--output: got an empty name, accepted is a path"),
         (["a", "--output="], "--output: got an empty name, accepted is a path"),
@@ -220,6 +231,7 @@ def test_sample_and_eval_take_the_weights_of_full_fine_tuning(pipeline, tmp_path
 def test_sample_names_bad_input(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (tmp_path / "text.jsonl").write_text("a dog\n")
     (tmp_path / "drawn").mkdir()
     (tmp_path / "drawn" / "0000_seed0.png").touch()
     result = run(app, ["sample", *arguments])
