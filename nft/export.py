@@ -12,7 +12,17 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from .files import check_folder, check_vacant, give_usual_mode, reading
 from .models.base import left_out
 from .policy import pipeline_source, unloadable
-from .weights import LORA, WEIGHTS, check_layers, lora_layers, lora_settings, named_weights, sound_weights
+from .weights import (
+    LORA,
+    WEIGHTS,
+    check_fit,
+    check_layers,
+    lora_layers,
+    lora_settings,
+    named_weights,
+    sound_weights,
+    weight_shapes,
+)
 
 
 @contextmanager
@@ -71,7 +81,7 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
         CheckpointError: a checkpoint whose files are damaged.
         FileExistsError: an output that is a file, lies in a checkpoint or holds anything.
         FileNotFoundError, OSError: a source without adapter, or a pipeline that cannot be loaded.
-        ValueError: damaged files, or an adapter of layers that the pipeline does not have.
+        ValueError: damaged files, or an adapter or weights of layers that the pipeline does not have.
     """
     check_folder(output)
     check_vacant(output)
@@ -83,6 +93,8 @@ def export_pipeline(source: Path, output: Path, pipeline: str, *, weights: str =
     except (OSError, ValueError) as error:
         raise unloadable(pipeline, error) from error
     if path.name == WEIGHTS:
+        # What does not fit diffusers would leave out, or begin anew.
+        check_fit(path, weight_shapes(path), whole.transformer.state_dict())
         with reading(path.parent, "source"):
             whole.register_modules(transformer=type(whole.transformer).from_pretrained(path.parent, dtype=dtype))
     else:

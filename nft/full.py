@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from .config import Config
 from .distributed import local, shard, sharded_like
-from .files import reading
 from .policy import Policy
-from .weights import WEIGHTS, check_fit, check_layers, lora_layers, lora_settings, sound_weights
+from .weights import WEIGHTS, check_fit, check_layers, lora_layers, lora_settings, sound_weights, weight_shapes
 
 
 class FullPolicy(Policy):
@@ -111,11 +110,8 @@ class FullPolicy(Policy):
             OSError, ValueError: a file that is missing or damaged, or weights of another transformer.
         """
         parameters = dict(self.transformer.named_parameters())
-        with reading(folder / WEIGHTS, "checkpoint"):
-            opened = safe_open(folder / WEIGHTS, "pt")
-        with opened as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-            check_fit(folder / WEIGHTS, shapes, self.transformer.state_dict())
+        check_fit(folder / WEIGHTS, weight_shapes(folder / WEIGHTS), self.transformer.state_dict())
+        with safe_open(folder / WEIGHTS, "pt") as file:
             for name, weight in zip(parameters, self._weights[adapter], strict=True):
                 weight.copy_(sharded_like(file.get_tensor(name), weight))
 

@@ -151,6 +151,17 @@ def check_layers(path: Path, layers: Layers, transformer: nn.Module) -> None:
             raise ValueError(f"checkpoint: {path} does not fit the pipeline, which has no layer {layer} of size {size}")
 
 
+def weight_shapes(path: Path) -> dict[str, Sequence[int]]:
+    """Of all weights in a file, by name, without reading them.
+
+    Raises:
+        OSError: a file that is missing.
+        ValueError: a file that is damaged.
+    """
+    with reading(path, "checkpoint"), safe_open(path, "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
+
+
 def check_fit(path: Path, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Tensor]) -> None:
     """Compare the shapes that a file has, by name, with the weights that a model needs.
 

@@ -265,6 +265,15 @@ def test_training_changes_the_weights_resumes_and_is_exported(pipeline, tmp_path
     torch.testing.assert_close(velocity(merged.transformer), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_whole_weights_are_exported_into_their_own_pipeline_alone(tmp_path):
+    for name, build in BUILDERS.items():
+        build().save_pretrained(tmp_path / name)
+    for name in ("qwen", "flux-dev"):
+        with pytest.raises(ValueError, match=r"does not fit the pipeline: .* missing, unknown or of another shape"):
+            export_pipeline(tmp_path / "flux-schnell" / "transformer", tmp_path / "out", str(tmp_path / name))
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_lora_of_a_layer_whose_name_ends_others_adapts_it_alone(tmp_path):
     """FLUX has a proj_out at the end, and one in every block."""
     build_flux(distilled=True).save_pretrained(tmp_path / "flux")
