@@ -196,7 +196,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(error.errno, f"{path} could not be written: {error.strerror}") from None
     finally:
-        fresh.unlink(missing_ok=True)
+        # Most often it is in its place; and a file system that is not to be written to refuses this, too.
+        with suppress(OSError):
+            fresh.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

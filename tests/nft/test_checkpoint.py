@@ -434,6 +434,10 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, mo
     with pytest.raises(OSError, match=r"a could not be written: No space left"):
         files.replace_text(tmp_path / "a", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+    # And on a disk where not even what is not there can be deleted.
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: full(None))
+    with pytest.raises(OSError, match=r"a could not be written: No space left"):
+        files.replace_text(tmp_path / "a", "new")
 
 
 def test_a_folder_within_a_file_is_refused(tmp_path):
