@@ -84,6 +84,8 @@ def _read(folder: Path) -> _Run:
 
 def _curve(axis: Any, run: _Run, key: str, label: str, style: str = "-") -> None:
     points = [(line["epoch"], line[key]) for line in run.lines if key in line]
+    # One point makes no line.
+    style = "o" if len(points) == 1 else style
     (drawn,) = axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)
     for begin in run.begins:
         axis.axvline(begin + 0.5, linestyle=":", color=drawn.get_color())

@@ -700,6 +700,16 @@ def test_reports_escape_what_prompts_files_and_folders_are_called(tmp_path):
         assert "<script>" not in text and "<b>" not in text
 
 
+def test_a_report_shows_what_was_logged_once(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report.plt, "close", figures.append)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "reward": 0.5}\n')
+    assert run(app, ["report", str(tmp_path)]).exit_code == 0
+    drawn = [line for figure in figures for axis in figure.axes for line in axis.lines if len(line.get_xdata())]
+    assert len(drawn) == 2 and all(line.get_marker() == "o" for line in drawn)
+
+
 def test_reports_have_a_curve_for_each_of_several_rewards(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
