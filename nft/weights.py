@@ -67,7 +67,10 @@ def sound_weights(folder: Path, kind: str = "ema") -> Path:
     inside = path.parent.resolve()
     if not is_checkpoint(inside.parent):
         return path
-    verify(inside.parent, f"{inside.name}/")
+    # Of a whole checkpoint the trained ones are found where its averaged ones are lost.
+    asked = inside.name if folder.resolve() in (inside, path.resolve()) else kind
+    for part in {asked, inside.name}:
+        verify(inside.parent, f"{part}/")
     return inside / path.name
 
 

@@ -224,6 +224,11 @@ def test_weights_that_are_not_what_was_written_are_not_drawn_with_nor_exported(t
     # A copy of the weights alone is whatever it is.
     shutil.copytree(path.parent, "ema")
     assert CliRunner().invoke(app, ["export", "ema", "copy"]).exit_code == 0
+    # Where they are lost others are not taken for them, unless those are asked for.
+    shutil.rmtree(path.parent)
+    result = CliRunner().invoke(app, ["sample", "dog", "--checkpoint", "run", "--output", "pictures"])
+    assert result.exit_code == 2 and " is missing; delete " in result.output, result.output
+    assert CliRunner().invoke(app, ["export", "run/checkpoint/default", "trained"]).exit_code == 0
 
 
 def test_a_lora_that_is_no_plain_product_is_refused(trainer, tmp_path):
