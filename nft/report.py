@@ -105,9 +105,11 @@ def _curves(runs: dict[str, _Run]) -> str:
     rows = -(-len(keys) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=False):
-        for name, run in runs.items():
+        for i, (name, run) in enumerate(runs.items()):
+            # Colors come again after ten.
+            dashes = ("-", "--", "-.")[i // 10 % 3]
             # An underscore at its beginning would hide the name.
-            _curve(axis, run, key, f" {_plain(name)}", "o-" if key.startswith("eval") else "-")
+            _curve(axis, run, key, f" {_plain(name)}", f"o{dashes}" if key.startswith("eval") else dashes)
         axis.set(xlabel="epoch", title=_plain(key))
     for axis in axes.flat[len(keys) :]:
         axis.axis("off")

@@ -710,6 +710,19 @@ def test_a_report_shows_what_was_logged_once(tmp_path, monkeypatch):
     assert len(drawn) == 2 and all(line.get_marker() == "o" for line in drawn)
 
 
+def test_a_dozen_runs_can_be_told_apart(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report.plt, "close", lambda figure: drawn.extend(figure.axes[1].lines))
+    for i in range(12):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "config.yaml").write_text("seed: 1\n")
+        lines = (json.dumps({"epoch": epoch, "step": epoch, "reward": i}) + "\n" for epoch in (1, 2))
+        (tmp_path / f"{i}" / "metrics.jsonl").write_text("".join(lines))
+    folders = [str(tmp_path / f"{i}") for i in range(12)]
+    assert run(app, ["report", *folders, "--output", str(tmp_path / "all.html")]).exit_code == 0
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 12
+
+
 def test_reports_have_a_curve_for_each_of_several_rewards(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
