@@ -83,7 +83,8 @@ def _read(folder: Path) -> _Run:
 
 
 def _curve(axis: Any, run: _Run, key: str, label: str, style: str = "-") -> None:
-    points = [(line["epoch"], line[key]) for line in run.lines if key in line]
+    # A KL of 0 is one that was not evaluated, as without kl_weight.
+    points = [(line["epoch"], line[key]) for line in run.lines if key in line and (key != "kl" or line[key] != 0)]
     # One point makes no line.
     style = "o" if len(points) == 1 else style
     (drawn,) = axis.plot(*zip(*points, strict=True) if points else ([], []), style, label=label)

@@ -710,6 +710,16 @@ def test_a_report_shows_what_was_logged_once(tmp_path, monkeypatch):
     assert len(drawn) == 2 and all(line.get_marker() == "o" for line in drawn)
 
 
+def test_a_report_shows_no_kl_that_was_not_evaluated(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report.plt, "close", lambda figure: drawn.update((a.get_title(), a) for a in figure.axes))
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    lines = ({"epoch": epoch, "step": epoch, "loss": 0.0, "kl": kl} for epoch, kl in enumerate((0.0, 0.0, 0.2, 0.3)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(app, ["report", str(tmp_path)]).exit_code == 0
+    assert [len(drawn[key].lines[0].get_xdata()) for key in ("loss", "kl")] == [4, 2]
+
+
 def test_a_dozen_runs_can_be_told_apart(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report.plt, "close", lambda figure: drawn.extend(figure.axes[1].lines))
