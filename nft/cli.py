@@ -249,6 +249,7 @@ def export(
     from .checkpoint import CheckpointError
     from .export import export_lora, export_pipeline
     from .settings import read_settings, saved_settings
+    from .weights import find_weights
 
     with failing(CheckpointError, OSError, ValueError):
         if weights not in ("ema", "default"):
@@ -262,6 +263,8 @@ def export(
             own = read_settings(saved) if saved else {}
             pipeline = pipeline or own.get("pipeline")
             if not isinstance(pipeline, str):
+                # A source that is none says nothing at all.
+                find_weights(source, weights)
                 raise ValueError(f"pipeline: got none, and {source} is no part of a run that says; give --pipeline")
             half = own.get("dtype") == "bfloat16"
             export_pipeline(source, output, pipeline, weights=weights, half=half)

@@ -289,6 +289,7 @@ def test_a_run_is_drawn_and_evaluated_with_its_own_pipeline(trainer, tmp_path):
     ("arguments", "message"),
     [
         (["/nowhere", "out"], "checkpoint: got '/nowhere'"),
+        (["/nowhere", "out", "--merge"], "checkpoint: got '/nowhere'"),
         (["RUN", "out", "--weights", "best"], "weights: got 'best'"),
         (["RUN", "PIPELINE", "--merge"], "already; give another folder"),
         (["RUN", "out", "--merge", "--pipeline", "/nowhere"], "pipeline: got '/nowhere', it is neither a folder with"),
