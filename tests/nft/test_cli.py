@@ -141,8 +141,12 @@ def test_sample_takes_a_new_folder_every_time(pipeline, tmp_path, monkeypatch):
         result = run(app, ["sample", "a red circle", "--override", pipeline, "--steps", "1"])
         assert result.exit_code == 0 and result.output.endswith(f": {name}\n"), result.output
         assert (tmp_path / name / "0000_seed0.png").is_file()
+
     # Another command may be drawing, and have taken one since this one began.
-    slow = lambda *_, **options: os.mkdir("samples-4") or load_policy(*_, **options)  # noqa: E731
+    def slow(*given, **options):
+        os.mkdir("samples-4")
+        return load_policy(*given, **options)
+
     monkeypatch.setattr("nft.full.load_policy", slow)
     result = run(app, ["sample", "a red circle", "--override", pipeline, "--steps", "1"])
     assert result.exit_code == 0 and result.output.endswith(": samples-5\n"), result.output
