@@ -317,8 +317,9 @@ class Policy:
         if not self._warned and (cut := self.model.too_long(prompts, self._max_sequence_length)):
             self._warned = True
             limit = f"max_sequence_length={self._max_sequence_length}"
+            prompt = cut[0] if len(cut[0]) <= 200 else f"{cut[0][:200]} ..."
             say(
-                f"prompts: {cut[0]!r} has more than {limit} tokens, and counts no further; others may, too",
+                f"prompts: {prompt!r} has more than {limit} tokens, and counts no further; others may, too",
                 style="yellow",
             )
 

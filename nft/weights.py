@@ -128,7 +128,7 @@ def lora_settings(path: Path, layers: Layers) -> dict[str, Any]:
 
     Raises:
         OSError: a file that is missing.
-        ValueError: a file that is damaged, or a kind of LoRA that is none of ours.
+        ValueError: a file that is damaged or another LoRA's, or a kind of LoRA that is none of ours.
     """
     beside = path.with_name("adapter_config.json")
     with reading(beside if path.name == ADAPTER else path, "checkpoint"):
@@ -138,6 +138,9 @@ def lora_settings(path: Path, layers: Layers) -> dict[str, Any]:
             raise TypeError("r and lora_alpha are no positive numbers")
     if other := [key for key in _OTHER if settings.get(key)]:
         raise ValueError(f"checkpoint: got a LoRA with {', '.join(other)} in {path.parent}, accepted is one without")
+    if rank != (found := max(len(down) for down, _ in layers.values())):
+        # Which its scale depends on.
+        raise ValueError(f"checkpoint: got r={rank} beside {path}, accepted is the rank of its matrices, {found}")
     return settings
 
 

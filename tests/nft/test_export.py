@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -231,12 +232,20 @@ def test_weights_that_are_not_what_was_written_are_not_drawn_with_nor_exported(t
     assert CliRunner().invoke(app, ["export", "run/checkpoint/default", "trained"]).exit_code == 0
 
 
-def test_a_lora_that_is_no_plain_product_is_refused(trainer, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_rslora": True}, "got a LoRA with use_rslora in .*peft, accepted is one without"),
+        ({"r": 8}, "got r=8 beside .*peft.*, accepted is the rank of its matrices, 4"),
+    ],
+)
+def test_a_lora_with_settings_that_make_another_of_it_is_refused(trainer, tmp_path, change, message):
     shutil.copytree(trainer.folder / "checkpoint" / "default", tmp_path / "peft")
     path = tmp_path / "peft" / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
-    with pytest.raises(ValueError, match=r"got a LoRA with use_rslora in .*peft, accepted is one without"):
-        load_policy(trainer.config, tmp_path / "peft")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for read in (partial(load_policy, trainer.config), partial(export_lora, output=tmp_path / "out")):
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path / "peft")
 
 
 def test_a_run_is_drawn_with_the_weights_that_it_is_evaluated_with(trainer, tmp_path):

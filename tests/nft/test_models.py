@@ -168,6 +168,7 @@ def test_a_prompt_that_is_cut_is_named_once(pipeline, capsys):
     policy.embed(["a blue circle " * 80])
     said = capsys.readouterr().out
     assert said.count(f"has more than max_sequence_length={LENGTH} tokens") == 1 and "'a red circle a red" in said
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize("spacing", ["even", "pipeline"])
