@@ -107,10 +107,9 @@ def verify(folder: Path, part: str = "") -> dict[str, Any]:
         CheckpointError: naming the file that is missing or has changed.
     """
     about = manifest(folder)
-    looked_at = {name: expected for name, expected in about["sha256"].items() if name.startswith(part)}
-    for name, expected in looked_at.items():
+    for name, expected in about["sha256"].items():
         path = folder / name
-        if not path.is_file() or files.checksum(path) != expected:
+        if name.startswith(part) and (not path.is_file() or files.checksum(path) != expected):
             problem = "has another checksum than when it was written" if path.is_file() else "is missing"
             raise CheckpointError(f"checkpoint: {path} {problem}; {_remedy(folder)}")
     return about

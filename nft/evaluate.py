@@ -25,7 +25,7 @@ from .data import geneval, prompts
 from .data.prompts import Entry
 from .data.text import parse_json
 from .distributed import Processes
-from .files import check_folder, check_vacant, reading, replace_text, replacing
+from .files import check_folder, check_vacant, reading, replace_text, save_picture
 from .rewards import registry
 from .rewards.base import RewardError, check_entries, score
 from .rewards.ocr import OCR
@@ -119,11 +119,6 @@ def _read_ocr(path: Path) -> list[Entry]:
 
 
 _READERS: dict[str, Callable[[Path], list[Entry]]] = {"geneval": geneval.read, "ocr": _read_ocr}
-
-
-def _save_picture(picture: Tensor, path: Path) -> None:
-    with replacing(path) as fresh:
-        Image.fromarray(picture.numpy()).save(fresh, format="PNG")
 
 
 def read_settings(folder: Path, key: str) -> dict[str, Any]:
@@ -286,7 +281,7 @@ class Evaluation:
             drawn = part or missing[:1]
             pictures = draw([entry["prompt"] for entry, _, _ in drawn], [seed for _, seed, _ in drawn]).cpu()
             for picture, (_, _, path) in zip(pictures[: len(part)], part, strict=True):
-                _save_picture(picture, path)
+                save_picture(picture, path)
             on_batch(min((step + 1) * batch, len(own)), len(own))
         processes.wait()
 

@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
 
 from .data.text import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What a checkpoint says about itself.
 MANIFEST = "manifest.json"
@@ -199,6 +202,18 @@ def replacing(path: Path) -> Iterator[Path]:
         # Most often it is in its place; and a file system that is not to be written to refuses this, too.
         with suppress(OSError):
             fresh.unlink()
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Write a uint8 picture (H, W, 3) as PNG.
+
+    Raises:
+        OSError: as ``replacing``.
+    """
+    from PIL import Image
+
+    with replacing(path) as fresh:
+        Image.fromarray(picture.numpy()).save(fresh, format="PNG")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -41,6 +41,12 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=dpi, format="png")
+    plt.close(figure)
+
+
 def shown(total: int) -> Sequence[int]:
     """Which of so many pictures a grid has, spread evenly."""
     return [i * total // _SHOWN for i in range(_SHOWN)] if total > _SHOWN else range(total)
@@ -58,9 +64,7 @@ def save_grid(pictures: Tensor, prompts: list[str], path: Path) -> None:
         lines = textwrap.wrap(prompts[i], 34, max_lines=3, placeholder=" ...")
         axis.set_title(_plain("\n".join(lines)), fontsize=7)
     figure.tight_layout()
-    with replacing(path) as fresh:
-        figure.savefig(fresh, dpi=110, format="png")
-    plt.close(figure)
+    _save(figure, path, 110)
 
 
 @dataclass(frozen=True)
@@ -165,9 +169,7 @@ def write_report(folder: Path) -> Path:
         _curve(axis, run, key, label, style)
     axis.set(xlabel="epoch", ylabel="score")
     axis.legend()
-    with replacing(folder / "reward.png") as fresh:
-        figure.savefig(fresh, dpi=120, format="png")
-    plt.close(figure)
+    _save(figure, folder / "reward.png", 120)
 
     def picture(name: str) -> str:
         path = folder / name

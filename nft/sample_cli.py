@@ -94,7 +94,7 @@ def sample(
     """Draw pictures of prompts."""
     from .checkpoint import CheckpointError
     from .config import check_float32
-    from .files import check_folder, check_vacant, replacing
+    from .files import check_folder, check_vacant, save_picture
 
     with failing(CheckpointError, OSError, ValueError):
         check_folder(output or Path())
@@ -114,7 +114,6 @@ def sample(
             raise ValueError(f"seed: got {seed}, accepted are 0 to {2**63 - per_prompt} for {per_prompt} per prompt")
         policy = load_policy(settings, checkpoint, reference=reference)
     import torch
-    from PIL import Image
 
     from .report import save_grid, shown
     from .rollout import rollout
@@ -140,8 +139,7 @@ def sample(
                 x0 = rollout(policy, entries[part], seeds[part], grid, solver, batch, **options)
                 # What is drawn is kept, whatever ends the command.
                 for i, picture in enumerate(policy.decode(x0).cpu(), start):
-                    with replacing(output / f"{i:0{digits}d}_seed{seeds[i]}.png") as fresh:
-                        Image.fromarray(picture.numpy()).save(fresh, format="PNG")
+                    save_picture(picture, output / f"{i:0{digits}d}_seed{seeds[i]}.png")
                     if i in cells:
                         # A part of its batch would keep all of it.
                         kept.append(picture.clone())

@@ -74,6 +74,11 @@ def sound_weights(folder: Path, kind: str = "ema") -> Path:
     return inside / path.name
 
 
+def _rank(layers: Layers) -> int:
+    """The largest of a LoRA's matrices."""
+    return max(len(down) for down, _ in layers.values())
+
+
 def lora_layers(path: Path) -> Layers:
     """A LoRA's matrices (rank, in) and (out, rank), float32, by the names of the transformer's layers. Alphas that the
     file has as tensors are multiplied into the latter, and zeros bring all ranks to the largest one.
@@ -97,7 +102,7 @@ def lora_layers(path: Path) -> Layers:
                 f"and {UP}, or lora.down.weight and lora.up.weight, of one rank"
             )
         layers[layer] = down, up if alpha is None else up * (alpha / len(down))
-    rank = max(len(down) for down, _ in layers.values())
+    rank = _rank(layers)
     return {
         layer: (pad(down, (0, 0, 0, rank - len(down))), pad(up, (0, rank - len(down))))
         for layer, (down, up) in layers.items()
@@ -119,7 +124,7 @@ def _told(path: Path, layers: Layers) -> dict[str, Any]:
         settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
         if settings and not any(name.endswith(".alpha") for name in file.keys()):
             return {name.removeprefix("transformer."): value for name, value in settings.items()}
-    rank = max(len(down) for down, _ in layers.values())
+    rank = _rank(layers)
     return {"r": rank, "lora_alpha": rank, "target_modules": list(layers)}
 
 
@@ -138,7 +143,7 @@ def lora_settings(path: Path, layers: Layers) -> dict[str, Any]:
             raise TypeError("r and lora_alpha are no positive numbers")
     if other := [key for key in _OTHER if settings.get(key)]:
         raise ValueError(f"checkpoint: got a LoRA with {', '.join(other)} in {path.parent}, accepted is one without")
-    if rank != (found := max(len(down) for down, _ in layers.values())):
+    if rank != (found := _rank(layers)):
         # Which its scale depends on.
         raise ValueError(f"checkpoint: got r={rank} beside {path}, accepted is the rank of its matrices, {found}")
     return settings

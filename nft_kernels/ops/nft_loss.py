@@ -234,8 +234,9 @@ def _per_token(
     return gather(loss) if per_sample else loss, details
 
 
-def _narrow(x: Tensor, wide: bool) -> Tensor:
-    """What weighs elements, in float64 only where the loss is computed in it."""
+def _of_elements(name: str, x: Tensor, x0: Tensor, high: float, wide: bool) -> Tensor:
+    """What weighs elements, from 0 to ``high``, in float64 only where the loss is computed in it."""
+    _validate.broadcastable(name, x, x0, 0, high)
     return x if x.is_floating_point() and (wide or x.dtype != torch.float64) else x.float()
 
 
@@ -397,8 +398,7 @@ def nft_loss(
         t = t.float()
     _validate.per_sample("t", t, samples, 0, 1, above=positive, below=prediction == "eps")
     if isinstance(r, Tensor) and r.ndim == x0.ndim > 1:
-        _validate.broadcastable("r", r, x0, 0, 1)
-        r = _narrow(r, wide)
+        r = _of_elements("r", r, x0, 1, wide)
     else:
         otherwise = f", or {x0.ndim} dimensions that broadcast to x0's" if x0.ndim > 1 else ""
         _validate.per_sample("r", r, samples, 0, 1, otherwise=otherwise)
@@ -410,11 +410,9 @@ def nft_loss(
         _validate.number("beta", beta, positive=True)
         constant_beta = float(beta)
     if mask is not None:
-        _validate.broadcastable("mask", mask, x0, 0, math.inf)
-        mask = _narrow(mask, wide)
+        mask = _of_elements("mask", mask, x0, math.inf, wide)
     if policy_weight is not None:
-        _validate.broadcastable("policy_weight", policy_weight, x0, 0, math.inf)
-        policy_weight = _narrow(policy_weight, wide)
+        policy_weight = _of_elements("policy_weight", policy_weight, x0, math.inf, wide)
     loss_weight = None
     if sample_weight is not None:
         _validate.per_sample("sample_weight", sample_weight, samples, 0, math.inf, below=True)

@@ -7,7 +7,7 @@ could not record. What it cannot show: speed, rounding, races, and kernels, of w
 
 import ctypes
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 os.environ["NFT_KERNELS_BACKEND"] = "reference"
 # Before PyTorch has asked whether there are GPUs.
@@ -178,11 +178,6 @@ def record(graph, **_):
         recording = None
 
 
-@contextmanager
-def nothing(*_):
-    yield
-
-
 class Stream:
     def __init__(self, *_):
         pass
@@ -224,8 +219,8 @@ def pytest_configure():
         "_lazy_init": lambda: None,
         "current_stream": Stream,
         "Stream": Stream,
-        "stream": nothing,
-        "device_of": nothing,
+        "stream": nullcontext,
+        "device_of": nullcontext,
         "CUDAGraph": Graph,
         "graph": record,
     }.items():

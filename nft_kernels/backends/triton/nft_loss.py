@@ -246,6 +246,7 @@ def _sum_slices(
                 delta = tl.where(weight > 0, delta, 0)
             kl += weight * (delta * delta)
         if GENERAL:
+            # Last: before the other sums there would not be registers for all on sm_100.
             positive_part, negative_part = _shares(inputs, sample, row, start, inside, dtype, BLOCK)
             positive_share += weight * (positive_part * (positive * positive))
             negative_share += weight * (negative_part * (negative * negative))
@@ -495,6 +496,10 @@ def _view(x: Tensor, inputs: LossInputs) -> View:
 def _views(inputs: LossInputs, options: Options, v_ref: Tensor | None) -> _Views:
     v_theta, v_old, x_t, x0 = (_view(x, inputs) for x in inputs[:4])
     one_r = inputs.r.ndim == 1
+
+    def of_elements(x: Tensor | None) -> View | None:
+        return None if x is None else _view(x.expand(inputs.x0.shape), inputs)
+
     return _Views(
         v_theta,
         v_old,
@@ -504,10 +509,10 @@ def _views(inputs: LossInputs, options: Options, v_ref: Tensor | None) -> _Views
         maybe(inputs.beta),
         exact(options.beta),
         view(inputs.r) if one_r else None,
-        None if one_r else _view(inputs.r.expand(inputs.x0.shape), inputs),
+        of_elements(None if one_r else inputs.r),
         None if v_ref is None else _view(v_ref, inputs),
-        None if inputs.mask is None else _view(inputs.mask.expand(inputs.x0.shape), inputs),
-        None if inputs.policy_weight is None else _view(inputs.policy_weight.expand(inputs.x0.shape), inputs),
+        of_elements(inputs.mask),
+        of_elements(inputs.policy_weight),
         inputs.segments,
         maybe(inputs.loss_weight),
     )
